@@ -1,0 +1,89 @@
+"""Every error that Sora raises on purpose.
+
+Each says the rule, what was received and the mend; the command line prints it without a traceback and ends with
+`exit_code` (the contract: 1 the answer is no, 2 bad usage or input, 3 a server, disk or child process failed).
+Foreign exceptions are translated at the seam of the module that calls the foreign library.
+
+    SoraError
+    ├── InputError          2  something that the user gave is wrong
+    │   ├── SettingsError      params.yaml
+    │   └── VideoError         one video; carries the rule that it breaks
+    ├── AnswerIsNo          1  all worked, and the answer is no
+    │   ├── NotTrainable       validation stopped the run
+    │   ├── RunActive          another run holds the project
+    │   └── PromotionFailed    smoke test failed, nothing to go back to
+    └── ServiceError        3  a server, disk or child process failed
+        └── DiskFull
+"""
+
+from __future__ import annotations
+
+
+class SoraError(Exception):
+    """Base of all. `message` says the rule and what was received, `mend` what to do about it."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, *, mend: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.mend = mend
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  mend: {self.mend}" if self.mend else self.message
+
+    def __reduce__(self) -> tuple:  # crosses process pools, keyword argument included
+        return _rebuild, (type(self), self.message, self.__dict__)
+
+
+def _rebuild(cls: type[SoraError], message: str, state: dict) -> SoraError:
+    error = cls.__new__(cls)
+    Exception.__init__(error, message)
+    error.__dict__.update(state)
+    return error
+
+
+class InputError(SoraError):
+    """Something that the user gave is wrong: an argument, a file, a folder."""
+
+    exit_code = 2
+
+
+class SettingsError(InputError):
+    """`params.yaml` is missing, no YAML, or has a value out of its range."""
+
+
+class VideoError(InputError):
+    """One video can't be used. `rule` is the name that reports and quarantine show (see `records.RULES`)."""
+
+    def __init__(self, message: str, *, rule: str, mend: str = "") -> None:
+        super().__init__(message, mend=mend)
+        self.rule = rule
+
+
+class AnswerIsNo(SoraError):
+    """Everything worked, and the answer is no."""
+
+    exit_code = 1
+
+
+class NotTrainable(AnswerIsNo):
+    """Validation stopped the run: a rule about the whole set does not hold."""
+
+
+class RunActive(AnswerIsNo):
+    """Another run holds the project's lock."""
+
+
+class PromotionFailed(AnswerIsNo):
+    """The alias did not move, or moved and was put back."""
+
+
+class ServiceError(SoraError):
+    """A server, a disk or a child process failed; the same call may work later."""
+
+    exit_code = 3
+
+
+class DiskFull(ServiceError):
+    """No space left where Sora writes; what was complete before is still there."""

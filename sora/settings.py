@@ -1,0 +1,293 @@
+"""`params.yaml`: every setting, its default and its checked range, and the project that it stands in.
+
+One pydantic model a section. An unknown key or a value out of range is a `SettingsError` that names the line's key,
+what was received and what is allowed. `DEFAULT_PARAMS` (made from the models) is what `sora init` writes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sora.errors import SettingsError
+from sora.records import ClipSpec
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Validate(_Section):
+    """Rules about good data. Per-video rules quarantine; the last four stop or warn about the whole set."""
+
+    min_frames: int = Field(8, ge=1)
+    min_seconds: float = Field(0.3, ge=0)
+    min_side: int = Field(32, ge=1)  # pixels, the shorter side
+    min_fps: float = Field(4, gt=0)
+    max_fps: float = Field(240, gt=0)
+    duplicates: bool = True  # exact-duplicate and near-duplicate rules
+    near_duplicate_bits: int = Field(10, ge=0, le=64)  # of 192: at most so many may differ
+    min_classes: int = Field(2, ge=2)
+    min_videos_per_class: int = Field(3, ge=1)
+    max_rejected: float = Field(0.25, ge=0, le=1)  # share of the videos
+    max_balance_shift: float = Field(0.2, ge=0, le=1)  # total variation against the last data version; warns
+
+
+class Split(_Section):
+    group_pattern: str | None = None  # regular expression on the path; its first capturing group is the group
+    val: float = Field(0.15, gt=0, lt=0.5)
+    test: float = Field(0.15, gt=0, lt=0.5)
+    seed: int = 0
+
+    @field_validator("group_pattern")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                if re.compile(value).groups < 1:
+                    raise ValueError("needs one capturing group, as in 'person(\\d+)'")
+            except re.error as error:
+                raise ValueError(f"is no regular expression: {error}") from error
+        return value
+
+
+class Clip(_Section):
+    """The fields of `records.ClipSpec`, with ranges."""
+
+    frames: int = Field(16, ge=2, le=256)
+    height: int = Field(112, ge=16, le=1024, multiple_of=8)
+    width: int = Field(112, ge=16, le=1024, multiple_of=8)
+    sampling: Literal["uniform", "window"] = "uniform"
+    window_seconds: float = Field(2.0, gt=0, le=3600)
+    max_clips: int = Field(8, ge=1, le=1000)
+    aspect: Literal["stretch", "crop", "pad"] = "crop"
+    gamma: float = Field(1.0, ge=0.1, le=5)
+    equalise: Literal["none", "histogram", "clahe"] = "none"
+
+    def spec(self) -> ClipSpec:
+        return ClipSpec(**self.model_dump())
+
+
+class Shards(_Section):
+    buckets: int = Field(16, ge=1, le=4096)
+    workers: int = Field(0, ge=0, le=256)  # 0: one a core
+
+
+class Model(_Section):
+    """The two-branch residual fusion model (see `sora/model/classifier.py`)."""
+
+    low_filters: tuple[int, ...] = (16, 32, 64)  # a level each
+    high_filters: tuple[int, ...] = (32, 64, 128)
+    blocks: int = Field(1, ge=1, le=8)  # residual blocks a level
+    key_frames: int = Field(4, ge=1, le=64)  # that the high network sees
+    fusion: Literal["concat", "gram"] = "concat"
+    embedding: int = Field(128, ge=8, le=4096)
+    dropout: float = Field(0.3, ge=0, lt=1)
+
+    @field_validator("low_filters", "high_filters")
+    @classmethod
+    def _filters(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        # Narrower than 16 crashed TensorFlow 2.21 with oneDNN 3 of 3 times (infra/DECISIONS.md).
+        if not 1 <= len(value) <= 6 or any(v < 16 or v > 2048 or v % 8 for v in value):
+            raise ValueError("needs 1 to 6 levels of 16 to 2048 filters, each a multiple of 8")
+        return value
+
+
+class Train(_Section):
+    epochs: int = Field(30, ge=1, le=10_000)
+    batch: int = Field(16, ge=1, le=4096)
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    weight_decay: float = Field(1e-4, ge=0, le=1)
+    label_smoothing: float = Field(0.05, ge=0, lt=0.5)
+    patience: int = Field(8, ge=1)  # epochs without a better validation loss
+    class_weights: bool = True
+    flip: bool = True  # left-right flips as augmentation; switch off where the side is the class
+    seed: int = 0
+    mixed_precision: Literal["auto", "on", "off"] = "auto"  # auto: on an accelerator only
+    work_pool: str | None = None  # Prefect work pool of the GPU workers; none: train here
+
+
+class Gate(_Section):
+    mode: Literal["better", "not_worse", "auto"] = "auto"  # auto: not_worse with new data, better without
+    margin: float = Field(0.02, ge=0, le=0.5)  # not_worse: so much lower accuracy is still not worse
+    min_test: int = Field(30, ge=1)  # videos
+    confidence: float = Field(0.95, gt=0.5, lt=1)  # of the paired test in mode better
+    max_class_drop: float = Field(0.15, ge=0, le=1)  # recall of any class against the champion's
+    max_ece: float = Field(0.25, ge=0, le=1)
+    max_latency_ms: float = Field(2000, gt=0)  # model call, one clip
+
+
+class Serve(_Section):
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    max_bytes: int = Field(200_000_000, ge=1)
+    max_seconds: float = Field(600, gt=0)
+    max_pixels: int = Field(4096 * 2304, ge=1)  # a frame
+    max_frames: int = Field(40_000, ge=1)
+    decode_workers: int = Field(2, ge=1, le=64)
+    decode_timeout: float = Field(30, gt=0)  # seconds
+    decode_memory: int = Field(2_000_000_000, ge=100_000_000)  # bytes
+    queue: int = Field(64, ge=1)
+    poll_seconds: float = Field(2, gt=0)
+
+
+class Schedule(_Section):
+    cron: str = "0 2 * * *"
+    timezone: str = "UTC"
+    grace_minutes: int = Field(90, ge=1)  # a nightly so much overdue raises the alert
+
+
+class Alert(_Section):
+    webhook: str | None = None  # gets a JSON POST when a nightly fails or does not happen
+
+    @field_validator("webhook")
+    @classmethod
+    def _http(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError("needs an http:// or https:// address")
+        return value
+
+
+class Services(_Section):
+    """Servers that run elsewhere. None: Sora starts its own below .sora/."""
+
+    prefect_api_url: str | None = None
+    mlflow_tracking_uri: str | None = None
+
+
+class Settings(_Section):
+    """All of params.yaml."""
+
+    name: str = Field("sora", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")  # experiment and registered model
+    classes: tuple[str, ...] = ()
+    validate_: Validate = Field(default_factory=Validate, alias="validate")
+    split: Split = Field(default_factory=Split)
+    clip: Clip = Field(default_factory=Clip)
+    shards: Shards = Field(default_factory=Shards)
+    model: Model = Field(default_factory=Model)
+    train: Train = Field(default_factory=Train)
+    gate: Gate = Field(default_factory=Gate)
+    serve: Serve = Field(default_factory=Serve)
+    schedule: Schedule = Field(default_factory=Schedule)
+    alert: Alert = Field(default_factory=Alert)
+    services: Services = Field(default_factory=Services)
+
+    @field_validator("classes")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("names a class twice")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if self.model.key_frames > self.clip.frames:
+            raise ValueError(f"model.key_frames {self.model.key_frames} is more than clip.frames {self.clip.frames}")
+        if self.validate_.min_fps > self.validate_.max_fps:
+            raise ValueError("validate.min_fps is above validate.max_fps")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values (lists, not tuples) under params.yaml's own names."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def parse(text: str, source: str = "params.yaml") -> Settings:
+    """Settings from YAML text.
+
+    Raises:
+        SettingsError: no YAML, an unknown key, or a value out of range; all problems in one message.
+    """
+    try:
+        value = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{source} is not YAML: {error}", mend="correct the marked line") from error
+    if not isinstance(value, dict):
+        raise SettingsError(f"{source} must hold sections, not a {type(value).__name__}", mend="see `sora init`'s file")
+    try:
+        return Settings.model_validate(value)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            where = ".".join(str(part) for part in problem["loc"]) or "the settings"
+            received = "" if isinstance(problem["input"], dict) else f" (received {problem['input']!r})"
+            lines.append(f"{where}: {problem['msg']}{received}")
+        raise SettingsError(f"{source}: " + "; ".join(lines), mend=f"correct {source}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Project:
+    """A folder with params.yaml. All paths that Sora reads or writes start here."""
+
+    root: Path
+
+    @property
+    def params_file(self) -> Path:
+        return self.root / "params.yaml"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def data_dvc(self) -> Path:
+        return self.root / "data.dvc"
+
+    @property
+    def splits_file(self) -> Path:
+        """The append-only ledger sha256 → split; tracked by git, so that a clone keeps yesterday's test set."""
+        return self.root / "splits.csv"
+
+    @property
+    def prepared(self) -> Path:
+        """What DVC's stages make."""
+        return self.root / "prepared"
+
+    @property
+    def manifest(self) -> Path:
+        return self.prepared / "manifest.parquet"
+
+    @property
+    def quarantine(self) -> Path:
+        """JSON list of `records.Rejection`."""
+        return self.prepared / "quarantine.json"
+
+    @property
+    def shards(self) -> Path:
+        return self.prepared / "shards"
+
+    @property
+    def state(self) -> Path:
+        """Everything that is not versioned: servers' homes, locks, logs, caches."""
+        return self.root / ".sora"
+
+    @property
+    def docs(self) -> Path:
+        """Data Docs (HTML) of the last validation."""
+        return self.state / "data_docs"
+
+    def settings(self) -> Settings:
+        try:
+            return parse(self.params_file.read_text(encoding="utf-8"), str(self.params_file))
+        except OSError as error:
+            raise SettingsError(f"can't read {self.params_file}: {error}", mend="run `sora init`") from error
+
+
+def find_project(start: Path) -> Project:
+    """The nearest folder upwards of `start` that holds params.yaml.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    start = start.resolve()
+    for folder in (start, *start.parents):
+        if (folder / "params.yaml").is_file():
+            return Project(folder)
+    raise SettingsError(
+        f"no params.yaml in {start} or above it", mend="run `sora init DIR --data FOLDER`, or give --project DIR"
+    )
