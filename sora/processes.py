@@ -110,7 +110,9 @@ def run_child(
         if result is None:
             tail = "\n".join(output.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
             how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
-            raise ServiceError(f"{module} {how} before it had a result\n{tail}", mend="run the same command again: it resumes")
+            raise ServiceError(
+                f"{module} {how} before it had a result\n{tail}", mend="run the same command again: it resumes"
+            )
         if result["event"] == "error":
             raise _rebuilt(result)
         return result
@@ -138,8 +140,15 @@ def child_main(body: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]]
     try:
         emit({**body(job, emit), "event": "result"})
     except SoraError as error:
-        emit({"event": "error", "kind": type(error).__name__, "message": error.message, "mend": error.mend,
-              "rule": getattr(error, "rule", None)})
+        emit(
+            {
+                "event": "error",
+                "kind": type(error).__name__,
+                "message": error.message,
+                "mend": error.mend,
+                "rule": getattr(error, "rule", None),
+            }
+        )
         sys.exit(error.exit_code)
     except OSError as error:
         import errno
@@ -147,6 +156,12 @@ def child_main(body: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]]
         full = error.errno == errno.ENOSPC
         kind = DiskFull if full else ServiceError
         free = shutil.disk_usage(Path.cwd()).free
-        emit({"event": "error", "kind": kind.__name__, "message": f"{error} ({free:,} bytes free)",
-              "mend": "make room (`sora gc --dry-run` shows what can go) and run again" if full else ""})
+        emit(
+            {
+                "event": "error",
+                "kind": kind.__name__,
+                "message": f"{error} ({free:,} bytes free)",
+                "mend": "make room (`sora gc --dry-run` shows what can go) and run again" if full else "",
+            }
+        )
         sys.exit(3)

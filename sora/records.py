@@ -1,4 +1,4 @@
-"""The records that flow between Sora's parts. Plain frozen dataclasses: no behaviour beyond conversion to and from JSON.
+"""The records that flow between Sora's parts: plain frozen dataclasses, with conversion to and from JSON only.
 
 VideoRecord → Manifest + ClipSpec → ClipWindow → (T,H,W,3) uint8 → shard + index → Batch → keras.Model
 → EvalReport → ModelVersion(number, recipe, report, data_version) → Prediction
@@ -25,7 +25,7 @@ RULES: dict[str, str] = {
     "unknown_label": "add the class to `classes` in params.yaml, or move the folder out of data/",
     "duplicate": "nothing to do: the first copy by path is used",
     "label_conflict": "the same bytes carry two labels: keep the right one and remove the other",
-    "split_conflict": "it ties a train video to a test video (same group or near-duplicate): leave it out or fix its group",
+    "split_conflict": "it ties a train to a test video (same group, near-duplicate): leave it out or fix its group",
     "symlink": "replace the link by the file itself (cp -L): DVC does not version what a link points to",
 }
 
@@ -135,7 +135,8 @@ class EvalReport:
     metrics: dict[str, float]
     per_class: dict[str, dict[str, float]]  # class → {"recall", "low", "high", "precision", "support"}
     confusion: list[list[int]]  # rows: true class, columns: predicted class
-    slices: list[dict[str, Any]]  # [{"slice": "brightness", "value": "dark", "videos": n, "accuracy": a, "low", "high"}]
+    # [{"slice": "brightness", "value": "dark", "videos": n, "accuracy": a, "low", "high"}]
+    slices: list[dict[str, Any]]
     videos: list[dict[str, Any]]
     temperature: float
 

@@ -48,7 +48,9 @@ def make_video(
     return path
 
 
-def make_folder(folder: Path, classes: tuple[str, ...] = ("jump", "wave"), groups: int = 6, each: int = 1, **options: object) -> Path:
+def make_folder(
+    folder: Path, classes: tuple[str, ...] = ("jump", "wave"), groups: int = 6, each: int = 1, **options: object
+) -> Path:
     """`folder/<class>/g<group>_<n>.mp4`: labelled videos, every one different."""
     seed = 0
     for label in classes:
