@@ -1,0 +1,342 @@
+"""The front door: argument → call → exit code. Heavy imports stand inside the verb that needs them.
+
+Exit codes: 0 done; 1 the answer is no; 2 bad usage or input; 3 a server, disk or child process failed; 130 Ctrl-C.
+Verbs that report take `--json` and then print one JSON document on standard output and nothing else there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sora import __version__
+
+if TYPE_CHECKING:
+    from sora.settings import Project
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+
+
+def _common(command: Any) -> Any:
+    """The options that every verb takes."""
+
+    def keep(name: str) -> Any:
+        def callback(ctx: click.Context, _: click.Parameter, value: Any) -> None:
+            if value:
+                ctx.find_root().meta[f"sora.{name}"] = value
+
+        return callback
+
+    command = click.option(
+        "--debug", is_flag=True, expose_value=False, callback=keep("debug"), help="Show tracebacks."
+    )(command)
+    return click.option(
+        "--project",
+        type=click.Path(path_type=Path, file_okay=False),
+        expose_value=False,
+        callback=keep("project"),
+        help="The project's folder [default: the nearest params.yaml upwards].",
+    )(command)
+
+
+def _project() -> Project:
+    from sora.settings import find_project
+
+    given = click.get_current_context().find_root().meta.get("sora.project")
+    return find_project(given or Path.cwd())
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="sora")
+@_common
+def cli() -> None:
+    """A folder of labelled videos becomes a served video classifier that retrains itself every night."""
+
+
+@cli.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="A folder of labelled videos.")
+@json_option
+@_common
+def init(directory: Path, data: Path, as_json: bool) -> None:
+    """Make a project in DIR from a folder of labelled videos (copied, never altered)."""
+    from sora import project
+    from sora.progress import bar
+
+    with bar("Copying") as update:
+        made = project.init(directory, data, progress=update)
+    if as_json:
+        _print_json(made)
+    else:
+        click.echo(f"{made['videos']} videos of {len(made['classes'])} classes: {', '.join(made['classes'])}")
+        click.echo(f"next: cd {made['project']} && sora check && sora run")
+
+
+@cli.command()
+@click.argument("folder", required=False, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Where the report goes when FOLDER is no project.")
+@json_option
+@_common
+def check(folder: Path | None, out: Path | None, as_json: bool) -> None:
+    """Decode every video, validate, and write the report and Data Docs."""
+    from sora import check as checking
+    from sora.progress import bar
+
+    with bar("Decoding") as update:
+        report, place = checking.check(folder if folder is not None else _project(), out=out, progress=update)
+    if as_json:
+        _print_json(report.contract())
+    else:
+        checking.show(report, place)
+    if not report.ok:
+        sys.exit(1)
+
+
+@cli.command()
+@click.option("--force", is_flag=True, help="Train and judge although nothing changed; promote on little evidence.")
+@json_option
+@_common
+def run(force: bool, as_json: bool) -> None:
+    """Run the nightly flow once, here and now."""
+    from flows.here import run_here
+
+    result = run_here(_project(), force=force)
+    if as_json:
+        _print_json(result)
+        return
+    version = f" version {result['version']}" if result["version"] is not None else ""
+    click.secho(f"{result['outcome']}{version}", bold=True)
+    for reason in result["reasons"]:
+        click.echo(f"  {reason}")
+    shown = {k: v for k, v in result["metrics"].items() if k in ("test/accuracy", "test/macro_f1", "test/ece")}
+    if shown:
+        click.echo("  " + "  ".join(f"{name} {value:.3f}" for name, value in shown.items()))
+    for place in result.get("pages", []):
+        click.echo(f"  {place}", err=True)
+
+
+@cli.command()
+@json_option
+@_common
+def models(as_json: bool) -> None:
+    """Every version: aliases, metrics, data version, when and why."""
+    from sora import lifecycle
+
+    versions = [version.to_dict() for version in lifecycle.models(_project())]
+    if as_json:
+        keys = ("version", "aliases", "metrics", "data_version", "created", "decision", "reasons")
+        _print_json([{key: version[key] for key in keys} for version in versions])
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("version", "alias", "test accuracy", "macro F1", "data", "created", "decision", "why")
+    for version in versions:
+        metrics = version["metrics"]
+        table.add_row(
+            str(version["version"]),
+            ", ".join(version["aliases"]),
+            *(f"{metrics[name]:.3f}" if name in metrics else "" for name in ("test/accuracy", "test/macro_f1")),
+            version["data_version"][:8],
+            version["created"][:16].replace("T", " "),
+            version["decision"],
+            escape("; ".join(version["reasons"])),
+        )
+    Console().print(table if versions else "no version yet: `sora run` makes the first")
+
+
+@cli.command()
+@click.argument("version", type=click.IntRange(min=1))
+@json_option
+@_common
+def promote(version: int, as_json: bool) -> None:
+    """Make VERSION the champion."""
+    from sora import lifecycle
+
+    _moved(lifecycle.promote(_project(), version), as_json)
+
+
+@cli.command()
+@click.option("--to", type=click.IntRange(min=1), help="A version that was champion before.")
+@json_option
+@_common
+def rollback(to: int | None, as_json: bool) -> None:
+    """Make the champion before this one the champion again."""
+    from sora import lifecycle
+
+    _moved(lifecycle.rollback(_project(), to), as_json)
+
+
+def _moved(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(result)
+    else:
+        click.echo(f"champion: version {result['champion']}, previous: {result['previous'] or 'none'}")
+
+
+@cli.command()
+@click.argument("version", type=click.IntRange(min=1))
+@json_option
+@_common
+def reproduce(version: int, as_json: bool) -> None:
+    """Restore VERSION's data, parameters and splits, evaluate it again and compare."""
+    from sora import lifecycle
+
+    result = lifecycle.reproduce(_project(), version)
+    if as_json:
+        _print_json(result)
+    else:
+        click.echo(f"version {version}: {'matches' if result['matches'] else 'does NOT match'} what was recorded")
+        for name, recorded in sorted(result["recorded"].items()):
+            click.echo(f"  {name}: recorded {recorded:.4f}, now {result['metrics'].get(name, float('nan')):.4f}")
+        for note in result.get("notes", []):
+            click.echo(f"  {note}")
+    if not result["matches"]:
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@json_option
+@_common
+def predict(files: tuple[Path, ...], as_json: bool) -> None:
+    """The champion's answer for video FILEs."""
+    from sora import lifecycle
+
+    answers = lifecycle.predict(_project(), list(files))
+    if as_json:
+        _print_json(answers)
+    for answer in answers:
+        if "error" in answer:
+            click.echo(f"{answer['path']}: {answer['error']}", err=True)
+        elif not as_json:
+            share = answer["probabilities"][answer["label"]]
+            click.echo(f"{answer['path']}: {answer['label']} ({share:.0%}, version {answer['version']})")
+    if any("error" in answer for answer in answers):
+        sys.exit(2)
+
+
+@cli.command()
+@click.option("--host", help="[default: serve.host of params.yaml, 127.0.0.1]")
+@click.option("--port", type=click.IntRange(0, 65535), help="[default: serve.port of params.yaml, 8000]")
+@_common
+def serve(host: str | None, port: int | None) -> None:
+    """Serve the champion over HTTP; it follows the alias without a restart."""
+    from sora.serving.app import serve as serve_project
+
+    serve_project(_project(), host, port)
+
+
+@cli.command()
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--prefect-port", type=click.IntRange(0, 65535), default=4200, show_default=True)
+@click.option("--mlflow-port", type=click.IntRange(0, 65535), default=5000, show_default=True)
+@click.option("--api-port", type=click.IntRange(0, 65535), help="[default: serve.port of params.yaml, 8000]")
+@_common
+def up(host: str, prefect_port: int, mlflow_port: int, api_port: int | None) -> None:
+    """All of it on one machine: Prefect, MLflow, a worker with the nightly schedule, the API."""
+    from sora.up import up as start_all
+
+    start_all(_project(), host=host, prefect_port=prefect_port, mlflow_port=mlflow_port, api_port=api_port)
+
+
+@cli.command()
+@json_option
+@_common
+def doctor(as_json: bool) -> None:
+    """What is installed, reachable, running, and how to mend what is not."""
+    from sora import doctor as doctoring
+    from sora.errors import SettingsError
+
+    try:
+        project: Project | None = _project()
+    except SettingsError:
+        project = None
+    result = doctoring.doctor(project)
+    if as_json:
+        _print_json(result)
+    else:
+        for found in result["checks"]:
+            mark = click.style("ok  ", fg="green") if found["ok"] else click.style("MEND", fg="red")
+            click.echo(f"{mark} {found['name']}: {found['detail']}")
+            if not found["ok"] and found["mend"]:
+                click.echo(f"       → {found['mend']}")
+
+
+@cli.command()
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@click.option("--keep", default=10, show_default=True, type=click.IntRange(min=1), help="Versions to keep whole.")
+@json_option
+@_common
+def gc(dry_run: bool, keep: int, as_json: bool) -> None:
+    """Free what no served or recent version needs: DVC cache, old runs and versions, work folders, logs."""
+    from sora import lifecycle
+
+    result = lifecycle.gc(_project(), keep=keep, dry_run=dry_run)
+    if as_json:
+        _print_json(result)
+        return
+    for item in result["items"]:
+        click.echo(f"{item['bytes']:>14,}  {item['what']}  ({item['why']})")
+    click.echo(f"{result['bytes']:>14,}  bytes {'would be' if dry_run else 'were'} freed")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: runs the verb and ends the process with its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    from sora.errors import SoraError
+
+    debug = "--debug" in arguments
+    try:
+        cli.main(args=arguments, prog_name="sora", standalone_mode=False)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 3
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped; run the same command again to go on", err=True)
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except SoraError as error:
+        if debug:
+            raise
+        click.echo(f"sora: {error}", err=True)
+        return error.exit_code
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        click.echo(f"sora: {_foreign(error)}", err=True)
+        return 3
+    return 0
+
+
+def _foreign(error: Exception) -> str:
+    """Words for an exception that no seam translated."""
+    import errno
+
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return (
+            f"no space left on the disk ({error})\n  mend: make room (`sora gc --dry-run` shows what can go), run again"
+        )
+    if isinstance(error, PermissionError):
+        return f"not allowed: {error}\n  mend: make the folder writable, or use another one"
+    return f"{type(error).__name__}: {error}\n  mend: run again with --debug and report the traceback"
+
+
+if __name__ == "__main__":
+    main()
