@@ -1,0 +1,48 @@
+"""`sora run`: the nightly flow once, in this process, with the servers that are up or with some of its own."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from sora.errors import RunActive, ServiceError, SoraError
+from sora.lock import holder
+from sora.processes import QUIET_ENV
+from sora.settings import Project
+
+
+def run_here(project: Project, *, force: bool = False) -> dict[str, Any]:
+    """Returns the contract's JSON of `sora run`.
+
+    Raises:
+        RunActive: another run holds the project.
+        SoraError: what stopped the run.
+    """
+    from sora.services import environment, servers
+
+    project.settings()  # a wrong params.yaml is said before servers start
+    active = holder(project)
+    if active is not None:
+        raise RunActive(
+            f"a run is active in {project.root} already (process {active['pid']}, since {active['since']})",
+            mend="wait until it ends, or stop that process",
+        )
+    for name, value in QUIET_ENV.items():
+        os.environ.setdefault(name, value)
+    # Prefect's own lines go to its server; the terminal shows Sora's.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "ERROR")
+    with servers(project) as addresses:
+        os.environ.update(environment(project, addresses))
+        from flows.nightly import nightly
+
+        state = nightly(str(project.root), force=force, return_state=True)
+        if state.is_completed():
+            return state.result()
+        if state.is_cancelled():
+            raise RunActive(state.message or "another run is active", mend="wait until it ends, or stop it")
+        error = state.result(raise_on_failure=False)
+        if isinstance(error, SoraError):
+            raise error
+        raise ServiceError(f"the run ended as {state.name}: {state.message}") from (
+            error if isinstance(error, BaseException) else None
+        )

@@ -1,0 +1,393 @@
+"""The nightly flow: reproduce the data, assign splits, fit, evaluate, register, judge, promote.
+
+Prefect decides when and where, retries what retrying helps, and shows what happened. It remembers nothing: DVC knows
+whether data changed, MLflow what was judged, and a run's own work folder which steps of an interrupted run are done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelled
+
+from flows import alerts, show
+from sora import nightly_log
+from sora.errors import DiskFull, RunActive, ServiceError
+from sora.lock import run_lock
+from sora.progress import bar, say
+from sora.settings import Project, Settings
+
+# Sections of params.yaml that no trained model depends on.
+ELSEWHERE = ("serve", "schedule", "alert", "services")
+# Code that a trained model or a decision depends on, below sora/.
+CODE = ("video", "data", "model", "report", "training.py", "evaluation.py", "promotion.py", "records.py")
+
+
+def _may_pass(_task: Any, _run: Any, state: State) -> bool:
+    """Retry only what may pass by itself: a server or child that failed, not a wrong input or a full disk."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, ServiceError) and not isinstance(error, DiskFull)
+
+
+_step = task(cache_policy=NO_CACHE, persist_result=False, log_prints=False)
+_retried = task(
+    cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=5, retry_condition_fn=_may_pass
+)
+
+
+class Work:
+    """The work folder of one run: which steps are done, so that a killed run goes on where it was."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file = folder / "steps.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._done: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self._done = {}
+
+    def once(self, step: str, body: Callable[[], Any]) -> Any:
+        """The result of `body`, which runs only if no earlier try of this run finished it. JSON values only."""
+        if step not in self._done:
+            self.note(step, body())
+        return self._done[step]
+
+    def note(self, step: str, value: Any) -> None:
+        self._done[step] = value
+        draft = self._file.with_suffix(".partial")
+        draft.write_text(json.dumps(self._done), encoding="utf-8")
+        draft.replace(self._file)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def key_of(project: Project, settings: Settings, data_version: str) -> dict[str, str]:
+    """What decides whether anything changed since the last judged run: data, parameters, code."""
+    params = {name: value for name, value in settings.to_dict().items() if name not in ELSEWHERE}
+    code = hashlib.sha256()
+    package = Path(__file__).resolve().parent.parent / "sora"
+    for name in CODE:
+        place = package / name
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            code.update(path.read_bytes())
+    return {
+        "data_version": data_version,
+        "params_hash": hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:16],
+        "code_hash": code.hexdigest()[:16],
+    }
+
+
+@flow(
+    name="nightly",
+    persist_result=False,
+    validate_parameters=False,
+    on_failure=[alerts.on_failure],
+    on_crashed=[alerts.on_failure],
+)
+def nightly(project: str, force: bool = False) -> dict[str, Any] | State:
+    """Runs the whole cycle once for the project folder `project`; returns what `sora run --json` prints.
+
+    At most one at a time: where the project is locked the flow ends as Cancelled and changes nothing.
+    """
+    here = Project(Path(project))
+    try:
+        with run_lock(here):
+            result = _cycle(here, here.settings(), force)
+    except RunActive as error:
+        return Cancelled(message=error.message)
+    nightly_log.write(here, outcome=result["outcome"], run_id=result["run_id"])
+    return result
+
+
+def _cycle(project: Project, settings: Settings, force: bool) -> dict[str, Any]:
+    from sora.services import mlflow_address
+
+    from sora.registry import Registry
+
+    registry = Registry(mlflow_address(project), settings.name)
+    data_version = _version_data(project)
+    key = key_of(project, settings, data_version)
+    judged = registry.last_judged()
+    if judged and not force and all(judged.get(name) == value for name, value in key.items()):
+        say("nothing changed since the last judged run: data, parameters and code are the same")
+        result = {
+            "outcome": "unchanged",
+            "data_version": data_version,
+            "run_id": judged["run_id"],
+            "version": judged["version"],
+            "reasons": ["data, parameters and code are as in the last judged run; --force trains all the same"],
+            "metrics": judged["metrics"],
+        }
+        show.unchanged(result)
+        return result
+
+    ran = _reproduce(project)
+    get_run_logger().info("DVC ran: %s", ", ".join(ran) or "nothing")
+    return _learn(project, settings, registry, key, judged, force)
+
+
+@_retried(name="version data")
+def _version_data(project: Project) -> str:
+    from sora.data import version
+
+    version.ensure_data(project)
+    return version.add(project)
+
+
+@_retried(name="reproduce")
+def _reproduce(project: Project) -> list[str]:
+    from sora.data import version
+
+    return version.reproduce(project)
+
+
+@_step(name="assign splits")
+def _assign(project: Project, settings: Settings, target: Path) -> dict[str, Any]:
+    """Joins manifest, quarantine and ledger into the table of this run."""
+    from sora.data import manifest, splits, table
+
+    rows = manifest.read(project.manifest)
+    rejected = {item["path"] for item in json.loads(project.quarantine.read_text(encoding="utf-8"))}
+    accepted = rows[~rows["path"].isin(rejected)]
+    assignment = splits.assign(accepted, splits.read(project.splits_file), settings)
+    splits.append(project.splits_file, assignment)
+    rejected |= {item.path for item in assignment.rejections}
+    joined = table.join(rows, rejected, assignment.ledger)
+    joined.to_parquet(target, index=False)
+    for note in assignment.notes:
+        say(note)
+    sizes = joined["split"].value_counts()
+    return {
+        "videos": len(rows),
+        "rejected": len(rejected),
+        "split_conflicts": [item.path for item in assignment.rejections],
+        "counts": table.counts(joined),
+        "digest": table.digest(joined),
+        "test_digest": table.digest(joined, "test"),
+        **{split: int(sizes.get(split, 0)) for split in ("train", "val", "test")},
+    }
+
+
+def _learn(
+    project: Project,
+    settings: Settings,
+    registry: Any,
+    key: dict[str, str],
+    judged: dict[str, Any] | None,
+    force: bool,
+) -> dict[str, Any]:
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    work = Work(project.state / "work" / name)
+    table = work.folder / "table.parquet"
+    facts = _assign(project, settings, table)
+    if work.once("splits", lambda: facts["digest"]) != facts["digest"]:
+        # The ledger changed under an interrupted run: what it did was for other splits.
+        work.remove()
+        work = Work(work.folder)
+        return _learn(project, settings, registry, key, judged, force)
+
+    run_id = work.once("run", lambda: _open_run(project, settings, registry, key, facts))
+    say(f"splits: {facts['train']} train, {facts['val']} val, {facts['test']} test; {facts['rejected']} quarantined")
+    try:
+        registry.resume(run_id)
+        fitted = work.once("fit", lambda: _fit(project, settings, registry, run_id, work.folder, facts))
+        outcome = _evaluate(project, settings, registry, run_id, work, fitted, table)
+        version = work.once(
+            "register",
+            lambda: _register(registry, run_id, fitted, outcome["candidate"], key, facts),
+        )
+        decision = work.once(
+            "judge",
+            lambda: _judge(settings, registry, outcome, facts, key, judged, force, version),
+        )
+        result = {
+            "outcome": "refused",
+            "data_version": key["data_version"],
+            "run_id": run_id,
+            "version": version,
+            "reasons": decision["reasons"],
+            "metrics": {f"test/{n}": v for n, v in outcome["candidate"]["reports"]["test"]["metrics"].items()},
+        }
+        if decision["promote"]:
+            failure = _promote(project, registry, version, decision["reasons"])
+            if failure is None:
+                result["outcome"] = "promoted"
+            else:
+                result["reasons"] = [*decision["reasons"], failure]
+        registry.set_decision(version, result["outcome"], result["reasons"])
+        registry.finish(run_id, "FINISHED")
+    except KeyboardInterrupt:
+        registry.finish(run_id, "KILLED")
+        raise
+    except Exception:
+        registry.finish(run_id, "FAILED")
+        raise
+    (project.state / "reference.json").write_text(json.dumps(facts["counts"]), encoding="utf-8")
+    result["pages"] = show.report(project, registry, result, outcome, facts)
+    work.remove()
+    return result
+
+
+@_retried(name="open MLflow run")
+def _open_run(project: Project, settings: Settings, registry: Any, key: dict[str, str], facts: dict[str, Any]) -> str:
+    from sora.data import version
+
+    state = version.state(project)
+    run_id = registry.start_run(
+        params=settings.to_dict(),
+        tags={**key, "splits": facts["digest"], "test_digest": facts["test_digest"], "git_commit": state["commit"]},
+    )
+    registry.log_dataset(run_id, data_version=key["data_version"], counts=facts["counts"], source=str(project.data))
+    registry.log_state(run_id, state["texts"])
+    registry.log_metrics(
+        run_id, {f"data/{name}": facts[name] for name in ("videos", "rejected", "train", "val", "test")}, step=0
+    )
+    for place, target in ((project.docs, "data_docs"), (project.prepared / "validation.json", "validation")):
+        if place.exists():
+            registry.log_path(run_id, place, target)
+    return run_id
+
+
+@task(
+    name="fit",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=1,
+    retry_delay_seconds=5,
+    retry_condition_fn=_may_pass,
+)
+def _fit(
+    project: Project, settings: Settings, registry: Any, run_id: str, work: Path, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Trains here, or in the work pool of `train.work_pool`. A retry resumes at the last finished epoch."""
+    if settings.train.work_pool:
+        from flows.training import request_training
+
+        return request_training(project, settings, registry, run_id, work)
+    from flows.slots import device_slot
+    from flows.training import job_for
+    from sora import training
+
+    job = job_for(project.shards, work / "table.parquet", settings, work / "fit")
+    with device_slot() as environment, bar("Training") as update, registry.system_metrics(run_id):
+        done = training.run(
+            job, show.live(registry, run_id, update), log=project.state / "logs" / "training.log", env=environment
+        )
+    return done.to_dict()
+
+
+@_step(name="evaluate")
+def _evaluate(
+    project: Project,
+    settings: Settings,
+    registry: Any,
+    run_id: str,
+    work: Work,
+    fitted: dict[str, Any],
+    table: Path,
+) -> dict[str, Any]:
+    """Candidate and champion on the same current splits, in one child process."""
+    from sora import evaluation
+
+    champion = registry.champion()
+    done = work.once("evaluated", lambda: None) or {}
+    if done.get("champion_version") == champion and (work.folder / "evaluation.json").exists():
+        return json.loads((work.folder / "evaluation.json").read_text(encoding="utf-8"))
+    models: list[dict[str, Any]] = [
+        {"name": "candidate", "file": fitted["model"], "recipe": None, "history": fitted["history"]}
+    ]
+    if champion is not None:
+        file, recipe = registry.fetch(champion, project.state / "cache" / "models")
+        models.append({"name": "champion", "file": str(file), "recipe": recipe.to_dict()})
+    job = evaluation.EvalJob(
+        shards=str(project.shards),
+        table=str(table),
+        models=models,
+        classes=list(settings.classes),
+        data=str(project.data),
+        out=str(work.folder / "evaluation"),
+    )
+    with bar("Evaluating") as update:
+        outcome = evaluation.run(job, show.evaluating(update), log=project.state / "logs" / "evaluation.log")
+    outcome = {name: value.to_dict() for name, value in outcome.items()}
+    outcome["champion_version"] = champion
+    (work.folder / "evaluation.json").write_text(json.dumps(outcome), encoding="utf-8")
+    work.note("evaluated", {"champion_version": champion})
+    return outcome
+
+
+@_retried(name="register")
+def _register(
+    registry: Any,
+    run_id: str,
+    fitted: dict[str, Any],
+    candidate: dict[str, Any],
+    key: dict[str, str],
+    facts: dict[str, Any],
+) -> int:
+    from sora.records import EvalReport, Recipe
+
+    registry.log_path(run_id, Path(candidate["folder"]), "evaluation")
+    for split, report in candidate["reports"].items():
+        registry.log_metrics(run_id, {f"{split}/{n}": v for n, v in report["metrics"].items()}, step=0)
+    return registry.register(
+        run_id,
+        Path(fitted["model"]),
+        Recipe.from_dict(candidate["recipe"]),
+        EvalReport.from_dict(candidate["reports"]["test"]),
+        key["data_version"],
+    )
+
+
+@_step(name="judge")
+def _judge(
+    settings: Settings,
+    registry: Any,
+    outcome: dict[str, Any],
+    facts: dict[str, Any],
+    key: dict[str, str],
+    judged: dict[str, Any] | None,
+    force: bool,
+    version: int,
+) -> dict[str, Any]:
+    from sora import promotion
+    from sora.records import EvalReport
+
+    test = {
+        name: EvalReport.from_dict(value["reports"]["test"])
+        for name, value in outcome.items()
+        if name in ("candidate", "champion")
+    }
+    decision = promotion.decide(
+        test["candidate"],
+        test.get("champion"),
+        settings.gate,
+        new_data=judged is None or judged.get("data_version") != key["data_version"],
+        times_judged=registry.times_judged(facts["test_digest"]),
+        forced=force,
+        rolled_back=registry.was_rolled_back(version),
+    )
+    return {"promote": decision.promote, "reasons": list(decision.reasons), "evidence": decision.evidence}
+
+
+@_step(name="promote")
+def _promote(project: Project, registry: Any, version: int, reasons: list[str]) -> str | None:
+    """Moves the alias; a failed smoke prediction puts the old champion back. Returns the failure in words, or None."""
+    from sora.errors import PromotionFailed
+    from sora.serving.predictor import smoke
+
+    try:
+        registry.promote(version, cache=project.state / "cache" / "models", smoke=smoke, reason="; ".join(reasons))
+    except PromotionFailed as error:
+        return error.message
+    return None

@@ -1,0 +1,60 @@
+"""One run at a time a project: a lock that the kernel frees when its holder ends, however it ends.
+
+A schedule's limit does not bind a person at a terminal, and a limit kept by a server can stay taken after a kill.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from sora.errors import RunActive
+from sora.settings import Project
+
+
+def holder(project: Project) -> dict[str, Any] | None:
+    """Who holds the run lock now ({"pid", "since"}), or None when it is free."""
+    from filelock import FileLock, Timeout
+
+    path = project.state / "run.lock"
+    if not path.exists():
+        return None
+    try:
+        with FileLock(path, timeout=0):
+            return None
+    except Timeout:
+        try:
+            return json.loads((project.state / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {"pid": None, "since": "unknown"}
+
+
+@contextmanager
+def run_lock(project: Project) -> Iterator[None]:
+    """Holds the project while a run is active.
+
+    Raises:
+        RunActive: another process holds it; says which and since when.
+    """
+    from filelock import FileLock, Timeout
+
+    project.state.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(project.state / "run.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        who = holder(project) or {"pid": None, "since": "just now"}
+        raise RunActive(
+            f"a run is active in {project.root} already (process {who['pid']}, since {who['since']})",
+            mend="wait until it ends, or stop that process",
+        ) from error
+    try:
+        note = {"pid": os.getpid(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
+        (project.state / "run.json").write_text(json.dumps(note), encoding="utf-8")
+        yield
+    finally:
+        lock.release()
