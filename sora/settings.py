@@ -86,6 +86,7 @@ class Model(_Section):
     blocks: int = Field(1, ge=1, le=8)  # residual blocks a level
     key_frames: int = Field(4, ge=1, le=64)  # that the high network sees
     fusion: Literal["concat", "gram"] = "concat"
+    gram_width: int = Field(64, ge=8, le=512)  # fusion gram: every feature vector is brought to this width
     embedding: int = Field(128, ge=8, le=4096)
     dropout: float = Field(0.3, ge=0, lt=1)
 
@@ -131,6 +132,7 @@ class Serve(_Section):
     max_frames: int = Field(40_000, ge=1)
     decode_workers: int = Field(2, ge=1, le=64)
     decode_timeout: float = Field(30, gt=0)  # seconds
+    upload_timeout: float = Field(120, gt=0)  # seconds from the first byte to the last
     decode_memory: int = Field(2_000_000_000, ge=100_000_000)  # bytes
     queue: int = Field(64, ge=1)
     poll_seconds: float = Field(2, gt=0)
@@ -140,6 +142,26 @@ class Schedule(_Section):
     cron: str = "0 2 * * *"
     timezone: str = "UTC"
     grace_minutes: int = Field(90, ge=1)  # a nightly so much overdue raises the alert
+
+    @field_validator("cron")
+    @classmethod
+    def _fires(cls, value: str) -> str:
+        from croniter import croniter
+
+        if len(value.split()) != 5 or not croniter.is_valid(value):
+            raise ValueError("needs five cron fields, as in '0 2 * * *'")
+        return value
+
+    @field_validator("timezone")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        from zoneinfo import ZoneInfo
+
+        try:
+            ZoneInfo(value)
+        except (ValueError, OSError, KeyError) as error:  # ZoneInfoNotFoundError is a KeyError
+            raise ValueError("is no time zone, as in 'Europe/Berlin'") from error
+        return value
 
 
 class Alert(_Section):

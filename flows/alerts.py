@@ -1,0 +1,174 @@
+"""Tells a webhook (`alert.webhook` in params.yaml) that a nightly failed, or that one did not happen.
+
+The address is often a secret itself (chat services put the token into the path), so no log line holds more of it than
+the host. An alert that can't be delivered is logged and nothing else: it must not fail the flow that it reports on.
+
+`python -m flows.alerts [PROJECT]` looks once whether a nightly is overdue, for cron or a container beside the worker:
+a worker that is down can't report that it is down.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import urllib.error
+import urllib.request
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from sora import nightly_log
+from sora.errors import SoraError
+from sora.settings import Project, find_project
+
+_log = logging.getLogger(__name__)
+_TIMEOUT = 10.0  # seconds, each try
+_PAUSES = (1.0, 4.0)  # seconds before the second and the third try
+_LONGEST_REASON = 4000  # characters; a training's log tail would be refused by most chat services
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirected POST would arrive as a GET without its body; better a failure that is logged."""
+
+    def redirect_request(self, *args: Any, **options: Any) -> None:
+        return None
+
+
+def redacted(url: str) -> str:
+    """Scheme and host of an address: no user, password, path or query."""
+    try:
+        parts = urlsplit(url)
+        port = f":{parts.port}" if parts.port else ""
+    except ValueError:
+        return "an address that can't be read"
+    return f"{parts.scheme}://{parts.hostname or '?'}{port}/…"
+
+
+def send(webhook: str | None, event: dict[str, Any]) -> bool:
+    """POSTs the event as JSON: three tries, then a log line. Never raises. Whether it was delivered.
+
+    Tried again: no connection, no answer, 429 and 5xx. Any other refusal stays one.
+    """
+    if not webhook:
+        return False
+    try:
+        request = urllib.request.Request(
+            webhook,
+            data=json.dumps(event, default=str).encode(),
+            headers={"Content-Type": "application/json", "User-Agent": "sora"},
+            method="POST",
+        )
+        # urllib, not httpx: the latter logs the whole address of every request.
+        opener = urllib.request.build_opener(_NoRedirect)
+        for pause in (*_PAUSES, None):
+            try:
+                with opener.open(request, timeout=_TIMEOUT):
+                    return True
+            except urllib.error.HTTPError as error:
+                reason, again = f"it answered {error.code}", error.code == 429 or error.code >= 500
+                error.close()
+            except OSError as error:  # URLError, timeouts and resets are all of this kind
+                reason, again = type(getattr(error, "reason", error)).__name__, True
+            if not again or pause is None:
+                break
+            time.sleep(pause)
+    except Exception as error:  # a webhook that is no address, an event that is no JSON
+        reason = type(error).__name__
+    _log.warning("alert %s was not delivered to %s: %s", event.get("event"), redacted(webhook), reason)
+    return False
+
+
+def nightly_failed(project: Project, *, flow_run: str, reason: str, mend: str = "") -> bool:
+    """Sends `nightly_failed`. The webhook is read from params.yaml as it is now."""
+    event = {
+        "event": "nightly_failed",
+        "project": str(project.root),
+        "flow_run": flow_run,
+        "reason": reason[-_LONGEST_REASON:],
+        "mend": mend,
+    }
+    return send(_webhook(project), event)
+
+
+def on_failure(flow: Any, flow_run: Any, state: Any) -> None:
+    """Hook for the nightly flow's `on_failure` and `on_crashed`; its parameter `project` says which project."""
+    root = (flow_run.parameters or {}).get("project")
+    if not root:
+        return
+    reason, mend = state.message or state.name, ""
+    error = _error_of(state)
+    if isinstance(error, SoraError):
+        reason, mend = error.message, error.mend
+    nightly_failed(Project(Path(root)), flow_run=flow_run.name, reason=reason, mend=mend)
+
+
+on_crashed = on_failure
+
+
+def _error_of(state: Any) -> BaseException | None:
+    """The exception behind a failed state; None where it stayed in another process (a crash)."""
+    try:
+        result = state.result(raise_on_failure=False)
+    except Exception:
+        return None
+    return result if isinstance(result, BaseException) else None
+
+
+def check_missed(project: Project, now: datetime | None = None) -> datetime | None:
+    """Alerts when a nightly is overdue, once for each nightly. Returns the time of the one that is overdue.
+
+    A delivered alert is remembered in `.sora/alerted.json`; one that was not is tried again at the next look.
+    """
+    settings = project.settings()
+    last = nightly_log.read(project)
+    expected = nightly_log.missed(last, now or datetime.now(UTC), settings.schedule)
+    if expected is None or last is None:
+        return None
+    memory = project.state / "alerted.json"
+    stamp = expected.isoformat()
+    if _remembered(memory) != stamp:
+        event = {
+            "event": "nightly_missed",
+            "project": str(project.root),
+            "expected": stamp,
+            "last": last.finished.isoformat(),
+        }
+        if send(settings.alert.webhook, event):
+            memory.write_text(json.dumps({"expected": stamp}), encoding="utf-8")
+    return expected
+
+
+def _remembered(memory: Path) -> str | None:
+    try:
+        return json.loads(memory.read_text(encoding="utf-8"))["expected"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _webhook(project: Project) -> str | None:
+    try:
+        return project.settings().alert.webhook
+    except SoraError as error:
+        _log.warning("no alert could be sent: %s", error.message)
+        return None
+
+
+def main() -> int:
+    """0: in order; 1: a nightly is overdue; the error's own code when the project can't be read."""
+    try:
+        project = find_project(Path(sys.argv[1] if len(sys.argv) > 1 else "."))
+        overdue = check_missed(project)
+    except SoraError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    if overdue is None:
+        return 0
+    print(f"the nightly of {overdue.isoformat()} did not end well", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
