@@ -55,6 +55,8 @@ def send(webhook: str | None, event: dict[str, Any]) -> bool:
     if not webhook:
         return False
     try:
+        if urlsplit(webhook).scheme not in ("http", "https"):  # urllib would open files as well
+            raise ValueError("scheme")
         request = urllib.request.Request(
             webhook,
             data=json.dumps(event, default=str).encode(),

@@ -53,7 +53,7 @@ def start_prefect(home: Path, port: int) -> subprocess.Popen:
         **LEASE_STORAGE,
     )
     environment.pop("PREFECT_API_URL", None)
-    app = ["--factory", "prefect.server.api.server:create_app"]
+    command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
     with (home / "server.log").open("ab") as log:
         process = start_child(
             [
