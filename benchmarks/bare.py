@@ -1,0 +1,33 @@
+"""The learning half of the pipeline with nothing around it: splits, fit and evaluation, for `benchmarks.pipeline`."""
+
+from __future__ import annotations
+
+import json
+
+from flows.training import job_for
+
+from sora import evaluation, training
+from sora.data import manifest, splits, table
+from sora.settings import Project
+
+
+def learn(project: Project) -> None:
+    """Fits and evaluates on what the stages prepared, in the same child processes as the pipeline uses."""
+    settings = project.settings()
+    rows = manifest.read(project.manifest)
+    rejected = {item["path"] for item in json.loads(project.quarantine.read_text(encoding="utf-8"))}
+    assignment = splits.assign(rows[~rows["path"].isin(rejected)], splits.read(project.splits_file), settings)
+    work = project.state / "bare"
+    work.mkdir(parents=True, exist_ok=True)
+    joined = table.join(rows, rejected | {item.path for item in assignment.rejections}, assignment.ledger)
+    joined.to_parquet(work / "table.parquet", index=False)
+    fitted = training.run(job_for(project.shards, work / "table.parquet", settings, work / "fit"), lambda event: None)
+    job = evaluation.EvalJob(
+        shards=str(project.shards),
+        table=str(work / "table.parquet"),
+        models=[{"name": "candidate", "file": fitted.model, "recipe": None, "history": fitted.history}],
+        classes=list(settings.classes),
+        data=str(project.data),
+        out=str(work / "evaluation"),
+    )
+    evaluation.run(job, lambda event: None)

@@ -1,0 +1,106 @@
+"""What the benchmarks share: projects over real footage, peak memory of a process tree, tables and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+SORA = [sys.executable, "-m", "sora.cli"]
+
+
+@dataclass
+class Done:
+    """One command: seconds of wall clock, peak anonymous memory of its process tree in bytes, its output."""
+
+    seconds: float
+    peak: int
+    code: int
+    out: str
+    err: str = field(repr=False, default="")
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def timed(command: Sequence[str], cwd: Path, *, ok: Iterable[int] = (0,), **env: str) -> Done:
+    """Runs a command and samples its tree's memory each 50 ms (RssAnon: mapped shard files are not counted)."""
+    began = time.perf_counter()
+    child = subprocess.Popen(
+        list(command), cwd=cwd, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    peak = 0
+
+    def watch() -> None:
+        nonlocal peak
+        while child.poll() is None:
+            peak = max(peak, anonymous_bytes(child.pid))
+            time.sleep(0.05)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    out, err = child.communicate()
+    seconds = time.perf_counter() - began
+    watcher.join()
+    if child.returncode not in ok:
+        raise SystemExit(f"{' '.join(command)} ended with {child.returncode}\n{err[-3000:]}")
+    return Done(seconds, peak, child.returncode, out, err)
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Anonymous resident memory of a process and its descendants."""
+    total = 0
+    try:
+        tree = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    except psutil.Error:
+        return 0
+    for one in tree:
+        try:
+            for line in Path(f"/proc/{one}/status").read_text().splitlines():
+                if line.startswith("RssAnon:"):
+                    total += int(line.split()[1]) * 1024
+        except OSError:
+            continue
+    return total
+
+
+def change_params(project: Path, **sections: dict[str, Any]) -> None:
+    """Sets values in params.yaml: change_params(p, train={"epochs": 3})."""
+    path = project / "params.yaml"
+    value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for section, changes in sections.items():
+        if isinstance(changes, dict):
+            value[section] = {**(value.get(section) or {}), **changes}
+        else:
+            value[section] = changes
+    path.write_text(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> None:
+    """Prints a Markdown table."""
+    names = list(rows[0])
+    print(f"\n{title}\n")
+    print("| " + " | ".join(names) + " |")
+    print("|" + "---|" * len(names))
+    for row in rows:
+        print("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
+
+
+def write(name: str, value: Any) -> None:
+    """benchmarks/results/NAME.json, with the machine in words."""
+    RESULTS.mkdir(exist_ok=True)
+    machine = {"cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine, "result": value}, indent=1) + "\n")
