@@ -1,0 +1,220 @@
+"""A small pool of decoding processes (`sora.serving.decoder`), seen from the server.
+
+One that dies, hangs or eats too much is killed and replaced, and costs one request a clear answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import struct
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import sora
+from sora.errors import ServiceError, VideoError
+from sora.records import ClipSpec
+from sora.settings import Serve
+
+BOOT_SECONDS = 60.0  # imports of PyAV and OpenCV on a busy machine
+GRACE_SECONDS = 0.5  # a client hung up: so long may its decoder go on before it is killed
+_PIPE_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """The clips of one video, `(clips, frames, height, width, rgb) uint8`, and what they cost."""
+
+    clips: np.ndarray
+    waited: float  # seconds until a decoder was free
+    seconds: float  # seconds that decoding took
+
+
+class DecodePool:
+    """`serve.decode_workers` children. Make one, `await start()`, and `await close()` at the end.
+
+    Arguments:
+        settings: limits of the section `serve`.
+        folder: the only folder that jobs name files in; also the children's working directory.
+    """
+
+    def __init__(self, settings: Serve, folder: Path) -> None:
+        self._settings = settings
+        self._folder = folder
+        self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
+        self._workers: set[_Worker] = set()
+        self._tasks: set[asyncio.Task] = set()
+        self._closed = False
+        self.replaced = 0  # decoders that died or were killed, since the start
+
+    async def start(self) -> None:
+        for _ in range(self._settings.decode_workers):
+            self._add()
+
+    async def close(self) -> None:
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(worker.end() for worker in self._workers), return_exceptions=True)
+
+    @property
+    def pids(self) -> list[int]:
+        return [worker.process.pid for worker in self._workers if worker.process is not None]
+
+    async def decode(self, path: Path, spec: ClipSpec) -> Decoded:
+        """All clips of one file.
+
+        Raises:
+            VideoError: the file is no usable video, is beyond a limit, or its decoder died or took too long.
+            ServiceError: no decoder could be started.
+        """
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        while not (worker := await self._idle.get()).usable:  # died while idle: nobody's fault
+            self._replace(worker)
+        waited = loop.time() - start
+        # A task of its own, so that a client that hangs up frees its place at once while the decoder is brought back.
+        task = asyncio.create_task(self._exchange(worker, path, spec))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        try:
+            clips, seconds = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            loop.call_later(GRACE_SECONDS, lambda: None if task.done() else worker.kill())
+            raise
+        return Decoded(clips, waited, seconds)
+
+    async def _exchange(self, worker: _Worker, path: Path, spec: ClipSpec) -> tuple[np.ndarray, float]:
+        timeout = self._settings.decode_timeout
+        healthy = False
+        try:
+            await worker.ready()
+            try:
+                answer = await asyncio.wait_for(worker.ask({"path": str(path), "spec": spec.to_dict()}), timeout)
+            except TimeoutError:
+                raise VideoError(
+                    f"took longer than {timeout:g} s to decode",
+                    rule="too_slow",
+                    mend="cut the video or scale it down, or have serve.decode_timeout raised",
+                ) from None
+            except (asyncio.IncompleteReadError, ConnectionError):
+                raise VideoError(
+                    "the decoder stopped on this file", rule="unreadable", mend="re-export the video and send it again"
+                ) from None
+            healthy = not (isinstance(answer, dict) and answer.get("last"))
+            if isinstance(answer, dict):
+                raise VideoError(answer["message"], rule=answer["rule"], mend=answer["mend"])
+            return answer
+        finally:
+            if healthy and worker.usable:
+                self._idle.put_nowait(worker)
+            else:
+                self._replace(worker)
+                await worker.end()
+
+    def _replace(self, worker: _Worker) -> None:
+        worker.kill()
+        self._workers.discard(worker)
+        if not self._closed:
+            self.replaced += 1
+            self._add()
+
+    def _add(self) -> None:
+        worker = _Worker(self._settings, self._folder)
+        self._workers.add(worker)
+        self._idle.put_nowait(worker)
+
+
+class _Worker:
+    """One child. It starts when made; `ready()` waits until it has its imports."""
+
+    def __init__(self, settings: Serve, folder: Path) -> None:
+        self.process: asyncio.subprocess.Process | None = None
+        self._booted = asyncio.create_task(self._boot(settings, folder))
+        self._booted.add_done_callback(lambda done: done.cancelled() or done.exception())  # `ready()` raises it
+
+    async def _boot(self, settings: Serve, folder: Path) -> None:
+        options = {
+            "parent": os.getpid(),
+            "memory": settings.decode_memory,
+            "cpu_seconds": settings.decode_timeout * (os.cpu_count() or 1),
+            "limits": {
+                "max_bytes": settings.max_bytes,
+                "max_seconds": settings.max_seconds,
+                "max_pixels": settings.max_pixels,
+                "max_frames": settings.max_frames,
+            },
+        }
+        self.process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "sora.serving.decoder", json.dumps(options)),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            env=_bare_environment(),
+            cwd=folder,
+            limit=_PIPE_BYTES,
+        )
+        answer = await asyncio.wait_for(self._read(), BOOT_SECONDS)
+        assert answer == {"ready": True}, answer
+
+    async def ready(self) -> None:
+        try:
+            await asyncio.shield(self._booted)
+        except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
+            raise ServiceError(
+                f"no decoder could be started: {type(error).__name__}: {error}",
+                mend="free memory or processes on the server, or raise serve.decode_memory",
+            ) from error
+
+    @property
+    def usable(self) -> bool:
+        """It runs, or is still starting."""
+        return not self._booted.done() if self.process is None else self.process.returncode is None
+
+    async def ask(self, job: dict[str, Any]) -> Any:
+        """The error as a dict, or `(clips, seconds)`."""
+        assert self.process is not None and self.process.stdin is not None
+        self.process.stdin.write(json.dumps(job).encode() + b"\n")
+        await self.process.stdin.drain()
+        return await self._read()
+
+    async def _read(self) -> Any:
+        assert self.process is not None and self.process.stdout is not None
+        (length,) = struct.unpack(">I", await self.process.stdout.readexactly(4))
+        header = json.loads(await self.process.stdout.readexactly(length))
+        if "shape" not in header:
+            return header
+        shape = tuple(header["shape"])
+        data = await self.process.stdout.readexactly(int(np.prod(shape)))
+        return np.frombuffer(data, np.uint8).reshape(shape), float(header["seconds"])
+
+    def kill(self) -> None:
+        if self.process is not None and self.process.returncode is None:
+            self.process.kill()
+
+    async def end(self) -> None:
+        self._booted.cancel()
+        await asyncio.gather(self._booted, return_exceptions=True)
+        self.kill()
+        if self.process is not None:
+            await self.process.wait()
+
+
+def _bare_environment() -> dict[str, str]:
+    """What Python needs and no more: tokens and addresses of other services stay with the server."""
+    keep = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH") if name in os.environ}
+    return {
+        **keep,
+        "PYTHONPATH": str(Path(sora.__file__).resolve().parents[1]),
+        # One thread each and few arenas: address space is limited.
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "2",
+    }

@@ -1,0 +1,206 @@
+"""The server follows the champion: fetched, verified, loaded, warmed and tried off the request path, then one reference
+changes. The one before stays warm, so that a rollback is a pointer move.
+
+A version that fails is refused, and the one that serves goes on. When the registry can't be asked, what serves goes on
+too; after a restart it is the cache's last good champion.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from threading import Thread
+from typing import Any, TypeVar
+
+from sora.errors import SoraError
+from sora.serving.predictor import ModelRefused, Predictor, prepare_backend
+from sora.serving.source import Champion, ModelCache, ModelSource
+
+log = logging.getLogger("sora.serving")
+T = TypeVar("T")
+LONGEST_WAIT = 10.0  # seconds between attempts on a registry or a version that keeps failing
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A champion, ready to answer."""
+
+    champion: Champion
+    predictor: Predictor
+    since: str  # ISO 8601, UTC: when it began to serve
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    champion: Champion
+    reason: str
+    mend: str
+    at: str
+
+
+class Follower:
+    """Holds what serves. Read `current` once a request and use only that: it may change at any await.
+
+    Arguments:
+        source: asked which version is champion, every `poll_seconds`.
+        cache: asked when the source can't answer and nothing serves yet; remembers each champion that served.
+        on_change, on_refusal: called in the event loop, for metrics.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        cache: ModelCache,
+        poll_seconds: float,
+        *,
+        on_change: Callable[[Served], None] = lambda served: None,
+        on_refusal: Callable[[Refusal], None] = lambda refusal: None,
+    ) -> None:
+        self._source = source
+        self._cache = cache
+        self._poll_seconds = poll_seconds
+        self._on_change = on_change
+        self._on_refusal = on_refusal
+        self._task: asyncio.Task | None = None
+        self.current: Served | None = None
+        self.previous: Served | None = None
+        self.refused: Refusal | None = None
+        self.problem: str | None = None  # why the registry could not be asked or fetched from, last time
+        self.asked: str | None = None  # when it last answered
+        self.none = False  # it answered that there is no champion
+
+    async def start(self) -> None:
+        # A daemon thread: the backend's import can't be interrupted, and a stop in the middle must not wait for it.
+        in_thread(prepare_backend).add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._task = asyncio.create_task(self._run(), name="follower")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        failures = 0
+        while True:
+            try:
+                await self.poll()
+                failures = 0 if self.problem is None else failures + 1
+            except Exception:  # a follower that dies would freeze the version without a word
+                log.exception("following the champion failed")
+                self.problem = "following failed, see the log"
+                failures += 1
+            await asyncio.sleep(min(self._poll_seconds * 2 ** min(failures, 5), max(LONGEST_WAIT, self._poll_seconds)))
+
+    async def poll(self) -> None:
+        """Asks once, and makes what it hears so. Returns when the champion serves, is refused, or can't be had."""
+        try:
+            champion = await asyncio.wrap_future(in_thread(self._source.champion))
+            self.problem, self.asked, self.none = None, _now(), champion is None
+        except SoraError as error:
+            self._report(error.message)
+            champion = None
+        if champion is not None:
+            if self.refused and self.refused.champion.key != champion.key:
+                self.refused = None  # the alias moved on; should it come back, the version gets another chance
+            await self._follow(champion)
+        if self.current is None and not self.none:
+            await self._fall_back()
+
+    async def _follow(self, champion: Champion) -> None:
+        if self.current and self.current.champion.key == champion.key:
+            return
+        if self.refused and self.refused.champion.key == champion.key:
+            return
+        if self.previous and self.previous.champion.key == champion.key:
+            self._serve(self.previous.predictor, champion)
+            return
+        await self._load(self._source, champion)
+
+    async def _fall_back(self) -> None:
+        """Nothing serves and the registry does not help: the last champion that served here."""
+        try:
+            champion = await asyncio.wrap_future(in_thread(self._cache.champion))
+        except SoraError as error:
+            self.problem = error.message
+            return
+        if champion is not None and not (self.refused and self.refused.champion.key == champion.key):
+            await self._load(self._cache, champion)
+
+    async def _load(self, source: ModelSource, champion: Champion) -> None:
+        def load() -> Predictor:
+            model_file, recipe = source.fetch(champion)
+            if recipe.model_sha256 != champion.digest:
+                raise ModelRefused(
+                    f"version {champion.version}: its recipe belongs to other bytes", mend="register the version again"
+                )
+            predictor = Predictor(model_file, recipe, champion.version)
+            predictor.check_golden()
+            return predictor
+
+        start = time.perf_counter()
+        try:
+            predictor = await asyncio.wrap_future(in_thread(load))
+        except ModelRefused as error:
+            self.refused = Refusal(champion, error.message, error.mend, _now())
+            log.error("refused version %s: %s", champion.version, error.message)
+            self._on_refusal(self.refused)
+        except (SoraError, OSError, MemoryError) as error:  # may pass: asked again with the next poll
+            self._report(f"version {champion.version} can't be fetched: {getattr(error, 'message', error)}")
+        else:
+            log.info("loaded version %s in %.1f s", champion.version, time.perf_counter() - start)
+            self._serve(predictor, champion)
+
+    def _serve(self, predictor: Predictor, champion: Champion) -> None:
+        served = Served(champion, predictor, _now())
+        self.previous, self.current = self.current, served
+        log.info("serving version %s", champion.version)
+        self._on_change(served)
+        try:
+            self._cache.remember(champion)
+        except OSError as error:  # served all the same; only a restart without a registry would miss it
+            log.warning("the cache can't remember version %s: %s", champion.version, error)
+
+    def _report(self, problem: str) -> None:
+        if problem != self.problem:
+            log.warning("%s", problem)
+        self.problem = problem
+
+    def state(self) -> dict[str, Any]:
+        """For `/v1/model`."""
+        refused = self.refused and {
+            "version": self.refused.champion.version,
+            "reason": self.refused.reason,
+            "mend": self.refused.mend,
+            "at": self.refused.at,
+        }
+        return {
+            "registry": "unreachable" if self.problem else "ok" if self.asked else "not asked yet",
+            "problem": self.problem,
+            "asked": self.asked,
+            "refused": refused,
+            "previous": self.previous.champion.version if self.previous else None,
+        }
+
+
+def in_thread(function: Callable[[], T]) -> Future[T]:
+    """Runs `function` in a daemon thread of its own: a load that hangs keeps neither the pool nor the exit waiting."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()  # who stops waiting does not stop the thread
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True, name=getattr(function, "__name__", "call")).start()
+    return future
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,145 @@
+"""The outermost layer, around every route: request id, security headers, tokens, the Host check, log line, metrics.
+
+Plain ASGI: Starlette's `BaseHTTPMiddleware` would put a task and a queue around every body.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Sequence
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sora.serving.problems import Problem
+
+access = logging.getLogger("sora.serving.access")
+_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_OPEN = ("/", "/healthz", "/readyz", "/openapi.json")  # answer without a token; so does everything below /page/
+_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "media-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "geolocation=(), microphone=(), payment=()",
+}
+
+
+class Tokens:
+    """Bearer tokens that may call. Kept as digests; comparison takes the same time wherever they differ."""
+
+    def __init__(self, tokens: Sequence[str] = ()) -> None:
+        self._digests = [_digest(token) for token in tokens]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def allow(self, authorization: str | None) -> bool:
+        scheme, _, token = (authorization or "").partition(" ")
+        given = _digest(token.strip())
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them, always
+        return scheme.lower() == "bearer" and any(matches)
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
+
+
+class Guard:
+    """ASGI middleware.
+
+    Arguments:
+        tokens: any given: `/v1/*` and `/metrics` need one. None given: only requests that name this machine as their
+            host are answered, since a page on the internet can have a browser ask any address, by a name of its own.
+        on_request: called with (route, method, status, seconds).
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, tokens: Tokens, on_request: Callable[[str, str, int, float], None]
+    ) -> None:
+        self._app = app
+        self._tokens = tokens
+        self._on_request = on_request
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        start = time.perf_counter()
+        status = 499  # the client went away before an answer
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                out = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    out.setdefault(name, value)
+                out["x-request-id"] = request_id
+                out.setdefault("cache-control", "no-store")
+            await send(message)
+
+        try:
+            problem = self._refusal(scope, headers)
+            await (problem.response() if problem else self._app)(scope, receive, answer)
+        finally:
+            seconds = time.perf_counter() - start
+            # The template of the route, never the path: names of metrics and logs are bounded.
+            route = getattr(scope.get("route"), "path", None) or ("/page" if "/page/" in scope["path"] else "other")
+            method = scope["method"] if scope["method"] in ("GET", "POST", "HEAD") else "other"
+            self._on_request(route, method, status, seconds)
+            line = {
+                "event": "request",
+                "id": request_id,
+                "method": method,
+                "route": route,
+                "status": status,
+                "ms": round(seconds * 1000, 1),
+                "client": (scope.get("client") or ("",))[0],
+                **scope["state"].get("log", {}),
+            }
+            access.info(json.dumps(line))
+
+    def _refusal(self, scope: Scope, headers: Headers) -> Problem | None:
+        path = scope["path"]
+        if self._tokens:
+            if path not in _OPEN and not path.startswith("/page/") and not self._tokens.allow(headers.get("authorization")):
+                return Problem(
+                    401,
+                    "this server needs a bearer token",
+                    mend="send the header `Authorization: Bearer …` with a token of this server's SORA_API_TOKEN",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+        elif not names_this_machine(headers.get("host", "")):
+            return Problem(
+                403,
+                "without tokens, only requests to this machine by its own name are answered",
+                mend="call http://127.0.0.1:… or http://localhost:…, or start the server with SORA_API_TOKEN set",
+            )
+        if scope["method"] == "POST" and headers.get("sec-fetch-site", "same-origin") in ("cross-site", "same-site"):
+            return Problem(403, "a page of another site sent this", mend="use this server's own page, or a program")
+        return None
+
+
+def names_this_machine(host: str) -> bool:
+    """Whether a Host header or an address means the loopback interface."""
+    name = re.sub(r":[0-9]{1,5}$", "", host).strip("[]").lower()
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

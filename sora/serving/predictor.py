@@ -1,0 +1,207 @@
+"""A registered model as a function from clips to calibrated probabilities: `sora predict`, the server and the smoke test.
+
+TensorFlow, Keras and the model's layers are imported when a `Predictor` is made, not with this module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sora.errors import InputError, ServiceError, VideoError
+from sora.records import Prediction, Recipe
+
+if TYPE_CHECKING:
+    from sora.video.decode import Limits
+
+BATCH_SIZES = (1, 2, 4, 8)  # compiled calls are warmed at these, and clips are padded to the next
+MAX_BATCH = BATCH_SIZES[-1]
+SCHEMA = 1  # of the recipe
+GOLDEN_TOLERANCE = 2e-3  # of a probability: other processors and batch sizes round differently
+_load = threading.Lock()  # Keras' loading scope is global state
+
+
+class ModelRefused(ServiceError):
+    """A model file that must not answer: wrong bytes, not loadable, or not the answers that its recipe promises."""
+
+
+class Predictor:
+    """One loaded, warmed and callable model version. Making one takes seconds; run it off the request path.
+
+    Arguments:
+        model_file: a `.keras` file.
+        recipe: what the registry stored with it; `recipe.model_sha256` must match the file.
+        version: the registry's number, which every answer carries.
+
+    Raises:
+        ModelRefused: the digest differs, loading in safe mode failed, or shapes and classes disagree with the recipe.
+    """
+
+    def __init__(self, model_file: Path, recipe: Recipe, version: int) -> None:
+        if recipe.schema != SCHEMA:
+            raise ModelRefused(
+                f"version {version} has a recipe of schema {recipe.schema}, this Sora reads {SCHEMA}",
+                mend="use the release of Sora that trained it, or train again",
+            )
+        self.recipe = recipe
+        self.version = version
+        self.classes = recipe.classes
+        self.digest = _verified(model_file, recipe, version)
+        with _load:
+            self._call = _compiled(model_file, recipe, version)
+        for size in BATCH_SIZES:
+            logits = self._call(np.zeros((size, *self.clip_shape), np.uint8))
+            if logits.shape != (size, len(self.classes)):
+                raise ModelRefused(
+                    f"version {version} answers with shape {logits.shape}, its recipe has {len(self.classes)} classes",
+                    mend="register the model with the recipe that it was evaluated with",
+                )
+
+    @property
+    def clip_shape(self) -> tuple[int, int, int, int]:
+        """(time, height, width, rgb)"""
+        return (self.recipe.clip.frames, self.recipe.clip.height, self.recipe.clip.width, 3)
+
+    def probabilities(self, clips: np.ndarray) -> np.ndarray:
+        """Calibrated class probabilities of each clip.
+
+        Input shape: `(n, time, height, width, rgb) uint8`, any n ≥ 1.
+        Output shape: `(n, classes) float64`, rows sum to 1.
+        """
+        rows = [self._padded(clips[start : start + MAX_BATCH]) for start in range(0, len(clips), MAX_BATCH)]
+        logits = np.concatenate(rows) / self.recipe.temperature
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return powers / powers.sum(axis=1, keepdims=True)
+
+    def _padded(self, clips: np.ndarray) -> np.ndarray:
+        count = len(clips)
+        size = next(size for size in BATCH_SIZES if size >= count)
+        if size > count:
+            clips = np.concatenate([clips, np.zeros((size - count, *clips.shape[1:]), np.uint8)])
+        return self._call(clips)[:count].astype(np.float64)
+
+    def predict(self, clips: np.ndarray) -> Prediction:
+        """The answer for one video: the mean over its clips, `(clips, time, height, width, rgb) uint8`."""
+        return self.answer(self.probabilities(clips))
+
+    def answer(self, probabilities: np.ndarray) -> Prediction:
+        """The answer for one video from the probabilities of its clips, `(clips, classes)`."""
+        mean = probabilities.mean(axis=0)
+        named = {name: float(value) for name, value in zip(self.classes, mean, strict=True)}
+        return Prediction(self.classes[int(mean.argmax())], named, self.version)
+
+    def check_golden(self) -> float:
+        """Answers the recipe's made-up clips again; the largest difference from the stored probabilities.
+
+        Raises:
+            ModelRefused: a difference beyond `GOLDEN_TOLERANCE`, or the answers are no probabilities.
+        """
+        from sora.evaluation import golden_clip
+
+        worst = 0.0
+        for golden in self.recipe.golden or ({"seed": 0, "probabilities": None},):
+            clip = golden_clip(self.recipe.clip, int(golden["seed"]))
+            answer = self.probabilities(clip[None])[0]
+            if not np.isfinite(answer).all() or abs(answer.sum() - 1) > 1e-6:
+                raise ModelRefused(f"version {self.version} answers {answer.tolist()}", mend="train again")
+            if golden["probabilities"] is not None:
+                worst = max(worst, float(np.abs(answer - np.asarray(golden["probabilities"])).max()))
+        if worst > GOLDEN_TOLERANCE:
+            raise ModelRefused(
+                f"version {self.version} differs by {worst:.4f} from the answers stored with it",
+                mend="serve it with the versions of Keras and TensorFlow that trained it, or train again",
+            )
+        return worst
+
+
+def _verified(model_file: Path, recipe: Recipe, version: int) -> str:
+    try:
+        with model_file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelRefused(f"version {version}: can't read {model_file}: {error}", mend="fetch it again") from error
+    if digest != recipe.model_sha256:
+        raise ModelRefused(
+            f"version {version}: {model_file.name} has sha256 {digest[:12]}…, its recipe {recipe.model_sha256[:12]}…",
+            mend="remove it from .sora/cache/models and start again; if it stays so, the registry's copy is damaged",
+        )
+    return digest
+
+
+def _compiled(model_file: Path, recipe: Recipe, version: int) -> Any:
+    """A function `(n, time, height, width, rgb) uint8 → (n, classes) float`, for n in BATCH_SIZES."""
+    prepare_backend()
+    import keras
+
+    try:
+        model = keras.saving.load_model(model_file, compile=False, safe_mode=True)
+    except Exception as error:  # Keras raises whatever its archive, JSON or layers raise
+        raise ModelRefused(
+            f"version {version} can't be loaded: {type(error).__name__}: {str(error)[:300]}",
+            mend="serve it with the versions of Keras and Sora that trained it, or train again",
+        ) from error
+    shape = (recipe.clip.frames, recipe.clip.height, recipe.clip.width, 3)
+    if tuple(model.input_shape[1:]) != shape:
+        raise ModelRefused(
+            f"version {version} takes clips {tuple(model.input_shape[1:])}, its recipe makes {shape}",
+            mend="register the model with the recipe that it was evaluated with",
+        )
+    if keras.config.backend() != "tensorflow":
+        return lambda clips: np.asarray(model.predict_on_batch(clips))
+    import tensorflow as tf
+
+    # One trace with a symbolic batch size: ready in 1.3 × TensorFlow's import, against 2.0 × with one a size.
+    @tf.function(input_signature=[tf.TensorSpec((None, *shape), tf.uint8)], autograph=False)
+    def call(clips: Any) -> Any:
+        return model(clips, training=False)
+
+    function = call.get_concrete_function()
+    return lambda clips: function(tf.constant(clips)).numpy()
+
+
+def prepare_backend() -> None:
+    """Imports what loading a model needs: the backend, Keras and the project's registered layers.
+
+    The slow part of a start, so the server begins it before it knows which version it will load.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import keras
+
+    import sora.model.classifier  # noqa: F401  registers its layers
+
+    if keras.config.backend() == "tensorflow":
+        import tensorflow  # noqa: F401
+
+
+def predict_files(
+    paths: Sequence[Path], model_file: Path, recipe: Recipe, version: int, limits: Limits | None = None
+) -> list[dict[str, Any]]:
+    """Answers for video files, in order: `{path, label, probabilities, version}` or `{path, error}`.
+
+    The model is loaded at the first readable file. A file that can't be used costs only its own answer.
+
+    Raises:
+        ModelRefused: see `Predictor`.
+    """
+    from sora.video.transform import prepare_clips
+
+    predictor: Predictor | None = None
+    answers: list[dict[str, Any]] = []
+    for path in paths:
+        try:
+            if not path.is_file():
+                raise InputError(f"{path} is no file", mend="give the path of a video")
+            clips = prepare_clips(path, recipe.clip, limits=limits)
+        except (VideoError, InputError, OSError) as error:
+            answers.append({"path": str(path), "error": getattr(error, "message", str(error))})
+            continue
+        predictor = predictor or Predictor(model_file, recipe, version)
+        answers.append({"path": str(path), **asdict(predictor.predict(clips))})
+    return answers

@@ -1,0 +1,85 @@
+"""What goes wrong with a request, as RFC 9457 problem documents (`application/problem+json`).
+
+Every document has `type`, `title`, `status`, `detail`, and `mend`: what the caller can do about it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from sora.errors import VideoError
+
+MEDIA_TYPE = "application/problem+json"
+
+TITLES = {
+    400: "The request can't be read",
+    401: "A token is needed",
+    403: "Not from here",
+    404: "No such address",
+    405: "Not with this method",
+    408: "The upload took too long",
+    411: "The length is missing",
+    413: "Too large",
+    415: "Not a multipart upload",
+    422: "The video can't be used",
+    429: "Too many requests at once",
+    500: "The server failed",
+    503: "Not ready",
+    507: "No room on the server's disk",
+}
+
+# Rules of a VideoError that are about a limit of this server, not about the file's health.
+_LIMIT_MENDS = {
+    "too_large": "send a smaller file, or have serve.max_bytes raised",
+    "too_long": "cut the video, or have serve.max_seconds raised",
+    "too_many_frames": "cut the video or lower its frame rate, or have serve.max_frames raised",
+    "too_many_pixels": "scale the picture down, or have serve.max_pixels raised",
+}
+
+
+class Problem(Exception):
+    """An answer that says no. Raised anywhere below a route; the application turns it into a response.
+
+    Arguments:
+        status: HTTP status, 400 to 599.
+        detail: the rule and what was received.
+        mend: what the caller can do.
+        kind: last part of `type`; a stable word that programs compare.
+        headers: more response headers, such as Retry-After.
+    """
+
+    def __init__(
+        self, status: int, detail: str, *, mend: str, kind: str = "", headers: dict[str, str] | None = None, **more: Any
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.mend = mend
+        self.kind = kind or TITLES.get(status, "problem").lower().replace(" ", "-").replace("'", "")
+        self.headers = headers or {}
+        self.more = more
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "type": f"urn:sora:problem:{self.kind}",
+            "title": TITLES.get(self.status, "The request failed"),
+            "status": self.status,
+            "detail": self.detail,
+            "mend": self.mend,
+            **self.more,
+        }
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.document(), status_code=self.status, headers=self.headers, media_type=MEDIA_TYPE)
+
+
+def of_video(error: VideoError, name: str) -> Problem:
+    """The problem of one uploaded video: 413 where it is beyond a limit of this server, else 422.
+
+    `name` is the client's own name for the file, which replaces any path of this server in the message.
+    """
+    mend = _LIMIT_MENDS.get(error.rule) or error.mend or "send another video file"
+    status = 413 if error.rule in _LIMIT_MENDS else 422
+    return Problem(status, error.message, mend=mend, kind=error.rule.replace("_", "-"), rule=error.rule, filename=name)

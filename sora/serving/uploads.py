@@ -1,0 +1,165 @@
+"""A multipart upload, streamed to a file of our own naming with its limits enforced while it is read.
+
+Not Starlette's form parser: that one has no limit on a file's bytes, so a client could fill the disk before a route
+runs. Memory held for an upload is one chunk.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from sora.serving.problems import Problem
+
+OVERHEAD = 64 * 1024  # bytes that a body may have beyond its file: boundaries and part headers
+MAX_NAME = 255  # characters of the client's file name that are echoed
+_MEND = "send multipart/form-data with one part named `file`, as in: curl -F file=@video.mp4 …/v1/predict"
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """One received file. `name` is what the client called it: for showing, never for opening."""
+
+    path: Path
+    name: str
+    bytes: int
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def check_headers(content_type: str | None, content_length: str | None, max_bytes: int) -> bytes:
+    """The multipart boundary; refuses early what can't succeed, before any byte of the body is read.
+
+    Raises:
+        Problem: 415 not multipart, 400 no boundary or a strange length, 413 announced larger than `max_bytes`.
+    """
+    kind, options = parse_options_header(content_type)
+    if kind != b"multipart/form-data":
+        received = repr(content_type[:100]) if content_type else "none"
+        raise Problem(415, f"the content type must be multipart/form-data, received {received}", mend=_MEND)
+    boundary = options.get(b"boundary", b"")
+    if not 1 <= len(boundary) <= 70:  # RFC 2046
+        raise Problem(400, "the content type has no usable multipart boundary", mend=_MEND)
+    if content_length is not None:
+        if not re.fullmatch(r"[0-9]{1,18}", content_length):
+            raise Problem(400, "the content length is no number", mend=_MEND)
+        if int(content_length) > max_bytes + OVERHEAD:
+            raise too_large(max_bytes, int(content_length))
+    return boundary
+
+
+def too_large(max_bytes: int, received: int | None = None) -> Problem:
+    was = f"{received:,} bytes" if received is not None else "more"
+    return Problem(
+        413,
+        f"a file may have {max_bytes:,} bytes, received {was}",
+        mend="send a smaller file, or have serve.max_bytes raised",
+        kind="too-large",
+        max_bytes=max_bytes,
+    )
+
+
+async def receive(stream: AsyncIterator[bytes], boundary: bytes, folder: Path, max_bytes: int) -> Upload:
+    """Reads the body of one request: exactly one part, named `file`, into a new file in `folder`.
+
+    Arguments:
+        stream: the body's chunks.
+        boundary: from `check_headers`.
+        folder: a private folder; the file's name in it is random.
+        max_bytes: of the file; one more is a 413 and the rest is not read.
+
+    Raises:
+        Problem: 400 the body is no such multipart, 413 too large, 507 the disk is full. No file is left behind then.
+    """
+    path = folder / f"{secrets.token_hex(16)}.upload"
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as sink:
+            reader = _Reader(sink, max_bytes)
+            parser = MultipartParser(boundary, reader.callbacks())  # bounds count and size of part headers
+            total = 0
+            async for chunk in stream:
+                total += len(chunk)
+                if total > max_bytes + OVERHEAD:
+                    raise too_large(max_bytes)
+                parser.write(chunk)
+                reader.flush()
+            parser.finalize()
+        if reader.name is None or not reader.complete:
+            raise Problem(400, "the body has no complete part named `file`", mend=_MEND)
+        return Upload(path, reader.name, reader.bytes)
+    except BaseException as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, FormParserError):
+            raise Problem(400, "the body is no well-formed multipart/form-data", mend=_MEND) from error
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Problem(507, "no space left for the upload", mend="try later; the server's operator must make room",
+                          headers={"Retry-After": "60"}) from error  # fmt: skip
+        raise
+
+
+class _Reader:
+    """The callbacks of the parser: state of the one part that may come."""
+
+    def __init__(self, sink: BinaryIO, max_bytes: int) -> None:
+        self._sink = sink
+        self._max = max_bytes
+        self._header = (bytearray(), bytearray())
+        self._disposition = b""
+        self._pending: list[bytes] = []
+        self.name: str | None = None
+        self.bytes = 0
+        self.complete = False
+
+    def callbacks(self) -> dict:
+        return {
+            "on_header_field": lambda data, start, end: self._header[0].extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self._header[1].extend(data[start:end]),
+            "on_header_end": self._on_header_end,
+            "on_headers_finished": self._on_headers_finished,
+            "on_part_data": self._on_part_data,
+            "on_part_end": self._on_part_end,
+        }
+
+    def _on_header_end(self) -> None:
+        field, value = (bytes(part) for part in self._header)
+        self._header = (bytearray(), bytearray())
+        if field.lower() == b"content-disposition":
+            self._disposition = value
+
+    def _on_headers_finished(self) -> None:
+        if self.name is not None:
+            raise Problem(400, "one call takes one file, received a second part", mend=_MEND)
+        kind, options = parse_options_header(self._disposition.decode("latin-1"))
+        if kind != b"form-data" or options.get(b"name") != b"file" or b"filename" not in options:
+            received = options.get(b"name", b"")[:100].decode("utf-8", "replace")
+            raise Problem(400, f"the one part must be a file named `file`, received {received!r}", mend=_MEND)
+        self.name = shown_name(options[b"filename"])
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        self.bytes += end - start
+        if self.bytes > self._max:
+            raise too_large(self._max)
+        self._pending.append(data[start:end])
+
+    def _on_part_end(self) -> None:
+        self.complete = True
+
+    def flush(self) -> None:
+        self._sink.writelines(self._pending)
+        self._pending.clear()
+
+
+def shown_name(raw: bytes) -> str:
+    """The client's file name, fit to be shown and logged: its last part, no control characters, bounded."""
+    name = raw.decode("utf-8", "replace").replace("\\", "/").rsplit("/", 1)[-1]
+    return "".join(c for c in name if c.isprintable())[:MAX_NAME] or "video"
