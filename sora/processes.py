@@ -9,8 +9,10 @@ or {"event": "error", …}.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,11 +116,25 @@ def run_child(
                 f"{module} {how} before it had a result\n{tail}", mend="run the same command again: it resumes"
             )
         if result["event"] == "error":
-            raise _rebuilt(result)
+            raise rebuild_error(result)
         return result
 
 
-def _rebuilt(event: dict[str, Any]) -> SoraError:
+def error_event(error: SoraError | OSError) -> dict[str, Any]:
+    """What a child tells its parent about an error; `rebuild_error` makes it an error again."""
+    if isinstance(error, SoraError):
+        kind, message, mend = type(error).__name__, error.message, error.mend
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(Path.cwd()).free
+        kind, message = DiskFull.__name__, f"{error} ({free:,} bytes free)"
+        mend = "make room (`sora gc --dry-run` shows what can go) and run again"
+    else:
+        kind, message, mend = ServiceError.__name__, str(error), ""
+    return {"event": "error", "kind": kind, "message": message, "mend": mend, "rule": getattr(error, "rule", None)}
+
+
+def rebuild_error(event: dict[str, Any]) -> SoraError:
+    """The error that `error_event` described, of its class."""
     import sora.errors
 
     kind = getattr(sora.errors, event["kind"], ServiceError)
@@ -128,8 +144,6 @@ def _rebuilt(event: dict[str, Any]) -> SoraError:
 
 def child_main(body: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], dict[str, Any]]) -> None:
     """The other end of `run_child`: calls `body(job, emit)` and reports what it returned or raised."""
-    import shutil
-
     die_with_parent()
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     stream = os.fdopen(int(os.environ["SORA_EVENTS"]), "w", encoding="utf-8", buffering=1)
@@ -139,29 +153,6 @@ def child_main(body: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]]
 
     try:
         emit({**body(job, emit), "event": "result"})
-    except SoraError as error:
-        emit(
-            {
-                "event": "error",
-                "kind": type(error).__name__,
-                "message": error.message,
-                "mend": error.mend,
-                "rule": getattr(error, "rule", None),
-            }
-        )
-        sys.exit(error.exit_code)
-    except OSError as error:
-        import errno
-
-        full = error.errno == errno.ENOSPC
-        kind = DiskFull if full else ServiceError
-        free = shutil.disk_usage(Path.cwd()).free
-        emit(
-            {
-                "event": "error",
-                "kind": kind.__name__,
-                "message": f"{error} ({free:,} bytes free)",
-                "mend": "make room (`sora gc --dry-run` shows what can go) and run again" if full else "",
-            }
-        )
-        sys.exit(3)
+    except (SoraError, OSError) as error:
+        emit(error_event(error))
+        sys.exit(error.exit_code if isinstance(error, SoraError) else 3)
