@@ -137,6 +137,10 @@ class Serve(_Section):
     queue: int = Field(64, ge=1)
     poll_seconds: float = Field(2, gt=0)
 
+    def file_limits(self) -> dict[str, int | float]:
+        """The fields of `sora.video.decode.Limits`."""
+        return {name: getattr(self, name) for name in ("max_bytes", "max_seconds", "max_pixels", "max_frames")}
+
 
 class Schedule(_Section):
     cron: str = "0 2 * * *"

@@ -1,0 +1,145 @@
+"""The two inputs and the residual network that each goes through.
+
+Feichtenhofer et al. 2019, "SlowFast Networks for Video Recognition": a narrow network on every frame for motion, a wide
+one on few frames for appearance. Departs: the narrow network sees signed differences of brightness instead of colour,
+there are no lateral connections, and features are taken at every level of both networks, not only at the last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from sora.model.residual import FrameConv, ResidualBlock
+
+_LUMA = (0.299, 0.587, 0.114)  # BT.601
+
+
+@keras.saving.register_keras_serializable(package="sora")
+class Motion(keras.layers.Layer):
+    """Brightness and its signed change to the frame before and to the frame after: what the low network sees.
+
+    With both changes beside the brightness, the first convolution can hold filters that are oriented in space *and*
+    time, hence tell left from right. Brightness is centred and scaled by the clip's own mean and deviation, the changes
+    by their own root mean square: exposure and contrast drop out. At either end the missing change is 0.
+
+    Input shape: `(batch, time, height, width, rgb)`, uint8 or float in 0 to 255.
+    Output shape: `(batch, time, height, width, 3)` float: brightness, change since, change until.
+
+    Example: `Motion()(clips)`.
+    """
+
+    def call(self, clips: Any) -> Any:
+        # In float32 whatever the policy: squares of differences of bytes overflow half precision.
+        x = ops.cast(clips, "float32") / 255.0
+        luma = x[..., 0:1] * _LUMA[0] + x[..., 1:2] * _LUMA[1] + x[..., 2:3] * _LUMA[2]
+        change = luma[:, 1:] - luma[:, :-1]
+        nothing = ops.zeros_like(luma[:, :1])
+        everything = (1, 2, 3, 4)
+        size = ops.sqrt(ops.mean(ops.square(change), axis=everything, keepdims=True) + 1e-4)
+        change = change / size
+        mean = ops.mean(luma, axis=everything, keepdims=True)
+        deviation = ops.sqrt(ops.mean(ops.square(luma - mean), axis=everything, keepdims=True) + 1e-4)
+        since = ops.concatenate([nothing, change], axis=1)
+        until = ops.concatenate([change, nothing], axis=1)
+        result = ops.concatenate([(luma - mean) / deviation, since, until], axis=-1)
+        return ops.cast(result, self.compute_dtype)
+
+    def compute_output_shape(self, input_shape: tuple) -> tuple:
+        return (*input_shape[:-1], 3)
+
+
+@keras.saving.register_keras_serializable(package="sora")
+class KeyFrames(keras.layers.Layer):
+    """Evenly spaced frames, colours scaled to -1 to 1: what the high network sees.
+
+    Arguments:
+        count: frames kept, the middles of as many equal parts of the clip; at most the clip's frames.
+
+    Input shape: `(batch, time, height, width, rgb)`, uint8 or float in 0 to 255.
+    Output shape: `(batch, count, height, width, rgb)` float.
+
+    Example: `KeyFrames(4)(clips)`.
+    """
+
+    def __init__(self, count: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.count = count
+
+    def call(self, clips: Any) -> Any:
+        time = clips.shape[1]
+        # One slice a frame: `ops.take` with a list would be a gather, whose gradient is slower than a slice's.
+        chosen = [clips[:, index : index + 1] for index in key_frames(time, self.count)]
+        x = ops.cast(ops.concatenate(chosen, axis=1), self.compute_dtype)
+        return x / 127.5 - 1.0
+
+    def compute_output_shape(self, input_shape: tuple) -> tuple:
+        return (input_shape[0], self.count, *input_shape[2:])
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "count": self.count}
+
+
+def key_frames(time: int, count: int) -> tuple[int, ...]:
+    """Indices of `count` of `time` frames: the middles of `count` equal parts.
+
+    Raises:
+        ValueError: more are wanted than there are.
+    """
+    if not 1 <= count <= time:
+        raise ValueError(f"key frames must be 1 to the clip's {time} frames, received {count}")
+    return tuple((2 * part + 1) * time // (2 * count) for part in range(count))
+
+
+@keras.saving.register_keras_serializable(package="sora")
+class ResidualStream(keras.layers.Layer):
+    """A residual network on every frame that hands out each level's features.
+
+    A stem (3x3, stride 2) and, a level, `blocks` residual blocks; every level halves height and width.
+    Each level's features are averaged over the picture, a vector a frame.
+
+    Arguments:
+        filters: of each level.
+        blocks: residual blocks a level.
+        shift: fraction of the channels shifted in time (see `residual.TemporalShift`).
+
+    Input shape: `(batch, time, height, width, channels)`.
+    Output: a list with `(batch, time, filters[level])` for each level.
+
+    Example: `low, middle, high = ResidualStream((16, 32, 64))(Motion()(clips))`.
+    """
+
+    def __init__(self, filters: tuple[int, ...], *, blocks: int = 1, shift: float = 0.125, **options: Any) -> None:
+        super().__init__(**options)
+        self.filters, self.blocks, self.shift = tuple(filters), blocks, shift
+        self.stem = FrameConv(self.filters[0], 3, stride=2, dtype=self.dtype_policy)
+        self.levels = [
+            ResidualBlock(width, stride=2 if not block else 1, shift=shift, dtype=self.dtype_policy)
+            for width in self.filters
+            for block in range(blocks)
+        ]
+
+    def build(self, input_shape: tuple) -> None:
+        self.stem.build(input_shape)
+        shape = self.stem.compute_output_shape(input_shape)
+        for block in self.levels:
+            block.build(shape)
+            shape = block.compute_output_shape(shape)
+
+    def call(self, x: Any, training: bool | None = None) -> list[Any]:
+        x = self.stem(x, training=training)
+        features = []
+        for number, block in enumerate(self.levels, 1):
+            x = block(x, training=training)
+            if number % self.blocks == 0:
+                features.append(ops.mean(x, axis=(2, 3)))
+        return features
+
+    def compute_output_shape(self, input_shape: tuple) -> list[tuple]:
+        return [(*input_shape[:2], width) for width in self.filters]
+
+    def get_config(self) -> dict[str, Any]:
+        own = {"filters": list(self.filters), "blocks": self.blocks, "shift": self.shift}
+        return {**super().get_config(), **own}
