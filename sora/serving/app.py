@@ -253,9 +253,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def create_app(
-    settings: Serve, source: ModelSource, cache: ModelCache, *, tokens: Sequence[str] = ()
-) -> FastAPI:
+def create_app(settings: Serve, source: ModelSource, cache: ModelCache, *, tokens: Sequence[str] = ()) -> FastAPI:
     """The application; its `state.service` is the `Service`.
 
     Arguments:

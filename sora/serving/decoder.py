@@ -76,7 +76,9 @@ def _work(options: dict[str, Any], answers: Any) -> None:
             return  # what a failed allocation left behind is not trusted: a fresh process takes over
         else:
             clips = np.ascontiguousarray(clips)
-            _answer(answers, {"shape": clips.shape, "seconds": time.perf_counter() - start}, memoryview(clips).cast("B"))
+            _answer(
+                answers, {"shape": clips.shape, "seconds": time.perf_counter() - start}, memoryview(clips).cast("B")
+            )
 
 
 def _confine(memory: int) -> None:

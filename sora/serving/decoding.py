@@ -145,12 +145,7 @@ class _Worker:
             "parent": os.getpid(),
             "memory": settings.decode_memory,
             "cpu_seconds": settings.decode_timeout * (os.cpu_count() or 1),
-            "limits": {
-                "max_bytes": settings.max_bytes,
-                "max_seconds": settings.max_seconds,
-                "max_pixels": settings.max_pixels,
-                "max_frames": settings.max_frames,
-            },
+            "limits": settings.file_limits(),
         }
         self.process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "sora.serving.decoder", json.dumps(options)),

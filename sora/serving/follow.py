@@ -17,12 +17,14 @@ from datetime import UTC, datetime
 from threading import Thread
 from typing import Any, TypeVar
 
-from sora.errors import SoraError
+from sora.errors import ServiceError, SoraError
+from sora.registry import ChampionRef
 from sora.serving.predictor import ModelRefused, Predictor, prepare_backend
-from sora.serving.source import Champion, ModelCache, ModelSource
+from sora.serving.source import ModelCache, ModelSource
 
 log = logging.getLogger("sora.serving")
 T = TypeVar("T")
+ASK_SECONDS = 5.0
 LONGEST_WAIT = 10.0  # seconds between attempts on a registry or a version that keeps failing
 
 
@@ -30,14 +32,14 @@ LONGEST_WAIT = 10.0  # seconds between attempts on a registry or a version that 
 class Served:
     """A champion, ready to answer."""
 
-    champion: Champion
+    champion: ChampionRef
     predictor: Predictor
     since: str  # ISO 8601, UTC: when it began to serve
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    champion: Champion
+    champion: ChampionRef
     reason: str
     mend: str
     at: str
@@ -67,6 +69,7 @@ class Follower:
         self._on_change = on_change
         self._on_refusal = on_refusal
         self._task: asyncio.Task | None = None
+        self._asking: asyncio.Future[ChampionRef | None] | None = None
         self.current: Served | None = None
         self.previous: Served | None = None
         self.refused: Refusal | None = None
@@ -99,24 +102,33 @@ class Follower:
     async def poll(self) -> None:
         """Asks once, and makes what it hears so. Returns when the champion serves, is refused, or can't be had."""
         try:
-            champion = await asyncio.wrap_future(in_thread(self._source.champion))
+            champion = await self._ask()
             self.problem, self.asked, self.none = None, _now(), champion is None
         except SoraError as error:
             self._report(error.message)
             champion = None
         if champion is not None:
-            if self.refused and self.refused.champion.key != champion.key:
+            if self.refused and not _same(self.refused.champion, champion):
                 self.refused = None  # the alias moved on; should it come back, the version gets another chance
             await self._follow(champion)
         if self.current is None and not self.none:
             await self._fall_back()
 
-    async def _follow(self, champion: Champion) -> None:
-        if self.current and self.current.champion.key == champion.key:
+    async def _ask(self) -> ChampionRef | None:
+        """The source's answer. One that hangs counts as no answer, and is not asked again before it lets go."""
+        self._asking = self._asking or asyncio.wrap_future(in_thread(self._source.champion))
+        done, _ = await asyncio.wait((self._asking,), timeout=ASK_SECONDS)
+        if not done:
+            raise ServiceError(f"the registry has not answered for {ASK_SECONDS:g} s", mend="look at MLflow's log")
+        asking, self._asking = self._asking, None
+        return asking.result()
+
+    async def _follow(self, champion: ChampionRef) -> None:
+        if self.current and _same(self.current.champion, champion):
             return
-        if self.refused and self.refused.champion.key == champion.key:
+        if self.refused and _same(self.refused.champion, champion):
             return
-        if self.previous and self.previous.champion.key == champion.key:
+        if self.previous and _same(self.previous.champion, champion):
             self._serve(self.previous.predictor, champion)
             return
         await self._load(self._source, champion)
@@ -128,10 +140,10 @@ class Follower:
         except SoraError as error:
             self.problem = error.message
             return
-        if champion is not None and not (self.refused and self.refused.champion.key == champion.key):
+        if champion is not None and not (self.refused and _same(self.refused.champion, champion)):
             await self._load(self._cache, champion)
 
-    async def _load(self, source: ModelSource, champion: Champion) -> None:
+    async def _load(self, source: ModelSource, champion: ChampionRef) -> None:
         def load() -> Predictor:
             model_file, recipe = source.fetch(champion)
             if recipe.model_sha256 != champion.digest:
@@ -155,7 +167,7 @@ class Follower:
             log.info("loaded version %s in %.1f s", champion.version, time.perf_counter() - start)
             self._serve(predictor, champion)
 
-    def _serve(self, predictor: Predictor, champion: Champion) -> None:
+    def _serve(self, predictor: Predictor, champion: ChampionRef) -> None:
         served = Served(champion, predictor, _now())
         self.previous, self.current = self.current, served
         log.info("serving version %s", champion.version)
@@ -185,6 +197,10 @@ class Follower:
             "refused": refused,
             "previous": self.previous.champion.version if self.previous else None,
         }
+
+
+def _same(one: ChampionRef, other: ChampionRef) -> bool:
+    return (one.version, one.digest) == (other.version, other.digest)
 
 
 def in_thread(function: Callable[[], T]) -> Future[T]:

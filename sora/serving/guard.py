@@ -63,9 +63,7 @@ class Guard:
         on_request: called with (route, method, status, seconds).
     """
 
-    def __init__(
-        self, app: ASGIApp, *, tokens: Tokens, on_request: Callable[[str, str, int, float], None]
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, tokens: Tokens, on_request: Callable[[str, str, int, float], None]) -> None:
         self._app = app
         self._tokens = tokens
         self._on_request = on_request
@@ -116,7 +114,11 @@ class Guard:
     def _refusal(self, scope: Scope, headers: Headers) -> Problem | None:
         path = scope["path"]
         if self._tokens:
-            if path not in _OPEN and not path.startswith("/page/") and not self._tokens.allow(headers.get("authorization")):
+            if (
+                path not in _OPEN
+                and not path.startswith("/page/")
+                and not self._tokens.allow(headers.get("authorization"))
+            ):
                 return Problem(
                     401,
                     "this server needs a bearer token",

@@ -11,15 +11,14 @@ import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from sora.errors import InputError, ServiceError, VideoError
+from sora.errors import InputError, PromotionFailed, ServiceError, VideoError
+from sora.processes import run_child
 from sora.records import Prediction, Recipe
-
-if TYPE_CHECKING:
-    from sora.video.decode import Limits
+from sora.settings import Serve
 
 BATCH_SIZES = (1, 2, 4, 8)  # compiled calls are warmed at these, and clips are padded to the next
 MAX_BATCH = BATCH_SIZES[-1]
@@ -180,17 +179,41 @@ def prepare_backend() -> None:
         import tensorflow  # noqa: F401
 
 
+def smoke(model_file: Path, recipe: Recipe, version: int = 0) -> dict[str, Any]:
+    """The test that follows a move of the champion: does it load as the server would load it, and answer its golden
+    clips as its recipe promises? In a child process: the caller (the flow, `sora promote`) never imports TensorFlow.
+
+    Returns:
+        {"difference": largest difference of a probability, "seconds": of loading and asking}.
+
+    Raises:
+        PromotionFailed: it does not load, its digest differs, or its answers do.
+    """
+    job = {"model_file": str(model_file), "recipe": recipe.to_dict(), "version": version}
+    try:
+        result = run_child("sora.serving.smoke", job)
+    except ServiceError as error:
+        raise PromotionFailed(f"the smoke test failed: {error.message}", mend=error.mend) from error
+    return {"difference": result["difference"], "seconds": result["seconds"]}
+
+
 def predict_files(
-    paths: Sequence[Path], model_file: Path, recipe: Recipe, version: int, limits: Limits | None = None
+    paths: Sequence[Path], model_file: Path, recipe: Recipe, version: int, settings: Serve | None = None
 ) -> list[dict[str, Any]]:
     """Answers for video files, in order: `{path, label, probabilities, version}` or `{path, error}`.
 
     The model is loaded at the first readable file. A file that can't be used costs only its own answer.
 
+    Arguments:
+        settings: the limits that `sora serve` would hold a file to; none: no limits.
+
     Raises:
         ModelRefused: see `Predictor`.
     """
+    from sora.video.decode import Limits
     from sora.video.transform import prepare_clips
+
+    limits = Limits(**settings.file_limits()) if settings else None
 
     predictor: Predictor | None = None
     answers: list[dict[str, Any]] = []

@@ -30,14 +30,6 @@ TITLES = {
     507: "No room on the server's disk",
 }
 
-# Rules of a VideoError that are about a limit of this server, not about the file's health.
-_LIMIT_MENDS = {
-    "too_large": "send a smaller file, or have serve.max_bytes raised",
-    "too_long": "cut the video, or have serve.max_seconds raised",
-    "too_many_frames": "cut the video or lower its frame rate, or have serve.max_frames raised",
-    "too_many_pixels": "scale the picture down, or have serve.max_pixels raised",
-}
-
 
 class Problem(Exception):
     """An answer that says no. Raised anywhere below a route; the application turns it into a response.
@@ -80,6 +72,6 @@ def of_video(error: VideoError, name: str) -> Problem:
 
     `name` is the client's own name for the file, which replaces any path of this server in the message.
     """
-    mend = _LIMIT_MENDS.get(error.rule) or error.mend or "send another video file"
-    status = 413 if error.rule in _LIMIT_MENDS else 422
+    status = 413 if error.rule == "too_large" else 422
+    mend = error.mend or "send another video file"
     return Problem(status, error.message, mend=mend, kind=error.rule.replace("_", "-"), rule=error.rule, filename=name)

@@ -6,46 +6,31 @@ the cache that `RegistrySource` fills from MLflow's REST interface (no MLflow im
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import tempfile
+import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from sora.errors import InputError, ServiceError
+from sora.errors import ServiceError
+from sora.files import atomic
 from sora.records import Recipe
-
-
-@dataclass(frozen=True, slots=True)
-class Champion:
-    """Which version is to be served. `digest` is the sha256 of its model file."""
-
-    version: int
-    digest: str
-    data_version: str = ""
-    run_id: str = ""
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def key(self) -> tuple[int, str]:
-        return self.version, self.digest
+from sora.registry import ChampionRef, Registry
 
 
 class ModelSource(Protocol):
     """The port. Both calls block; the follower makes them off the event loop."""
 
-    def champion(self) -> Champion | None:
+    def champion(self) -> ChampionRef | None:
         """The version that the alias names, or None if it names none.
 
         Raises:
             ServiceError: it can't be told now.
         """
 
-    def fetch(self, champion: Champion) -> tuple[Path, Recipe]:
+    def fetch(self, champion: ChampionRef) -> tuple[Path, Recipe]:
         """The model file and its recipe, complete on this machine.
 
         Raises:
@@ -62,16 +47,16 @@ class ModelCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def champion(self) -> Champion | None:
+    def champion(self) -> ChampionRef | None:
         try:
             value = json.loads((self.folder / "champion.json").read_text(encoding="utf-8"))
-            return Champion(**value)
+            return ChampionRef(**value)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
             raise ServiceError(f"{self.folder / 'champion.json'} can't be read: {error}", mend="remove it") from error
 
-    def fetch(self, champion: Champion) -> tuple[Path, Recipe]:
+    def fetch(self, champion: ChampionRef) -> tuple[Path, Recipe]:
         folder = self.model_folder(champion.digest)
         try:
             recipe = Recipe.from_dict(json.loads((folder / "recipe.json").read_text(encoding="utf-8")))
@@ -81,25 +66,52 @@ class ModelCache:
             ) from error
         return folder / "model.keras", recipe
 
-    def remember(self, champion: Champion) -> None:
+    def remember(self, champion: ChampionRef) -> None:
         """Makes `champion` the one that a restart without a registry serves."""
-        write_json(self.folder / "champion.json", asdict(champion))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic(self.folder / "champion.json") as file:
+            file.write(json.dumps(asdict(champion), indent=1).encode())
+
+    @property
+    def models(self) -> Path:
+        """The folder that `Registry.fetch` takes."""
+        return self.folder / "models"
 
     def model_folder(self, digest: str) -> Path:
         if not re.fullmatch(r"[0-9a-f]{64}", digest):
             raise ServiceError(f"the registry gave {digest[:80]!r} as a digest", mend="register the version again")
-        return self.folder / "models" / digest
+        return self.models / digest
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Atomic: readers see the old text or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=2)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+class RegistrySource:
+    """The champion of a registered model in MLflow, whose files come to lie in `cache`.
+
+    Arguments:
+        address: the tracking address as of now; None while no server runs. Asked every time, since the project's own
+            MLflow comes and goes with `sora run` and `sora up`.
+        name: of the registered model.
+    """
+
+    def __init__(self, address: Callable[[], str | None], name: str, cache: ModelCache) -> None:
+        self._address = address
+        self._name = name
+        self._cache = cache
+        self._registry: Registry | None = None
+        self._uri: str | None = None
+        self._lock = threading.Lock()
+
+    def champion(self) -> ChampionRef | None:
+        return self._connected().champion_ref()
+
+    def fetch(self, champion: ChampionRef) -> tuple[Path, Recipe]:
+        return self._connected().fetch(champion.version, self._cache.models)
+
+    def _connected(self) -> Registry:
+        """One client an address: making one costs more than a question does."""
+        uri = self._address()
+        if uri is None:
+            raise ServiceError("no MLflow server runs for this project", mend="start one: `sora up`")
+        with self._lock:
+            if self._registry is None or uri != self._uri:
+                self._registry, self._uri = Registry(uri, self._name), uri
+            return self._registry
