@@ -95,7 +95,7 @@ def _deploy(client: Any, name: str, entrypoint: str, pool: str, **options: Any) 
     from prefect.flows import load_flow_from_entrypoint
     from prefect.utilities.callables import parameter_schema
 
-    flow = load_flow_from_entrypoint(entrypoint)
+    flow: Any = load_flow_from_entrypoint(entrypoint)
     client.create_deployment(
         flow_id=client.create_flow_from_name(flow.name),
         name=name,
@@ -134,14 +134,15 @@ def superseded() -> str | None:
         newer = client.read_flow_runs(
             deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[run.deployment_id])),
             flow_run_filter=FlowRunFilter(
-                expected_start_time=FlowRunFilterExpectedStartTime(
-                    after_=run.expected_start_time, before_=datetime.now(UTC)
+                expected_start_time=FlowRunFilterExpectedStartTime.model_validate(
+                    {"after_": run.expected_start_time, "before_": datetime.now(UTC)}
                 )
             ),
             sort=FlowRunSort.EXPECTED_START_TIME_DESC,
             limit=20,
         )
     for other in newer:
-        if other.auto_scheduled and other.id != run.id and other.expected_start_time > run.expected_start_time:
+        # `after_` includes the moment itself
+        if other.auto_scheduled and other.expected_start_time and other.expected_start_time > run.expected_start_time:
             return other.name
     return None

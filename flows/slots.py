@@ -67,29 +67,21 @@ def _installed_gpus() -> list[str]:
 @contextmanager
 def device_slot(
     candidates: Sequence[Device] | None = None, *, count: int = 0, wait_seconds: float = 6 * 3600
-) -> Iterator[tuple[Device, ...]]:
+) -> Iterator[dict[str, str]]:
     """Holds `count` of the candidates (default: this machine's devices; 0: all of them together) while the body runs.
 
-    Several are taken in one request, all or none, so two holders can't wait for each other. In the body
-    CUDA_VISIBLE_DEVICES names the devices held, for the children started there. When the lease can't be renewed the
-    body is interrupted: another may hold the device by then.
+    Yields the environment that shows a child those devices and no other. Several are taken in one request, all or
+    none, so two holders can't wait for each other. When the lease can't be renewed the body is interrupted: another
+    may hold the device by then.
 
     Raises:
         ServiceError: none became free within `wait_seconds`, or the Prefect server does not answer.
     """
     found = list(candidates if candidates is not None else devices())
     _create_limits([device.slot for device in found])
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
     with ExitStack() as stack:
         held = _acquire(stack, found, min(count or len(found), len(found)), wait_seconds)
-        try:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(d.index for d in held if d.kind == "gpu") or "-1"
-            yield held
-        finally:
-            if before is None:
-                del os.environ["CUDA_VISIBLE_DEVICES"]
-            else:
-                os.environ["CUDA_VISIBLE_DEVICES"] = before
+        yield {"CUDA_VISIBLE_DEVICES": ",".join(device.index for device in held if device.kind == "gpu") or "-1"}
 
 
 def _acquire(stack: ExitStack, found: list[Device], count: int, wait_seconds: float) -> tuple[Device, ...]:

@@ -57,10 +57,7 @@ def start_prefect(home: Path, port: int) -> subprocess.Popen:
     with (home / "server.log").open("ab") as log:
         process = start_child(
             [
-                sys.executable,
-                "-m",
-                "uvicorn",
-                *app,
+                *command,
                 "--host",
                 "127.0.0.1",
                 "--port",

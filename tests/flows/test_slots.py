@@ -50,29 +50,26 @@ def test_a_broken_driver_means_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert slots.devices() == [Device("gpu", "0"), Device("gpu", "1")]
 
 
-def test_a_slot_is_held_names_its_device_to_children_and_is_given_back(
-    prefect_server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "before")
+def test_a_slot_is_held_names_its_device_to_children_and_is_given_back(prefect_server: str) -> None:
     pair = [Device("gpu", "t0"), Device("gpu", "t1")]
-    with slots.device_slot(pair, count=1) as first:
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == "t0"
-        with slots.device_slot(pair, count=1, wait_seconds=0) as second:
-            assert (first[0].index, second[0].index) == ("t0", "t1")
-            with (
-                pytest.raises(ServiceError, match="no device was free"),
-                slots.device_slot(pair, count=1, wait_seconds=0),
-            ):
-                pass
-        with (  # all of them: one is taken
+    with slots.device_slot(pair, count=1) as first, slots.device_slot(pair, count=1, wait_seconds=0) as second:
+        assert first == {"CUDA_VISIBLE_DEVICES": "t0"}
+        assert second == {"CUDA_VISIBLE_DEVICES": "t1"}
+        with (
             pytest.raises(ServiceError, match="no device was free"),
-            slots.device_slot(pair, wait_seconds=0),
+            slots.device_slot(pair, count=1, wait_seconds=0),
         ):
             pass
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "before"
+    with (
+        slots.device_slot(pair[1:]),
+        pytest.raises(ServiceError, match="no device was free"),
+        slots.device_slot(pair, wait_seconds=0),  # all of them, and one is taken
+    ):
+        pass
     with slots.device_slot(pair, wait_seconds=0) as both:
-        assert len(both) == 2
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == "t0,t1"
+        assert both == {"CUDA_VISIBLE_DEVICES": "t0,t1"}
+    with slots.device_slot([Device("cpu", "t")]) as none:
+        assert none == {"CUDA_VISIBLE_DEVICES": "-1"}
     assert [_active(device.slot) for device in pair] == [0, 0]
 
 
