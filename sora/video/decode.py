@@ -139,7 +139,7 @@ def _opened(path: str | os.PathLike[str], limits: Limits) -> Iterator[tuple[Any,
             stream = container.streams.best("video")
             if stream is None or stream.codec_context is None:
                 raise refuse("unreadable", "holds no video stream that can be decoded")
-            context = stream.codec_context
+            context: Any = stream.codec_context
             if limits.max_pixels is not None and context.width * context.height > limits.max_pixels:
                 raise refuse("too_large", f"{context.width}x{context.height} pixels, allowed are {limits.max_pixels:,}")
             context.options = options
@@ -152,7 +152,7 @@ class _Clock:
     """Counts decoded frames and keeps their first and last timestamp."""
 
     def __init__(self, stream: Any) -> None:
-        self.rate = Fraction(stream.average_rate or stream.guessed_rate or 0)
+        self.rate: Fraction = stream.average_rate or stream.guessed_rate or Fraction(0)
         self.count = 0
         self.first: Fraction | None = None
         self.last: Fraction | None = None
@@ -160,7 +160,7 @@ class _Clock:
     def tick(self, frame: VideoFrame) -> None:
         self.count += 1
         if frame.pts is not None:
-            time = frame.pts * Fraction(frame.time_base)
+            time = frame.pts * (frame.time_base or Fraction(1))
             self.first = time if self.first is None else min(self.first, time)
             self.last = time if self.last is None else max(self.last, time)
 
@@ -213,7 +213,7 @@ def _luma(frame: VideoFrame, reformat: VideoReformatter) -> np.ndarray:
     """(height, width) uint8, full range, as stored; a reduced picture where the luma plane can't be taken as it is."""
     full = frame.format.name in _FULL_RANGE or frame.color_range == ColorRange.JPEG
     if full or frame.format.name in _PLANAR:
-        plane = frame.planes[0]
+        plane: Any = frame.planes[0]
         luma = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : frame.width]
         return luma if full else _EXPAND[luma]
     return _luma_of_rgb(_rgb(frame, reformat, lambda w, h: (min(w, 288), min(h, 256))))
@@ -265,7 +265,7 @@ def inspect(path: str | os.PathLike[str], limits: Limits | None = None) -> Facts
             raise refuse("unreadable", f"no frame decodes: {broke or 'the stream is empty'}")
         truncated = f"decoding broke after {clock.count} frames: {broke}" if broke else ""
         expected = _announced_seconds(container, stream)
-        if not broke and clock.duration and clock.duration < COVERAGE * expected:
+        if not broke and clock.span and clock.duration < COVERAGE * expected:
             truncated = f"{clock.duration:g} s decode of {expected:g} s announced"
         return Facts(
             codec=stream.codec_context.codec.canonical_name,

@@ -12,7 +12,7 @@ import numpy as np
 ROWS, COLUMNS = 8, 9
 SCALE = 16  # a grid cell is the mean luma times this
 KEPT = 128  # grids at most: bounds memory however long the video is
-BIAS = 1 * SCALE  # neighbours must differ by so much: bits of even areas stay 0 instead of following noise
+BIAS = SCALE  # neighbours must differ by one level: bits of even areas stay 0 instead of following noise
 MIN_BITS_TEXTURE = 12  # cells of 64 that differ clearly from their neighbour, for a frame to be told from others
 SAMPLES = 16  # pixels a cell and axis that the mean is taken of
 
@@ -55,7 +55,7 @@ class Reservoir:
         return round(total / (len(self.grids) * ROWS * COLUMNS * SCALE), 2)
 
     def signature(self, frames: int) -> str:
-        """48 hexadecimal digits for a video of `frames` frames; "" where two of three frames have too little texture."""
+        """48 hex digits for a video of `frames` frames; "" where two of the three frames have too little texture."""
         if not self.grids:
             return ""
         text, plain = "", 0

@@ -1,0 +1,59 @@
+"""Files that are there whole or not at all, and disks that are full."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from sora.errors import DiskFull, ServiceError
+
+
+@contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """Translates the errors of writing to a disk.
+
+    Raises:
+        DiskFull: no space or quota is left.
+        ServiceError: anything else that the system says (read-only, not permitted, input/output error).
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(
+                f"no space left for {what}", mend="make room (`sora gc --dry-run` shows what can go) and run again"
+            ) from error
+        raise ServiceError(f"can't write {what}: {error.strerror}", mend="make the folder writable") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that takes `path`'s place once it is complete and on the disk; nothing changes when that fails.
+
+    Raises:
+        DiskFull, ServiceError: see `writing`.
+    """
+    draft = path.with_name(f".{path.name}.part")
+    with writing(path):
+        try:
+            with draft.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+            sync_folder(path.parent)
+        finally:
+            draft.unlink(missing_ok=True)
