@@ -1,0 +1,302 @@
+"""Candidate and champion on the same current splits: logits, temperature, reports, page; in a child process.
+
+`run` is the parent's side and imports nothing heavy. The child (`python -m sora.evaluation JOBFILE`) loads one model
+after the other, so that memory holds one; a champion whose clip spec differs from the shards' gets clips prepared from
+the videos with its own recipe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sora.errors import InputError, ServiceError
+from sora.files import atomic
+from sora.processes import child_main, run_child
+from sora.records import ClipSpec, EvalReport, Recipe, Split
+from sora.report import measure
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sora.data.shards import ShardSet
+
+GOLDEN_SEEDS = (0, 1)
+JUDGED: tuple[Split, ...] = ("val", "test")
+LATENCY_CALLS = 20
+
+
+@dataclass(frozen=True)
+class EvalModel:
+    """One model to evaluate. Without a recipe it is fresh from training: it gets one, and a page."""
+
+    name: str  # of its folder below `EvalJob.out`, and its key in the result
+    file: str
+    recipe: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class EvalJob:
+    """What the child needs; JSON-able by `to_dict`.
+
+    `table` is a parquet or CSV file with the columns of `sora.data.table.COLUMNS`. `data` is the folder that its paths
+    are relative to.
+    """
+
+    shards: str
+    table: str
+    models: tuple[EvalModel, ...]
+    classes: tuple[str, ...]  # of the fresh model, in the order of its logits
+    data: str
+    out: str
+    batch: int = 16
+    history: tuple[dict[str, float], ...] = ()  # of the training, an epoch each; for the page
+    title: str = ""  # of the page
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> EvalJob:
+        lists = {name: tuple(value.get(name, ())) for name in ("classes", "history")}
+        return cls(**{**value, **lists, "models": tuple(EvalModel(**model) for model in value["models"])})
+
+
+@dataclass(frozen=True)
+class EvalOutcome:
+    """One model's reports and recipe. `folder` holds report.json and, of a fresh model, index.html and the plots."""
+
+    recipe: Recipe
+    reports: dict[str, EvalReport] = field(default_factory=dict)  # "val" and "test"
+    folder: Path = Path()
+
+
+def run(
+    job: EvalJob, on_event: Callable[[dict[str, Any]], None] = lambda event: None, log: Path | None = None
+) -> dict[str, EvalOutcome]:
+    """Evaluates every model of the job in one child process.
+
+    Events: {"event": "evaluate", "model": name, "done": videos, "videos": of so many}.
+
+    Raises:
+        InputError: a model file's digest is not its recipe's; a model answers for another number of classes.
+        ServiceError: the shards lack a video of the table, or the child died.
+        VideoError: a video can't be read any more (only where a champion's own clip spec needs it).
+    """
+    result = run_child("sora.evaluation", job.to_dict(), on_event, log=log)
+    return {name: read(Path(folder)) for name, folder in result["folders"].items()}
+
+
+def read(folder: Path) -> EvalOutcome:
+    """What an evaluation left in `folder`."""
+    stored = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    reports = {split: EvalReport.from_dict(report) for split, report in stored["reports"].items()}
+    return EvalOutcome(Recipe.from_dict(stored["recipe"]), reports, folder)
+
+
+def golden_clip(spec: ClipSpec, seed: int) -> np.ndarray:
+    """A made-up clip `(T, H, W, 3) uint8`: whoever loads the model asks it again and compares with the recipe."""
+    return np.random.default_rng(seed).integers(0, 256, (spec.frames, spec.height, spec.width, 3), np.uint8)
+
+
+def file_digest(path: Path) -> str:
+    """sha256, hexadecimal.
+
+    Raises:
+        InputError: the file can't be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(
+            f"can't read the model {path}: {error.strerror}", mend="give the file that training left"
+        ) from error
+
+
+# ---- the child's side ----
+
+
+def evaluate(value: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Body of the child: evaluates the models of the job and leaves a folder each."""
+    import pandas as pd
+
+    from sora.data.shards import ShardSet
+
+    job = EvalJob.from_dict(value)
+    table = pd.read_parquet(job.table) if job.table.endswith(".parquet") else pd.read_csv(job.table)
+    table = table[table["split"].isin(JUDGED)].sort_values("sha256", ignore_index=True)
+    shards = ShardSet.open(Path(job.shards))
+    folders: dict[str, str] = {}
+    for model in job.models:
+        folder = Path(job.out) / model.name
+        folder.mkdir(parents=True, exist_ok=True)
+        outcome, raw = _evaluate_one(job, model, table, shards, emit)
+        stored = {"recipe": outcome.recipe.to_dict(), "reports": {s: r.to_dict() for s, r in outcome.reports.items()}}
+        if model.recipe is None:
+            from sora.report import page
+
+            page.write(folder, outcome.reports, raw_test=raw, shards=shards, history=job.history, title=job.title)
+        with atomic(folder / "report.json") as file:  # last: a folder with it is complete
+            file.write(json.dumps(stored, indent=1, allow_nan=False).encode())
+        folders[model.name] = str(folder)
+    return {"folders": folders}
+
+
+def _evaluate_one(
+    job: EvalJob, model: EvalModel, table: pd.DataFrame, shards: ShardSet, emit: Callable[[dict[str, Any]], None]
+) -> tuple[EvalOutcome, np.ndarray]:
+    """(outcome, probabilities of the test split before calibration)."""
+    digest = file_digest(Path(model.file))
+    if model.recipe is None:
+        recipe = Recipe(clip=shards.spec, classes=job.classes, model_sha256=digest)
+    else:
+        recipe = Recipe.from_dict(model.recipe)
+        if recipe.model_sha256 and recipe.model_sha256 != digest:
+            raise InputError(
+                f"the model file of {model.name} has sha256 {digest}, its recipe says {recipe.model_sha256}",
+                mend="fetch that version again; the file was altered or is another version's",
+            )
+    network = _load(Path(model.file), recipe)
+    # Of a class that the model never heard of it can't be right; the gate reports such classes apart.
+    known = table[table["label"].isin(recipe.classes)].reset_index(drop=True)
+    logits, owner = _logits(
+        network, _clips(known, shards, recipe.clip, Path(job.data)), len(known), job.batch, model.name, emit
+    )
+    if not np.isfinite(logits).all():
+        raise ServiceError(
+            f"the model {model.name} answers with NaN: its training diverged", mend="lower train.learning_rate"
+        )
+    labels = known["label"].map({name: i for i, name in enumerate(recipe.classes)}).to_numpy(int)
+
+    parts: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, pd.DataFrame]] = {}
+    for split in JUDGED:
+        chosen = np.flatnonzero((known["split"] == split).to_numpy())
+        clips = np.isin(owner, chosen)
+        parts[split] = logits[clips], np.searchsorted(chosen, owner[clips]), labels[chosen], known.iloc[chosen]
+    if model.recipe is None:
+        recipe = replace(recipe, temperature=measure.fit_temperature(*parts["val"][:3]))
+        recipe = replace(recipe, golden=tuple(_golden(network, recipe, seed) for seed in GOLDEN_SEEDS))
+    latency = _latency(network, recipe.clip)
+    reports: dict[str, EvalReport] = {}
+    for split in JUDGED:
+        some, whose, truth, rows = parts[split]
+        raw = measure.video_probabilities(some, whose, len(truth))  # the last one, of the test split, is returned
+        extra = {"latency_ms": latency}
+        if len(truth):
+            extra["ece_uncalibrated"] = measure.expected_calibration_error(raw.max(axis=1), raw.argmax(axis=1) == truth)
+        reports[split] = measure.report(
+            split,
+            recipe.classes,
+            truth,
+            measure.video_probabilities(some, whose, len(truth), recipe.temperature),
+            sha256=rows["sha256"].tolist(),
+            paths=rows["path"].tolist(),
+            facts={name: rows[name].tolist() for name in ("brightness", "duration", "codec", "group") if name in rows},
+            temperature=recipe.temperature,
+            metrics=extra,
+        )
+    return EvalOutcome(recipe, reports), raw
+
+
+def _load(path: Path, recipe: Recipe) -> Any:
+    import keras
+
+    import sora.model.classifier  # noqa: F401  (registers the layers that the file names)
+
+    try:
+        model = keras.saving.load_model(path, compile=False, safe_mode=True)
+    except (ValueError, TypeError, OSError, KeyError) as error:
+        raise InputError(
+            f"can't load the model {path}: {error}", mend="train again, or fetch the version again"
+        ) from error
+    spec = recipe.clip
+    shape = (None, spec.frames, spec.height, spec.width, 3)
+    if model.input_shape != shape or model.output_shape != (None, len(recipe.classes)):
+        raise InputError(
+            f"the model {path} turns {model.input_shape} into {model.output_shape}, its recipe needs {shape} into "
+            f"(None, {len(recipe.classes)})",
+            mend="evaluate the model with the parameters that it was trained with",
+        )
+    return model
+
+
+def _clips(table: pd.DataFrame, shards: ShardSet, spec: ClipSpec, data: Path) -> Iterator[np.ndarray]:
+    """The clips of one video after the other: from the shards, or prepared anew where the spec is another."""
+    if spec != shards.spec:
+        from sora.video.transform import prepare_clips
+
+        for path in table["path"]:
+            yield prepare_clips(data / path, spec)
+        return
+    rows = shards.index.reset_index(drop=True).groupby("sha256").indices
+    missing = [row.path for row in table.itertuples() if row.sha256 not in rows]
+    if missing:
+        raise ServiceError(
+            f"the shards lack {len(missing)} video(s) of the splits, among them {missing[0]}",
+            mend="`sora run` prepares what is missing",
+        )
+    for sha256 in table["sha256"]:
+        yield shards.clips(rows[sha256])
+
+
+def _logits(
+    model: Any,
+    clips: Iterator[np.ndarray],
+    videos: int,
+    batch: int,
+    name: str,
+    emit: Callable[[dict[str, Any]], None],
+) -> tuple[np.ndarray, np.ndarray]:
+    """`(clips, classes) float32` logits and `(clips,) int` owners; every call has the same batch size, traced once."""
+    buffer = np.zeros((batch, *model.input_shape[1:]), np.uint8)
+    results: list[np.ndarray] = []
+    owner: list[int] = []
+    filled = 0
+
+    def flush() -> None:
+        nonlocal filled
+        results.append(np.asarray(model.predict_on_batch(buffer), np.float32)[:filled])
+        filled = 0
+
+    for number, some in enumerate(clips):
+        for clip in some:
+            buffer[filled] = clip
+            owner.append(number)
+            filled += 1
+            if filled == batch:
+                flush()
+        if number % 20 == 0 or number + 1 == videos:
+            emit({"event": "evaluate", "model": name, "done": number + 1, "videos": videos})
+    if filled:
+        flush()
+    return np.concatenate([np.zeros((0, model.output_shape[-1]), np.float32), *results]), np.array(owner, int)
+
+
+def _golden(model: Any, recipe: Recipe, seed: int) -> dict[str, Any]:
+    logits = np.asarray(model.predict_on_batch(golden_clip(recipe.clip, seed)[None]), np.float32)
+    probabilities = measure.video_probabilities(logits, np.zeros(1, int), 1, recipe.temperature)[0]
+    return {"seed": seed, "probabilities": [float(p) for p in probabilities]}
+
+
+def _latency(model: Any, spec: ClipSpec) -> float:
+    """Milliseconds of a warmed call for one clip, the median of 20."""
+    import time
+
+    clip = golden_clip(spec, 0)[None]
+    seconds = []
+    for _ in range(LATENCY_CALLS + 2):
+        started = time.perf_counter()
+        np.asarray(model.predict_on_batch(clip))
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds[2:]) * 1000)
+
+
+if __name__ == "__main__":
+    child_main(evaluate)

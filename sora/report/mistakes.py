@@ -1,0 +1,60 @@
+"""The worst mistakes of a model: confident and wrong, with frames to look at, `(height, width, rgb) uint8`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from sora.records import ClipSpec, EvalReport
+
+FRAMES = 4  # of a video in its strip
+MOST = 12  # mistakes shown
+
+
+class Clips(Protocol):
+    """What is used of `sora.data.shards.ShardSet`."""
+
+    @property
+    def spec(self) -> ClipSpec: ...
+
+    @property
+    def index(self) -> Any: ...
+
+    def clips(self, rows: Any) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    path: str
+    label: str
+    predicted: str
+    confidence: float  # in what it answered
+    truth: float  # probability that it gave to the true class
+    strip: np.ndarray  # (height, FRAMES * width, 3) uint8: frames of the middle clip, evenly spread
+
+
+def worst(report: EvalReport, shards: Clips, most: int = MOST) -> list[Mistake]:
+    """Wrong answers by falling confidence. A video that the shards lack is left out."""
+    wrong = [video for video in report.videos if video["predicted"] != video["label"]]
+    wrong.sort(key=lambda video: (-max(video["probabilities"]), video["sha256"]))
+    if not wrong:
+        return []
+    rows = shards.index.reset_index(drop=True).groupby("sha256").indices
+    result = []
+    for video in [video for video in wrong if video["sha256"] in rows][:most]:
+        own = rows[video["sha256"]]
+        clip = shards.clips(own[len(own) // 2 : len(own) // 2 + 1])[0]
+        chosen = np.linspace(0, len(clip) - 1, FRAMES).round().astype(int)
+        result.append(
+            Mistake(
+                path=video["path"],
+                label=video["label"],
+                predicted=video["predicted"],
+                confidence=max(video["probabilities"]),
+                truth=video["probabilities"][report.classes.index(video["label"])],
+                strip=np.concatenate(list(clip[chosen]), axis=1),
+            )
+        )
+    return result
