@@ -1,4 +1,4 @@
-"""The decoding child: `python -m sora.serving.decoder '{"limits": …}'`. Turns one uploaded file after the other into clips.
+"""The decoding child: `python -m sora.serving.decoder OPTIONS`. Turns one uploaded file after another into clips.
 
 It opens strangers' files, so it is the one process that is expected to die: it holds no secret (its environment is
 bare), can't write a file, and has hard limits on memory, open files and time. It ends when its standard input does,
@@ -71,14 +71,20 @@ def _work(options: dict[str, Any], answers: Any) -> None:
         except SoraError as error:
             _answer(answers, {"rule": "unreadable", "message": error.message, "mend": error.mend})
         except (MemoryError, OSError) as error:  # PyAV's errors are OSErrors too; out of memory is one of them
-            _answer(answers, {"rule": "unreadable", "message": f"can't be decoded within this server's memory or files: "
-                              f"{type(error).__name__}", "mend": "send a smaller picture or re-export the video", "last": True})  # fmt: skip
+            _answer(
+                answers,
+                {
+                    "rule": "unreadable",
+                    "message": f"can't be decoded within this server's memory and files: {type(error).__name__}",
+                    "mend": "send a smaller picture or re-export the video",
+                    "last": True,
+                },
+            )
             return  # what a failed allocation left behind is not trusted: a fresh process takes over
         else:
             clips = np.ascontiguousarray(clips)
-            _answer(
-                answers, {"shape": clips.shape, "seconds": time.perf_counter() - start}, memoryview(clips).cast("B")
-            )
+            header = {"shape": clips.shape, "seconds": time.perf_counter() - start}
+            _answer(answers, header, clips.data.cast("B"))
 
 
 def _confine(memory: int) -> None:

@@ -1,4 +1,6 @@
-"""A registered model as a function from clips to calibrated probabilities: `sora predict`, the server and the smoke test.
+"""A registered model as a function from clips to calibrated probabilities.
+
+For `sora predict`, the server and the smoke test.
 
 TensorFlow, Keras and the model's layers are imported when a `Predictor` is made, not with this module.
 """

@@ -13,7 +13,7 @@ from sora.serving.predictor import Predictor
 
 
 def body(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """`{"model_file", "recipe", "version"}` → `{"difference": float, "seconds": float}`; raises what `Predictor` does."""
+    """`{"model_file", "recipe", "version"}` → `{"difference", "seconds"}`; raises what `Predictor` does."""
     start = time.perf_counter()
     predictor = Predictor(Path(job["model_file"]), Recipe.from_dict(job["recipe"]), job["version"])
     return {"difference": predictor.check_golden(), "seconds": time.perf_counter() - start}

@@ -39,7 +39,7 @@ class ModelSource(Protocol):
 
 
 class ModelCache:
-    """`<folder>/models/<digest>/{model.keras, recipe.json}` and `<folder>/champion.json`, the last one that served well.
+    """`<folder>/models/<digest>/{model.keras, recipe.json}`, and `<folder>/champion.json`: the last that served well.
 
     A `ModelSource` of its own: the one that is left when the registry is down.
     """

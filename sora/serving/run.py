@@ -1,0 +1,174 @@
+"""`sora serve`: the application, a socket, logs, and an MLflow server to follow where nobody else keeps one up."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from sora import services
+from sora.errors import InputError, ServiceError, SoraError
+from sora.serving.app import create_app
+from sora.serving.guard import names_this_machine
+from sora.serving.source import ModelCache, RegistrySource
+from sora.settings import Project
+
+log = logging.getLogger("sora.serving")
+FIRST_WAIT = 60.0  # seconds that a cached champion may take to be ready before MLflow is started beside it
+DRAIN_SECONDS = 30  # that requests under way get after SIGTERM
+MIN_TOKEN = 16  # characters
+
+
+def run(project: Project, host: str | None = None, port: int | None = None) -> None:
+    """Serves until SIGTERM or Ctrl-C; requests under way are answered first.
+
+    Raises:
+        InputError: an address other than loopback without tokens, or a token that is too short.
+        ServiceError: the address is taken or not of this machine.
+    """
+    import uvicorn
+
+    settings = project.settings()
+    host = host or settings.serve.host
+    tokens = read_tokens(os.environ.get("SORA_API_TOKEN", ""))
+    if not names_this_machine(host) and not tokens:
+        raise InputError(
+            f"serving on {host} lets others call, and there is no token",
+            mend="set SORA_API_TOKEN to one or several random tokens (`openssl rand -hex 24`), or serve on 127.0.0.1",
+        )
+    _log_to_stderr()
+    cache = ModelCache(project.state / "cache")
+    mlflow = Mlflow(project, settings.services.mlflow_tracking_uri)
+    app = create_app(settings.serve, RegistrySource(mlflow.address, settings.name, cache), cache, tokens=tokens)
+    listener = _listen(host, settings.serve.port if port is None else port)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=10,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+        limit_concurrency=settings.serve.queue * 4 + 256,  # connections; predictions have their own bound
+    )
+    # uvicorn raises the signal again after its shutdown; a stop that was asked for is no failure.
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    follower = app.state.service.follower
+    mlflow.start(lambda: follower.current is not None or _champion_of(cache) is None)
+    address = f"http://{_written(listener)}/"
+    print(f"Sora answers at {address} once the model is loaded; Ctrl-C ends it", file=sys.stderr, flush=True)
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        listener.close()
+        mlflow.close()
+
+
+def read_tokens(text: str) -> list[str]:
+    """SORA_API_TOKEN: one token or several, separated by spaces or commas.
+
+    Raises:
+        InputError: one is so short that it can be guessed.
+    """
+    tokens = text.replace(",", " ").split()
+    if any(len(token) < MIN_TOKEN for token in tokens):
+        raise InputError(
+            f"SORA_API_TOKEN holds a token of fewer than {MIN_TOKEN} characters", mend="use `openssl rand -hex 24`"
+        )
+    return tokens
+
+
+class Mlflow:
+    """The address of the MLflow server to follow, and a server of our own while there is no other.
+
+    Without one, a champion that `sora promote` or `sora rollback` moves would be seen only if a poll happened to meet
+    the server that they start for themselves.
+    """
+
+    def __init__(self, project: Project, configured: str | None) -> None:
+        self._project = project
+        self._configured = configured
+        self._ended = threading.Event()
+        # One thread for the server's whole life: Linux ends children with the thread that started them.
+        self._thread: threading.Thread | None = None
+
+    def address(self) -> str | None:
+        if self._configured:
+            return self._configured
+        entry = services.running(self._project).get("mlflow")
+        return entry.url if entry else None
+
+    def start(self, may_start: Callable[[], bool]) -> None:
+        """`may_start()` turns true when nothing that should be quick would have to share the processors with it."""
+        if not self._configured:
+            self._thread = threading.Thread(target=self._keep, args=(may_start,), name="mlflow", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _keep(self, may_start: Callable[[], bool]) -> None:
+        latest = time.monotonic() + FIRST_WAIT
+        while not may_start() and time.monotonic() < latest and not self._ended.wait(0.2):
+            pass
+        while not self._ended.wait(1):
+            if "mlflow" in services.running(self._project):
+                continue
+            try:
+                with services.servers(self._project, prefect=False, owner="serve", standing=True):
+                    while "mlflow" in services.running(self._project) and not self._ended.wait(1):
+                        pass
+            except (SoraError, OSError) as error:
+                log.warning("MLflow can't be started: %s", error)
+                self._ended.wait(30)
+
+
+def _champion_of(cache: ModelCache) -> object:
+    try:
+        return cache.champion()
+    except ServiceError:
+        return None
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(256)
+    except OSError as error:
+        listener.close()
+        raise ServiceError(
+            f"can't listen on {host} port {port}: {error.strerror or error}",
+            mend="end what uses the port, or give --port (0: any free one) and an address of this machine",
+        ) from error
+    return listener
+
+
+def _written(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _log_to_stderr() -> None:
+    """One line an event on standard error: `sora.serving.access` writes JSON, the rest words."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    plain = logging.StreamHandler()
+    plain.setFormatter(logging.Formatter("%(message)s"))
+    for name, own, level in (
+        ("sora.serving", handler, logging.INFO),
+        ("sora.serving.access", plain, logging.INFO),
+        ("uvicorn.error", handler, logging.WARNING),
+    ):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [own]
+        logger.setLevel(level)
+        logger.propagate = False
