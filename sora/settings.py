@@ -108,6 +108,7 @@ class Train(_Section):
     patience: int = Field(8, ge=1)  # epochs without a better validation loss
     class_weights: bool = True
     flip: bool = True  # left-right flips as augmentation; switch off where the side is the class
+    jitter: bool = True  # small moves, contrast and brightness as augmentation, the same for all frames of a clip
     seed: int = 0
     mixed_precision: Literal["auto", "on", "off"] = "auto"  # auto: on an accelerator only
     work_pool: str | None = None  # Prefect work pool of the GPU workers; none: train here
@@ -137,7 +138,7 @@ class Serve(_Section):
     queue: int = Field(64, ge=1)
     poll_seconds: float = Field(2, gt=0)
 
-    def file_limits(self) -> dict[str, int | float]:
+    def file_limits(self) -> dict[str, Any]:
         """The fields of `sora.video.decode.Limits`."""
         return {name: getattr(self, name) for name in ("max_bytes", "max_seconds", "max_pixels", "max_frames")}
 

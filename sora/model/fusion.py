@@ -10,10 +10,11 @@ from keras import ops
 
 @keras.saving.register_keras_serializable(package="sora")
 class ConcatFusion(keras.layers.Layer):
-    """Mean, deviation and mean absolute change over time of every level's features, side by side, each level normalised.
+    """Mean, deviation and mean absolute change over time of every level's features, side by side.
 
     The mean says what is seen, the deviation how much it varies, the change how fast; a level of one frame has only
-    its mean (the other two are 0). Each level is normalised by itself so that the deep ones do not drown the early ones.
+    its mean (the other two are 0). Each level is normalised by itself, so that the deep ones do not drown the early
+    ones.
 
     Input: a list of `(batch, time_i, channels_i)`.
     Output shape: `(batch, 3 * sum(channels_i))`.
@@ -77,8 +78,8 @@ class GramMatrix(keras.layers.Layer):
 class GramFusion(keras.layers.Layer):
     """Every level's per-frame vectors, brought to one width, and the upper triangle of their Gram matrix.
 
-    The matrix is symmetric: its upper triangle holds all of it. Off-diagonal entries are kept as they are, so the vector's
-    norm is at most 1; it is multiplied by d to give entries of order 1 to the dense layer that follows.
+    The matrix is symmetric: its upper triangle holds all of it. It is multiplied by d, so that the dense layer that
+    follows gets entries of order 1.
 
     Arguments:
         width: d, the common width.

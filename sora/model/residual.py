@@ -51,7 +51,7 @@ class TemporalShift(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="sora")
 class FrameConv(keras.layers.Layer):
-    """Convolution of every frame by itself, then batch normalisation: (batch x time) frames are one big batch of pictures.
+    """Convolution of every frame by itself, then batch normalisation: batch x time frames are one batch of pictures.
 
     Statistics are taken over batch, time and place, so that a batch of 16 clips of 16 frames normalises over 256
     pictures; momentum 0.9 suits the few hundred steps of a small data set.

@@ -1,0 +1,146 @@
+"""What Keras's `fit` needs around it: batches as it wants them, the schedule, and the end of each epoch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from sora.data.batches import Batches
+from sora.errors import InputError
+from sora.model import checkpoint
+from sora.settings import Train
+
+_AHEAD = 4  # batches made before they are asked for
+_BATCH_EVENT_SECONDS = 0.5
+
+
+class ClipDataset(keras.utils.PyDataset):
+    """`Batches` for `fit`, labels one-hot (for label smoothing); two threads, at most 4 batches ahead."""
+
+    def __init__(self, batches: Batches, classes: int) -> None:
+        super().__init__(workers=2, max_queue_size=_AHEAD)
+        self.batches, self.classes = batches, classes
+        self.epoch = 0
+        self.error: Exception | None = None
+
+    @property
+    def num_batches(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        try:
+            x, y, w = self.batches.load(self.epoch, index)
+        except Exception as error:
+            self.error = error  # TensorFlow would tell it as text of an error of its own
+            raise
+        return x, np.eye(self.classes, dtype=np.float32)[y], w
+
+
+def compile_model(model: keras.Model, train: Train, steps: int, *, jit: bool | str) -> None:
+    """AdamW (Loshchilov and Hutter 2019), warm-up over a tenth of the `steps`, then a cosine to 1 % of the rate.
+
+    Biases and normalisation are not decayed.
+    """
+    warm_up = max(1, steps // 10)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        train.learning_rate / 20,
+        max(1, steps - warm_up),
+        alpha=0.01,
+        warmup_target=train.learning_rate,
+        warmup_steps=warm_up,
+    )
+    optimizer = keras.optimizers.AdamW(schedule, weight_decay=train.weight_decay, global_clipnorm=5.0)
+    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=train.label_smoothing)
+    model.compile(optimizer, loss, metrics=[keras.metrics.CategoricalAccuracy("accuracy")], jit_compile=jit)
+
+
+class EpochEnd(keras.callbacks.Callback):
+    """After each epoch: finite? better? write the checkpoint, tell the parent, stop when patience is over.
+
+    Before each: the epoch's number to the data, and the epoch's seed to every source of randomness in the model, which
+    thus need no place in the checkpoint.
+    """
+
+    def __init__(
+        self,
+        data: ClipDataset,
+        train: Train,
+        *,
+        monitor: str,
+        path: Path,
+        fingerprint: str,
+        emit: Callable[[dict[str, Any]], None],
+    ) -> None:
+        super().__init__()
+        self.data, self.train, self.monitor, self.path, self.emit = data, train, monitor, path, emit
+        self.best: list[np.ndarray] = []
+        self.state: dict[str, Any] = {
+            "fingerprint": fingerprint,
+            "epoch": 0,  # finished
+            "best_epoch": 0,
+            "best": None,  # lowest value of the monitored loss
+            "history": [],  # {"epoch", metrics…, "seconds", "clips_per_second"} an epoch
+        }
+
+    @property
+    def finished(self) -> bool:
+        epoch = self.state["epoch"]
+        return epoch >= self.train.epochs or (epoch > 0 and epoch - self.state["best_epoch"] >= self.train.patience)
+
+    def restore(self, model: keras.Model) -> int:
+        """Goes on from the checkpoint, if there is a usable one. Returns the epochs that are done."""
+        try:
+            self.best, self.state = checkpoint.load(self.path, model, self.state["fingerprint"])
+        except FileNotFoundError:
+            return 0
+        except checkpoint.Unusable as reason:
+            self.emit({"event": "note", "message": f"the checkpoint {self.path.name} is not used: {reason}"})
+            return 0
+        return self.state["epoch"]
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self.data.epoch = epoch
+        for number, generator in enumerate(_seed_generators(self.model)):
+            seed = np.random.SeedSequence([self.train.seed, epoch, number]).generate_state(1)[0] >> 1
+            generator.state.assign(np.array([seed, 0], generator.state.dtype))
+        self._started = self._told = time.monotonic()
+        self._fed = self._started
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        self._fed = time.monotonic()
+        if self._fed - self._told >= _BATCH_EVENT_SECONDS:
+            self._told = self._fed
+            count = {"epoch": self.data.epoch + 1, "batch": batch + 1, "batches": len(self.data.batches)}
+            self.emit({"event": "batch", **count})
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        metrics = {name: float(value) for name, value in (logs or {}).items()}
+        wrong = [name for name, value in metrics.items() if not np.isfinite(value)]
+        if wrong:
+            raise InputError(
+                f"training diverged in epoch {epoch + 1}: {wrong[0]} is {metrics[wrong[0]]}",
+                mend=f"lower train.learning_rate (it is {self.train.learning_rate})",
+            )
+        now = time.monotonic()
+        clips = len(self.data.batches) * self.data.batches.batch
+        took = {"seconds": now - self._started, "clips_per_second": clips / max(self._fed - self._started, 1e-6)}
+        state = self.state
+        state["epoch"] = epoch + 1
+        state["history"].append({"epoch": epoch + 1, **metrics, **took})
+        if state["best"] is None or metrics[self.monitor] < state["best"]:
+            state["best"], state["best_epoch"] = metrics[self.monitor], epoch + 1
+            self.best = self.model.get_weights()
+        checkpoint.save(self.path, self.model, self.best, state)
+        self.emit({"event": "epoch", "epoch": epoch + 1, "epochs": self.train.epochs, "metrics": metrics, **took})
+        self.model.stop_training = self.finished
+
+
+def _seed_generators(model: keras.Model) -> list[keras.random.SeedGenerator]:
+    found = [getattr(layer, "seed_generator", None) for layer in model._flatten_layers(include_self=False)]
+    return [generator for generator in found if generator is not None]
