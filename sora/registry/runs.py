@@ -1,0 +1,286 @@
+"""Runs: what one training, its data and its machine were, as MLflow shows it."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import math
+import os
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any, Literal
+
+from sora.errors import InputError, ServiceError
+from sora.registry.live import MetricBuffer, system_metrics
+from sora.registry.rest import NotFound, Rest
+
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+STATE_FOLDER = "state"
+_FACTS = "state.json"  # what of the state is no file: git commit, dirty
+_PARAMS = 100  # that MLflow takes in one request
+_PARAM_CHARS = 6000
+_TAG_CHARS = 8000
+_OWN_NAMES = {"git_commit": "mlflow.source.git.commit"}  # that MLflow has a name of its own for
+_NOT_IN_NAMES = re.compile(r"[^\w.\- /:]")  # MLflow refuses these in names of metrics and parameters
+
+
+class Runs:
+    """The runs of one experiment, which is made at the first run.
+
+    Tags without a dot in their name are Sora's and stored as `sora.<name>`.
+
+    Args:
+        tracking_uri: http address of the MLflow server.
+        name: of the experiment (and of the registered model).
+
+    Raises (every method):
+        ServiceError: MLflow does not answer, or refuses. `log_metrics` keeps what it could not send.
+    """
+
+    def __init__(self, tracking_uri: str, name: str) -> None:
+        self.name = name
+        self.tracking_uri = tracking_uri
+        self._rest = Rest(tracking_uri)
+        self._metrics = MetricBuffer(self._rest)
+        self._experiment: str | None = None
+        self._roots: dict[str, str] = {}  # run → its artifact root
+
+    def close(self) -> None:
+        self._rest.close()
+
+    def experiment_id(self) -> str:
+        """MLflow's number of the experiment; made if there is none."""
+        if self._experiment is None:
+            found = self._find_experiment()
+            self._experiment = found or self._rest.post("experiments/create", {"name": self.name})["experiment_id"]
+        return self._experiment
+
+    def start_run(
+        self, run_name: str = "", *, params: Mapping[str, Any] | None = None, tags: Mapping[str, str] | None = None
+    ) -> str:
+        """Begins a run and returns its id. The environment (Python, machine, every installed package) is stored with
+        it; a tag `git_commit` is MLflow's own for it."""
+        labels = {"mlflow.user": user(), "mlflow.source.type": "LOCAL", "mlflow.source.name": "sora run"}
+        body = {
+            "experiment_id": self.experiment_id(),
+            "start_time": _now(),
+            "tags": _tags({**labels, **(tags or {})}),
+            **({"run_name": run_name} if run_name else {}),
+        }
+        run_id = str(self._rest.post("runs/create", body)["run"]["info"]["run_id"])
+        self.log_text(run_id, "environment.json", json.dumps(_environment(), indent=1))
+        self.log_params(run_id, params or {})
+        return run_id
+
+    def resume(self, run_id: str) -> None:
+        """Goes on with a run that was interrupted.
+
+        Raises:
+            InputError: MLflow has no such run.
+        """
+        try:
+            self._rest.post("runs/update", {"run_id": run_id, "status": "RUNNING"})
+        except NotFound as error:
+            raise InputError(f"MLflow has no run {run_id}", mend="start a new one: `sora run`") from error
+
+    def finish(self, run_id: str, status: RunStatus = "FINISHED") -> None:
+        """Sends what is kept and ends the run.
+
+        Raises:
+            ServiceError: metrics could not be stored. What the run made is still on disk: the same command resumes.
+        """
+        try:
+            self._metrics.flush(run_id)
+        except ServiceError as error:
+            raise ServiceError(
+                f"the run's metrics could not be stored: {error.message}",
+                mend="start MLflow again and repeat the command: the trained model is kept and is used again",
+            ) from error
+        self._rest.post("runs/update", {"run_id": run_id, "status": status, "end_time": _now()})
+
+    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        """Stores parameters; nested ones get dotted names (`train.epochs`)."""
+        flat = [
+            {"key": _name(key), "value": str(value)[:_PARAM_CHARS]} for key, value in _flat(params) if str(value) != ""
+        ]
+        for start in range(0, len(flat), _PARAMS):
+            self._rest.post("runs/log-batch", {"run_id": run_id, "params": flat[start : start + _PARAMS]})
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Stores metrics of one step. Raises nothing while MLflow is away: they are kept and sent later."""
+        now = _now()
+        batch = [
+            {"key": _name(key), "value": _number(value), "timestamp": now, "step": step}
+            for key, value in metrics.items()
+        ]
+        self._metrics.add(run_id, batch)
+
+    def system_metrics(self, run_id: str, interval: float = 10.0) -> AbstractContextManager[None]:
+        """While it is open: processor, memory, disk and GPUs of this machine every `interval` seconds."""
+        return system_metrics(lambda values, step: self.log_metrics(run_id, values, step), interval)
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        self._rest.post("runs/log-batch", {"run_id": run_id, "tags": _tags(tags)})
+
+    def log_text(self, run_id: str, name: str, text: str) -> None:
+        """Stores a text as the artifact `name`."""
+        with tempfile.TemporaryDirectory(prefix="sora-text-") as folder:
+            file = Path(folder) / "text"
+            file.write_text(text, encoding="utf-8")
+            self._rest.upload(self._root(run_id), name, file)
+
+    def log_path(self, run_id: str, path: Path, under: str = "") -> None:
+        """Stores a file, or every file below a folder (plots, pages, reports), as artifacts below `under`."""
+        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        for file in files:
+            name = file.name if path.is_file() else file.relative_to(path).as_posix()
+            self._rest.upload(self._root(run_id), f"{under}/{name}" if under else name, file)
+
+    def fetch_file(self, run_id: str, name: str, target: Path) -> str:
+        """Fetches the artifact `name` into the file `target`; returns the sha256 of what arrived."""
+        return self._rest.download(self._root(run_id), name, target)
+
+    def flush(self, run_id: str) -> None:
+        """Sends the metrics that are kept, without ending the run.
+
+        Raises:
+            ServiceError: MLflow does not take them; they stay kept.
+        """
+        self._metrics.flush(run_id)
+
+    def log_dataset(
+        self, run_id: str, *, data_version: str, counts: Mapping[str, int], source: str, context: str = "training"
+    ) -> None:
+        """Stores the data as an input of the run: its DVC hash as the digest, where it lies, videos of each class."""
+        dataset = {
+            "name": "data",
+            "digest": data_version[:36],  # that MLflow takes; an md5 has 32
+            "source_type": "dvc",
+            "source": json.dumps({"uri": source}),
+            "profile": json.dumps({"num_rows": sum(counts.values()), "videos": dict(counts)}, ensure_ascii=False),
+        }
+        tags = [{"key": "mlflow.data.context", "value": context}]
+        self._rest.post("runs/log-inputs", {"run_id": run_id, "datasets": [{"tags": tags, "dataset": dataset}]})
+
+    def run_page(self, run_id: str) -> str:
+        """The address of the run's page."""
+        return f"{self._rest.uri}/#/experiments/{self.experiment_id()}/runs/{run_id}"
+
+    def log_state(self, run_id: str, state: Mapping[str, Any]) -> None:
+        """Stores what restores a version: texts under a file's name (`data.dvc`, `params.yaml`, …) as files of their
+        own, everything else (git commit, dirty) in one JSON file."""
+        for key, value in state.items():
+            if _is_file(key, value):
+                self.log_text(run_id, f"{STATE_FOLDER}/{key}", value)
+        facts = {key: value for key, value in state.items() if not _is_file(key, value)}
+        self.log_text(run_id, f"{STATE_FOLDER}/{_FACTS}", json.dumps(facts))
+
+    def run_state(self, run_id: str) -> dict[str, Any]:
+        """What `log_state` stored.
+
+        Raises:
+            InputError: the run has none.
+        """
+        root = self._root(run_id)
+        names = [path.rsplit("/", 1)[-1] for path in self._rest.names(root, STATE_FOLDER)]
+        if _FACTS not in names:
+            raise InputError(f"run {run_id} has no stored state", mend="choose a version that a full `sora run` made")
+        texts = {name: self._rest.text(root, f"{STATE_FOLDER}/{name}") for name in names}
+        return {**json.loads(texts.pop(_FACTS)), **texts}
+
+    def search_runs(self, filter_string: str = "", limit: int | None = None) -> Iterator[dict[str, Any]]:
+        """Runs of the experiment, newest first, as MLflow describes them."""
+        experiment = self._find_experiment()
+        if experiment is None:
+            return
+        query = {
+            "experiment_ids": [experiment],
+            "filter": filter_string,
+            "order_by": ["attributes.start_time DESC"],
+            "max_results": min(limit or 1000, 1000),
+        }
+        for number, run in enumerate(self._rest.pages("POST", "runs/search", "runs", query)):
+            if limit is not None and number >= limit:
+                return
+            yield run
+
+    def _find_experiment(self) -> str | None:
+        if self._experiment is not None:
+            return self._experiment
+        try:
+            found = self._rest.get("experiments/get-by-name", experiment_name=self.name)["experiment"]
+        except NotFound:
+            return None
+        if found.get("lifecycle_stage") == "deleted":
+            raise ServiceError(
+                f"MLflow's experiment {self.name!r} was deleted",
+                mend=f"restore it: mlflow experiments restore -x {found['experiment_id']}",
+            )
+        self._experiment = str(found["experiment_id"])
+        return self._experiment
+
+    def _root(self, run_id: str) -> str:
+        if run_id not in self._roots:
+            self._roots[run_id] = self._rest.get("runs/get", run_id=run_id)["run"]["info"]["artifact_uri"]
+        return self._roots[run_id]
+
+
+def tags_of(item: Mapping[str, Any]) -> dict[str, str]:
+    """MLflow's list of {key, value} under "tags" as a dictionary."""
+    return {tag["key"]: tag.get("value", "") for tag in item.get("tags", [])}
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def user() -> str:
+    """Who runs this."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container without a passwd entry
+        return str(os.getuid())
+
+
+def _tags(tags: Mapping[str, str]) -> list[dict[str, str]]:
+    named = {_OWN_NAMES.get(key, key if "." in key else f"sora.{key}"): value for key, value in tags.items()}
+    return [{"key": key, "value": str(value)[:_TAG_CHARS]} for key, value in named.items()]
+
+
+def _name(name: str) -> str:
+    return _NOT_IN_NAMES.sub("_", name)[:250]
+
+
+def _number(value: float) -> float | str:
+    number = float(value)
+    if math.isfinite(number):
+        return number
+    return "NaN" if math.isnan(number) else ("Infinity" if number > 0 else "-Infinity")  # JSON has none of them
+
+
+def _flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _is_file(key: str, value: Any) -> bool:
+    return isinstance(value, str) and "." in key and "/" not in key and key != _FACTS
+
+
+def _environment() -> dict[str, Any]:
+    packages = {found.metadata["Name"]: found.version for found in distributions() if found.metadata["Name"]}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+    }

@@ -1,0 +1,328 @@
+"""Registered models: versions with their recipes, what was decided about them, and files that are what they were."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from sora.errors import AnswerIsNo, DiskFull, InputError, ServiceError
+from sora.records import EvalReport, ModelVersion, Recipe
+from sora.registry import folder
+from sora.registry.rest import AlreadyExists, NotFound
+from sora.registry.runs import Runs, tags_of
+
+CHAMPION = "champion"
+PREVIOUS = "previous"
+JUDGED = ("promoted", "refused")
+
+
+@dataclass(frozen=True, slots=True)
+class ChampionRef:
+    """Which version is champion, and the sha256 of its model file."""
+
+    version: int
+    digest: str
+    data_version: str = ""
+    run_id: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Versions(Runs):
+    """The versions of one registered model, beside the runs of the experiment of the same name."""
+
+    def register(
+        self,
+        run_id: str,
+        model_file: Path,
+        recipe: Recipe,
+        reports: EvalReport | Mapping[str, EvalReport],
+        data_version: str,
+    ) -> int:
+        """Stores the model with its recipe and registers it as a new version, whose decision is `pending`.
+
+        Called again for the same run and the same bytes, it returns the version that is there already.
+
+        Args:
+            model_file: a `.keras` file.
+            recipe: `model_sha256` may be empty; it is filled in.
+            reports: on one split or several; their metrics are kept with the version as `<split>/<metric>`.
+
+        Raises:
+            InputError: the recipe names another model file's digest.
+        """
+        found = folder.digest(model_file)
+        if recipe.model_sha256 not in ("", found):
+            raise InputError(
+                f"the recipe is for a model with sha256 {recipe.model_sha256}, {model_file} has {found}",
+                mend="evaluate this model file, and register it with that recipe",
+            )
+        recipe = replace(recipe, model_sha256=found)
+        for there in self._search(f"run_id='{run_id}'"):
+            if tags_of(there).get("sora.model_sha256") == found:
+                return int(there["version"])
+        model_id = self._log_model(run_id, model_file, recipe)
+        with suppress(AlreadyExists):
+            self._rest.post("registered-models/create", {"name": self.name})
+        tags = {
+            "sora.model_sha256": found,
+            "sora.recipe_sha256": sha256(folder.recipe_bytes(recipe)).hexdigest(),
+            "sora.data_version": data_version,
+            "sora.metrics": json.dumps(_metrics(reports)),
+            "sora.decision": "pending",
+        }
+        body = {
+            "name": self.name,
+            "source": f"models:/{model_id}",
+            "model_id": model_id,
+            "run_id": run_id,
+            "tags": [{"key": key, "value": value} for key, value in tags.items()],
+        }
+        version = int(self._rest.post("model-versions/create", body)["model_version"]["version"])
+        self.set_tags(run_id, {"version": str(version)})
+        return version
+
+    def set_decision(self, version: int, decision: str, reasons: Sequence[str]) -> None:
+        """Stores what was decided and why. A run whose version was promoted or refused counts as judged."""
+        found = self._version(version)
+        values = {
+            "sora.decision": decision,
+            "sora.reasons": json.dumps(list(reasons), ensure_ascii=False),
+            "sora.decided": iso_now(),
+        }
+        for key, value in values.items():
+            self._tag_version(version, key, value)
+        if decision in JUDGED and found.get("run_id"):
+            self.set_tags(found["run_id"], {"decision": decision, "judged": "true"})
+
+    def versions(self) -> list[ModelVersion]:
+        """Every version, the newest first."""
+        aliases = self._aliases()
+        found = [_model_version(item, aliases) for item in self._search()]
+        return sorted(found, key=lambda item: item.version, reverse=True)
+
+    def get(self, version: int) -> ModelVersion:
+        """One version.
+
+        Raises:
+            InputError: there is no such version.
+        """
+        return _model_version(self._version(version), self._aliases())
+
+    def champion(self) -> int | None:
+        """The version that is served, or None before the first promotion."""
+        return self._aliases().get(CHAMPION)
+
+    def previous(self) -> int | None:
+        """The version that the last move left."""
+        return self._aliases().get(PREVIOUS)
+
+    def champion_ref(self) -> ChampionRef | None:
+        """The champion and what a server says about it, in one request."""
+        try:
+            found = self._rest.get("registered-models/alias", name=self.name, alias=CHAMPION)["model_version"]
+        except NotFound:
+            return None
+        tags = tags_of(found)
+        return ChampionRef(
+            version=int(found["version"]),
+            digest=tags.get("sora.model_sha256", ""),
+            data_version=tags.get("sora.data_version", ""),
+            run_id=str(found.get("run_id", "")),
+            metrics=json.loads(tags.get("sora.metrics", "{}")),
+        )
+
+    def fetch(self, version: int, cache: Path) -> tuple[Path, Recipe]:
+        """The model file and the recipe of a version, kept as `cache/<sha256>/model.keras` and `…/recipe.json`.
+
+        Both are verified against the digests that the version was registered with, those in the cache too. A file
+        appears in the cache whole or not at all, and is replaced only by one with the right digest.
+
+        Raises:
+            InputError: there is no such version.
+            ServiceError: what MLflow holds is not what was registered.
+            DiskFull: no room in the cache.
+        """
+        tags = tags_of(self._version(version))
+        wanted, wanted_recipe = tags.get("sora.model_sha256", ""), tags.get("sora.recipe_sha256", "")
+        if not _is_digest(wanted) or not _is_digest(wanted_recipe):
+            raise ServiceError(
+                f"version {version} of {self.name} has no recorded digest: Sora did not register it",
+                mend="choose a version that `sora models` lists with a data version",
+            )
+        file, recipe_file = cache / wanted / "model.keras", cache / wanted / folder.RECIPE_FILE
+        missing = [
+            (name, target, digest)
+            for name, target, digest in (
+                (folder.RECIPE_FILE, recipe_file, wanted_recipe),
+                (folder.MODEL_FILE, file, wanted),
+            )
+            if not (target.is_file() and folder.digest(target) == digest)
+        ]
+        if missing:
+            where = self._rest.get("model-versions/get-download-uri", name=self.name, version=str(version))
+            for name, target, digest in missing:
+                self._download(str(where["artifact_uri"]), name, target, digest, version)
+        recipe = Recipe.from_dict(json.loads(recipe_file.read_bytes()))
+        if recipe.model_sha256 != wanted:
+            raise ServiceError(
+                f"the recipe of version {version} belongs to another model", mend="`sora promote` another version"
+            )
+        return file, recipe
+
+    def restore_state(self, version: int) -> dict[str, Any]:
+        """What `log_state` stored with a version's run.
+
+        Raises:
+            InputError: no such version, or its run has none.
+        """
+        return self.run_state(str(self._version(version).get("run_id", "")))
+
+    def delete_version(self, version: int) -> None:
+        """Takes a version and its run out of MLflow's lists (`mlflow gc` then frees the disk).
+
+        Raises:
+            AnswerIsNo: it is the champion or the one before.
+        """
+        found = self._version(version)
+        if version in self._aliases().values():
+            raise AnswerIsNo(f"version {version} is champion or previous", mend="promote another one first")
+        self._rest.delete("model-versions/delete", {"name": self.name, "version": str(version)})
+        if found.get("run_id"):
+            self._rest.post("runs/delete", {"run_id": found["run_id"]})
+
+    def last_judged(self) -> dict[str, Any] | None:
+        """The last run that was promoted or refused: Sora's tags on it (without `sora.`), and beside them `run_id`,
+        `version` as a number, and `metrics` on the test split."""
+        for run in self.search_runs("tags.`sora.judged` = 'true'", limit=1):
+            tags = tags_of(run["data"])
+            own = {key.removeprefix("sora."): value for key, value in tags.items() if key.startswith("sora.")}
+            metrics = {
+                item["key"]: float(item["value"])
+                for item in run["data"].get("metrics", [])
+                if item["key"].startswith("test/")
+            }
+            version = int(own["version"]) if own.get("version") else None
+            return {**own, "run_id": str(run["info"]["run_id"]), "version": version, "metrics": metrics}
+        return None
+
+    def times_judged(self, test_digest: str) -> int:
+        """How many runs were judged on the test split with this digest (their tag `test_digest`)."""
+        if not test_digest.isalnum():
+            raise InputError(f"{test_digest!r} is no digest", mend="pass what splits.digest gives")
+        wanted = f"tags.`sora.judged` = 'true' AND tags.`sora.test_digest` = '{test_digest}'"
+        return sum(1 for _ in self.search_runs(wanted))
+
+    def was_rolled_back(self, version: int) -> bool:
+        """Whether this version, or another with the same bytes, was rolled back and not promoted since."""
+        wanted = tags_of(self._version(version)).get("sora.model_sha256")
+        found = (tags_of(item) for item in self._search())
+        return any("sora.rolled_back" in tags and tags.get("sora.model_sha256") == wanted for tags in found)
+
+    # -- MLflow's words for it --
+
+    def _log_model(self, run_id: str, model_file: Path, recipe: Recipe) -> str:
+        body = {
+            "experiment_id": self.experiment_id(),
+            "name": "model",
+            "source_run_id": run_id,
+            "model_type": "keras",
+            "tags": [{"key": "sora.model_sha256", "value": recipe.model_sha256}],
+        }
+        info = self._rest.post("logged-models", body)["model"]["info"]
+        model_id, root = str(info["model_id"]), str(info["artifact_uri"])
+        with tempfile.TemporaryDirectory(prefix="sora-model-") as temporary:
+            written = Path(temporary) / "model"
+            folder.write(written, model_file, recipe, model_id=model_id, run_id=run_id)
+            for file in sorted(written.rglob("*")):
+                if file.is_file():
+                    self._rest.upload(root, file.relative_to(written).as_posix(), file)
+        self._rest.upload(root, folder.MODEL_FILE, model_file)
+        self._rest.patch(f"logged-models/{model_id}", {"model_id": model_id, "status": "LOGGED_MODEL_READY"})
+        self._rest.post("runs/outputs", {"run_id": run_id, "models": [{"model_id": model_id, "step": 0}]})
+        return model_id
+
+    def _download(self, root: str, name: str, target: Path, wanted: str, version: int) -> None:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            kind = DiskFull if error.errno == errno.ENOSPC else ServiceError
+            mend = "make room (`sora gc --dry-run`), or make the folder writable"
+            raise kind(f"can't make {target.parent}: {error}", mend=mend) from error
+        part = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.part")
+        try:
+            found = self._rest.download(root, name, part)
+            if found != wanted:
+                raise ServiceError(
+                    f"{name} of version {version} has sha256 {found}, registered was {wanted}: it was altered",
+                    mend="don't use this version; `sora rollback` or `sora promote` another one",
+                )
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _search(self, more: str = "") -> Iterator[dict[str, Any]]:
+        wanted = f"name='{self.name}'" + (f" AND {more}" if more else "")
+        query = {"filter": wanted, "max_results": 200}
+        return self._rest.pages("GET", "model-versions/search", "model_versions", query)
+
+    def _version(self, version: int) -> dict[str, Any]:
+        try:
+            return dict(self._rest.get("model-versions/get", name=self.name, version=str(version))["model_version"])
+        except NotFound as error:
+            raise InputError(
+                f"there is no version {version} of {self.name}", mend="`sora models` lists the versions"
+            ) from error
+
+    def _model(self) -> dict[str, Any]:
+        try:
+            return dict(self._rest.get("registered-models/get", name=self.name)["registered_model"])
+        except NotFound:
+            return {}
+
+    def _aliases(self) -> dict[str, int]:
+        return {item["alias"]: int(item["version"]) for item in self._model().get("aliases", [])}
+
+    def _tag_version(self, version: int, key: str, value: str) -> None:
+        body = {"name": self.name, "version": str(version), "key": key, "value": value}
+        self._rest.post("model-versions/set-tag", body)
+
+    def _untag_version(self, version: int, key: str) -> None:
+        self._rest.delete("model-versions/delete-tag", {"name": self.name, "version": str(version), "key": key})
+
+
+def iso_now() -> str:
+    """ISO 8601, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _is_digest(text: str) -> bool:
+    return len(text) == 64 and all(c in "0123456789abcdef" for c in text)
+
+
+def _metrics(reports: EvalReport | Mapping[str, EvalReport]) -> dict[str, float]:
+    several = [reports] if isinstance(reports, EvalReport) else list(reports.values())
+    return {f"{report.split}/{name}": float(value) for report in several for name, value in report.metrics.items()}
+
+
+def _model_version(item: Mapping[str, Any], aliases: Mapping[str, int]) -> ModelVersion:
+    tags, number = tags_of(item), int(item["version"])
+    created = datetime.fromtimestamp(int(item["creation_timestamp"]) / 1000, UTC)
+    return ModelVersion(
+        version=number,
+        aliases=tuple(sorted(alias for alias, version in aliases.items() if version == number)),
+        metrics=json.loads(tags.get("sora.metrics", "{}")),
+        data_version=tags.get("sora.data_version", ""),
+        created=created.isoformat(timespec="seconds"),
+        decision=tags.get("sora.decision", "pending"),
+        reasons=tuple(json.loads(tags.get("sora.reasons", "[]"))),
+        run_id=str(item.get("run_id", "")),
+    )

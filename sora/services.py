@@ -1,0 +1,449 @@
+"""The project's Prefect and MLflow servers: found if they are up, started if not, ended with who started them.
+
+Each server is one process, a direct child that dies with its parent: the vendors' own start commands put a second
+process under the first, which would outlive a kill. State (databases, artifacts, ports, logs) lies below `.sora/`.
+Nothing of the user's own Prefect or MLflow set-up is read or written.
+
+What runs is written to `.sora/services.json`: {name: {"pid", "created", "url", "started", "owner"}}; an entry counts
+only while the process with that number *and* that creation time lives.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sora.errors import ServiceError
+from sora.files import writing
+from sora.processes import quiet_environment, start_child
+from sora.settings import Project
+
+LOOPBACK = "127.0.0.1"
+START_SECONDS = 120.0  # a first start on a cold disk makes both databases: 17 s measured
+STOP_SECONDS = 8.0
+_ANSWER_SECONDS = 15.0  # for a server that is up but busy
+_OTHERS_SECONDS = 10.0  # that the owner waits for other processes which use its servers
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the servers answer; None for one that was not asked for."""
+
+    prefect_api_url: str | None = None
+    mlflow_tracking_uri: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """One entry of services.json."""
+
+    pid: int
+    created: float  # creation time of the process, seconds since the epoch: numbers are used again, times are not
+    url: str
+    started: str  # ISO 8601, UTC
+    owner: str  # the command that started it: "run", "up"
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """How to start one server. `probe` is a path that answers below 500 once it is ready."""
+
+    name: str
+    app: tuple[str, ...]  # uvicorn's application arguments
+    probe: str
+    url_path: str = ""  # of what clients are told
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    def command(self, host: str, port: int) -> list[str]:
+        options = ["--host", host, "--port", str(port), "--log-level", "warning", "--no-access-log"]
+        # Open pages keep connections; they must not hold the end up.
+        return [sys.executable, "-m", "uvicorn", *self.app, *options, "--timeout-graceful-shutdown", "2"]
+
+
+def prefect_server(project: Project, *, schedules: bool = False, env: Mapping[str, str] | None = None) -> Server:
+    """Prefect's API and pages. `schedules`: it also makes runs from schedules and marks late ones (`sora up` only)."""
+    home = project.state / "prefect"
+    on = str(schedules).lower()
+    return Server(
+        name="prefect",
+        app=("--factory", "prefect.server.api.server:create_app", "--lifespan", "on"),
+        probe="/api/health",
+        url_path="/api",
+        env={
+            **prefect_environment(project),
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home}/prefect.db",
+            # The default keeps leases in memory: a slot that is held when server and holder die stays taken for good.
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+            "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(home / "ui"),  # or it writes into the installed package
+            "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+            "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": on,
+            "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": on,
+            "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+            **(env or {}),
+        },
+    )
+
+
+def mlflow_server(project: Project, *, app: Sequence[str] = (), env: Mapping[str, str] | None = None) -> Server:
+    """MLflow's API and pages, artifacts through the server. The variables are those that `mlflow server` sets."""
+    home = project.state / "mlflow"
+    database = f"sqlite:///{home}/mlflow.db"
+    return Server(
+        name="mlflow",
+        app=tuple(app) or ("mlflow.server.fastapi_app:app",),
+        probe="/api/2.0/mlflow/experiments/get?experiment_id=0",  # makes the database; /health does not
+        env={
+            "_MLFLOW_SERVER_FILE_STORE": database,
+            "_MLFLOW_SERVER_REGISTRY_STORE": database,
+            "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(home / "artifacts"),
+            "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+            "_MLFLOW_SGI_NAME": "uvicorn",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # jobs of generative models: processes that we don't need
+            **(env or {}),
+        },
+    )
+
+
+def prefect_environment(project: Project) -> dict[str, str]:
+    """Keeps Prefect's clients and servers away from the user's own profile."""
+    home = project.state / "prefect"
+    return {"PREFECT_HOME": str(home), "PREFECT_PROFILES_PATH": str(home / "profiles.toml")}
+
+
+def environment(project: Project, addresses: Addresses) -> dict[str, str]:
+    """What a process needs in its environment to use the servers at `addresses`."""
+    env = prefect_environment(project)
+    if addresses.prefect_api_url:
+        env["PREFECT_API_URL"] = addresses.prefect_api_url
+    if addresses.mlflow_tracking_uri:
+        env["MLFLOW_TRACKING_URI"] = addresses.mlflow_tracking_uri
+    secret = os.environ.get("PREFECT_SERVER_API_AUTH_STRING")
+    if secret:
+        env.setdefault("PREFECT_API_AUTH_STRING", secret)
+    return env
+
+
+@contextmanager
+def servers(
+    project: Project, *, prefect: bool = True, mlflow: bool = True, owner: str = "run", standing: bool = False
+) -> Iterator[Addresses]:
+    """The addresses of the servers asked for, for as long as it is open.
+
+    Those that params.yaml names (`services`) and those that are up are used; the others are started, side by side, and
+    ended at the end, also on Ctrl-C; when this process is killed, they die with it. Call it from a thread that lives
+    as long as the servers are to live: Linux ends such children with the *thread* that started them.
+
+    Args:
+        standing: for a process that stays (`sora serve`): it copes with a server that goes away, so whoever ends one
+            does not wait for it.
+
+    Raises:
+        ServiceError: one does not start or does not answer; the end of its log is in the message.
+    """
+    settings = project.settings().services
+    configured = {"prefect": settings.prefect_api_url, "mlflow": settings.mlflow_tracking_uri}
+    wanted = [name for name, asked in (("prefect", prefect), ("mlflow", mlflow)) if asked]
+    with writing(project.state):
+        project.state.mkdir(parents=True, exist_ok=True)
+    for name in wanted:
+        if configured[name]:
+            _answers_elsewhere(name, str(configured[name]))
+    local = [name for name in wanted if not configured[name]]
+    started: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        with _in_use(project, counts=not standing) as others:
+            with _exclusive(project):
+                urls = {name: entry.url for name, entry in running(project).items() if name in local}
+                for name, url in urls.items():
+                    wait_ready(project, _server(project, name), url, seconds=_ANSWER_SECONDS)
+                missing = [_server(project, name) for name in local if name not in urls]
+                urls |= start(project, missing, started, owner=owner)
+            try:
+                yield Addresses(
+                    prefect_api_url=configured["prefect"] or urls.get("prefect"),
+                    mlflow_tracking_uri=configured["mlflow"] or urls.get("mlflow"),
+                )
+            finally:
+                if started:
+                    others()
+    finally:
+        stop(started.values())
+        forget(project, started)
+
+
+def mlflow_address(project: Project) -> str:
+    """MLflow's address for a process that starts no servers: a flow run, a worker.
+
+    Raises:
+        ServiceError: params.yaml names none, none runs here, and MLFLOW_TRACKING_URI is not set.
+    """
+    configured = project.settings().services.mlflow_tracking_uri
+    entry = running(project).get("mlflow")
+    address = configured or (entry.url if entry else None) or os.environ.get("MLFLOW_TRACKING_URI")
+    if not address:
+        raise ServiceError(
+            f"no MLflow server runs for {project.root}",
+            mend="start one with `sora up`, or set services.mlflow_tracking_uri in params.yaml",
+        )
+    return address
+
+
+def running(project: Project) -> dict[str, Running]:
+    """The servers of this project that are up on this machine, by name. Entries of dead processes are left out."""
+    try:
+        text = _record(project).read_text(encoding="utf-8")
+        entries = {name: Running(**entry) for name, entry in json.loads(text).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}  # none yet, or not ours: starting anew writes it again
+    return {name: entry for name, entry in entries.items() if _created(entry.pid) == entry.created}
+
+
+def start(
+    project: Project,
+    wanted: Sequence[Server],
+    started: dict[str, subprocess.Popen[bytes]],
+    *,
+    owner: str,
+    host: str = LOOPBACK,
+    ports: Mapping[str, int] | None = None,
+    seconds: float = START_SECONDS,
+) -> dict[str, str]:
+    """Starts servers side by side, waits until each is ready, records them, and returns what clients are told.
+
+    Args:
+        started: filled as they start, so that the caller can end them whatever happens.
+        ports: preferred ones; a free one is taken where there is none or where it is taken.
+
+    Raises:
+        ServiceError: one ended or was not ready in time.
+    """
+    urls: dict[str, str] = {}
+    entries: dict[str, Running] = {}
+    for server in wanted:
+        port = free_port(host, (ports or {}).get(server.name, 0))
+        urls[server.name] = f"http://{reachable(host)}:{port}{server.url_path}"
+        child = _spawn(project, server, host, port)
+        started[server.name] = child
+        created = _created(child.pid)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        entries[server.name] = Running(child.pid, created or 0.0, urls[server.name], now, owner)
+    deadline = time.monotonic() + seconds
+    for server in wanted:
+        child, url = started[server.name], urls[server.name]
+        wait_ready(project, server, url, seconds=deadline - time.monotonic(), child=child)
+    if entries:
+        _write(project, {**running(project), **entries})
+    return urls
+
+
+def wait_ready(
+    project: Project, server: Server, url: str, *, seconds: float, child: subprocess.Popen[bytes] | None = None
+) -> None:
+    """Waits until the server answers its probe.
+
+    Raises:
+        ServiceError: `child` ended, or no good answer came in time.
+    """
+    import httpx
+
+    base = url.removesuffix(server.url_path)
+    deadline = time.monotonic() + max(seconds, 0.1)
+    said = "no answer"
+    with httpx.Client(trust_env=False) as client:
+        while True:
+            if child is not None and child.poll() is not None:
+                how = f"was killed by signal {-child.returncode}" if child.returncode < 0 else "ended"
+                raise ServiceError(
+                    f"the {server.name} server {how} while it started\n{log_tail(project, server.name)}",
+                    mend=f"see {log_file(project, server.name)}",
+                )
+            left = deadline - time.monotonic()
+            try:
+                answer = client.get(base + server.probe, timeout=max(min(left, 10.0), 0.1))
+                # 401 is an answer too: it is up and asks who we are.
+                if answer.status_code < 500:
+                    return
+                said = f"status {answer.status_code}"
+            except httpx.HTTPError as error:
+                said = str(error) or type(error).__name__
+            if left <= 0:
+                raise ServiceError(
+                    f"the {server.name} server at {url} does not answer ({said})\n{log_tail(project, server.name)}",
+                    mend=f"see {log_file(project, server.name)}; `sora doctor` names its process",
+                )
+            time.sleep(0.05)
+
+
+def stop(children: Iterable[subprocess.Popen[bytes]]) -> None:
+    """Asks processes to end, all at once, and kills those that have not after `STOP_SECONDS`."""
+    children = list(children)
+    for child in children:
+        if child.poll() is None:
+            child.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    for child in children:
+        try:
+            child.wait(max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def forget(project: Project, names: Iterable[str]) -> None:
+    """Takes servers out of services.json."""
+    gone = set(names)
+    if gone:
+        _write(project, {name: entry for name, entry in running(project).items() if name not in gone})
+
+
+def free_port(host: str, preferred: int = 0) -> int:
+    """`preferred` if nothing listens there, else one that the system gives."""
+    for port in (preferred, 0):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                if port:
+                    continue
+                raise ServiceError(
+                    f"can't listen on {host}: {error}", mend="use an address of this machine, as --host 127.0.0.1"
+                ) from error
+            return int(probe.getsockname()[1])
+    raise AssertionError("port 0 binds or raises")
+
+
+def reachable(host: str) -> str:
+    """The host part of an address that a client here can use for a server that listens on `host`."""
+    if host in ("0.0.0.0", "::", ""):
+        return LOOPBACK
+    return f"[{host}]" if ":" in host else host
+
+
+def log_file(project: Project, name: str) -> Path:
+    return project.state / "logs" / f"{name}.log"
+
+
+def log_tail(project: Project, name: str, lines: int = 12) -> str:
+    """The end of a server's log."""
+    try:
+        with log_file(project, name).open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(file.tell() - 16_384, 0))
+            return "\n".join(file.read().decode("utf-8", "replace").splitlines()[-lines:])
+    except OSError:
+        return "(no log)"
+
+
+def _server(project: Project, name: str) -> Server:
+    return prefect_server(project) if name == "prefect" else mlflow_server(project)
+
+
+def _spawn(project: Project, server: Server, host: str, port: int) -> subprocess.Popen[bytes]:
+    log = log_file(project, server.name)
+    with writing(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        (project.state / server.name).mkdir(exist_ok=True)
+        with log.open("wb") as sink:
+            return start_child(
+                server.command(host, port),
+                env=quiet_environment(**server.env),
+                cwd=project.state / server.name,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,  # Ctrl-C at the terminal is for us; we end them when what uses them has ended
+            )
+
+
+def _answers_elsewhere(name: str, url: str) -> None:
+    import httpx
+
+    probe = f"{url.rstrip('/')}/health"  # the same in both
+    try:
+        answer = httpx.get(probe, timeout=10, trust_env=False)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ServiceError(
+            f"the {name} server at {url} does not answer: {error}",
+            mend="start it, or correct or remove its address under `services` in params.yaml",
+        ) from error
+    if answer.status_code >= 400:
+        raise ServiceError(
+            f"{probe} answers {answer.status_code}: no {name} server is there",
+            mend="correct or remove its address under `services` in params.yaml"
+            + (" (Prefect's ends with /api)" if name == "prefect" else ""),
+        )
+
+
+def _created(pid: int) -> float | None:
+    """When a living process began; None if there is none with this number."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    except psutil.Error:
+        return None
+
+
+def _record(project: Project) -> Path:
+    return project.state / "services.json"
+
+
+def _write(project: Project, entries: Mapping[str, Running]) -> None:
+    target = _record(project)
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    with writing(target):
+        draft.write_text(json.dumps({name: asdict(entry) for name, entry in entries.items()}, indent=1))
+        os.replace(draft, target)
+
+
+@contextmanager
+def _exclusive(project: Project) -> Iterator[None]:
+    """One process at a time looks what is up and starts the rest."""
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(project.state / "services.lock", timeout=START_SECONDS + 10):
+            yield
+    except Timeout as error:
+        raise ServiceError(
+            "another process has been starting the servers for two minutes", mend="look for it with `sora doctor`"
+        ) from error
+
+
+@contextmanager
+def _in_use(project: Project, *, counts: bool) -> Iterator[Callable[[], None]]:
+    """Marks the servers as used by this process. Gives a function that waits, for a while, until nobody else does.
+
+    Without it, a `sora models` beside a `sora run` would lose its server in the middle when the run ends.
+    """
+    descriptor = os.open(project.state / "services.use", os.O_RDWR | os.O_CREAT, 0o644)
+
+    def others_are_done() -> None:
+        deadline = time.monotonic() + _OTHERS_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                time.sleep(0.05)
+
+    try:
+        if counts:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield others_are_done
+    finally:
+        os.close(descriptor)
