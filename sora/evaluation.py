@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -32,49 +32,47 @@ JUDGED: tuple[Split, ...] = ("val", "test")
 LATENCY_CALLS = 20
 
 
-@dataclass(frozen=True)
-class EvalModel:
+class EvalModel(TypedDict):
     """One model to evaluate. Without a recipe it is fresh from training: it gets one, and a page."""
 
     name: str  # of its folder below `EvalJob.out`, and its key in the result
     file: str
-    recipe: dict[str, Any] | None = None
+    recipe: dict[str, Any] | None
+    history: NotRequired[list[dict[str, float]]]  # of its training, the metrics of an epoch each; for the page
 
 
 @dataclass(frozen=True)
 class EvalJob:
-    """What the child needs; JSON-able by `to_dict`.
+    """What the child needs, as JSON can carry it.
 
     `table` is a parquet or CSV file with the columns of `sora.data.table.COLUMNS`. `data` is the folder that its paths
-    are relative to.
+    are relative to. `classes` are those of a fresh model, in the order of its logits.
     """
 
     shards: str
     table: str
-    models: tuple[EvalModel, ...]
-    classes: tuple[str, ...]  # of the fresh model, in the order of its logits
+    models: list[EvalModel]
+    classes: list[str]
     data: str
     out: str
     batch: int = 16
-    history: tuple[dict[str, float], ...] = ()  # of the training, an epoch each; for the page
     title: str = ""  # of the page
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> EvalJob:
-        lists = {name: tuple(value.get(name, ())) for name in ("classes", "history")}
-        return cls(**{**value, **lists, "models": tuple(EvalModel(**model) for model in value["models"])})
 
 
 @dataclass(frozen=True)
 class EvalOutcome:
-    """One model's reports and recipe. `folder` holds report.json and, of a fresh model, index.html and the plots."""
+    """One model's recipe and reports ("val" and "test").
+
+    `folder` holds report.json and, of a fresh model, index.html and the plots.
+    """
 
     recipe: Recipe
-    reports: dict[str, EvalReport] = field(default_factory=dict)  # "val" and "test"
-    folder: Path = Path()
+    reports: dict[str, EvalReport]
+    folder: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        reports = {split: report.to_dict() for split, report in self.reports.items()}
+        return {"recipe": self.recipe.to_dict(), "reports": reports, "folder": str(self.folder)}
 
 
 def run(
@@ -82,15 +80,15 @@ def run(
 ) -> dict[str, EvalOutcome]:
     """Evaluates every model of the job in one child process.
 
-    Events: {"event": "evaluate", "model": name, "done": videos, "videos": of so many}.
+    Events: {"event": "evaluate", "name": model, "done": videos, "total": of so many}.
 
     Raises:
         InputError: a model file's digest is not its recipe's; a model answers for another number of classes.
         ServiceError: the shards lack a video of the table, or the child died.
         VideoError: a video can't be read any more (only where a champion's own clip spec needs it).
     """
-    result = run_child("sora.evaluation", job.to_dict(), on_event, log=log)
-    return {name: read(Path(folder)) for name, folder in result["folders"].items()}
+    result = run_child("sora.evaluation", asdict(job), on_event, log=log)
+    return {name: read(Path(job.out) / name) for name in result["models"]}
 
 
 def read(folder: Path) -> EvalOutcome:
@@ -129,49 +127,47 @@ def evaluate(value: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> d
 
     from sora.data.shards import ShardSet
 
-    job = EvalJob.from_dict(value)
+    job = EvalJob(**value)
     table = pd.read_parquet(job.table) if job.table.endswith(".parquet") else pd.read_csv(job.table)
     table = table[table["split"].isin(JUDGED)].sort_values("sha256", ignore_index=True)
     shards = ShardSet.open(Path(job.shards))
-    folders: dict[str, str] = {}
     for model in job.models:
-        folder = Path(job.out) / model.name
+        folder = Path(job.out) / model["name"]
         folder.mkdir(parents=True, exist_ok=True)
-        outcome, raw = _evaluate_one(job, model, table, shards, emit)
-        stored = {"recipe": outcome.recipe.to_dict(), "reports": {s: r.to_dict() for s, r in outcome.reports.items()}}
-        if model.recipe is None:
+        recipe, reports, raw = _evaluate_one(job, model, table, shards, emit)
+        if model["recipe"] is None:
             from sora.report import page
 
-            page.write(folder, outcome.reports, raw_test=raw, shards=shards, history=job.history, title=job.title)
+            page.write(folder, reports, raw_test=raw, shards=shards, history=model.get("history", ()), title=job.title)
         with atomic(folder / "report.json") as file:  # last: a folder with it is complete
+            stored = EvalOutcome(recipe, reports, folder).to_dict()
             file.write(json.dumps(stored, indent=1, allow_nan=False).encode())
-        folders[model.name] = str(folder)
-    return {"folders": folders}
+    return {"models": [model["name"] for model in job.models]}
 
 
 def _evaluate_one(
     job: EvalJob, model: EvalModel, table: pd.DataFrame, shards: ShardSet, emit: Callable[[dict[str, Any]], None]
-) -> tuple[EvalOutcome, np.ndarray]:
-    """(outcome, probabilities of the test split before calibration)."""
-    digest = file_digest(Path(model.file))
-    if model.recipe is None:
-        recipe = Recipe(clip=shards.spec, classes=job.classes, model_sha256=digest)
+) -> tuple[Recipe, dict[str, EvalReport], np.ndarray]:
+    """(recipe, reports, probabilities of the test split before calibration)."""
+    digest = file_digest(Path(model["file"]))
+    if model["recipe"] is None:
+        recipe = Recipe(clip=shards.spec, classes=tuple(job.classes), model_sha256=digest)
     else:
-        recipe = Recipe.from_dict(model.recipe)
+        recipe = Recipe.from_dict(model["recipe"])
         if recipe.model_sha256 and recipe.model_sha256 != digest:
             raise InputError(
-                f"the model file of {model.name} has sha256 {digest}, its recipe says {recipe.model_sha256}",
+                f"the model file of {model['name']} has sha256 {digest}, its recipe says {recipe.model_sha256}",
                 mend="fetch that version again; the file was altered or is another version's",
             )
-    network = _load(Path(model.file), recipe)
+    network = _load(Path(model["file"]), recipe)
     # Of a class that the model never heard of it can't be right; the gate reports such classes apart.
     known = table[table["label"].isin(recipe.classes)].reset_index(drop=True)
     logits, owner = _logits(
-        network, _clips(known, shards, recipe.clip, Path(job.data)), len(known), job.batch, model.name, emit
+        network, _clips(known, shards, recipe.clip, Path(job.data)), len(known), job.batch, model["name"], emit
     )
     if not np.isfinite(logits).all():
         raise ServiceError(
-            f"the model {model.name} answers with NaN: its training diverged", mend="lower train.learning_rate"
+            f"the model {model['name']} answers with NaN: its training diverged", mend="lower train.learning_rate"
         )
     labels = known["label"].map({name: i for i, name in enumerate(recipe.classes)}).to_numpy(int)
 
@@ -180,7 +176,7 @@ def _evaluate_one(
         chosen = np.flatnonzero((known["split"] == split).to_numpy())
         clips = np.isin(owner, chosen)
         parts[split] = logits[clips], np.searchsorted(chosen, owner[clips]), labels[chosen], known.iloc[chosen]
-    if model.recipe is None:
+    if model["recipe"] is None:
         recipe = replace(recipe, temperature=measure.fit_temperature(*parts["val"][:3]))
         recipe = replace(recipe, golden=tuple(_golden(network, recipe, seed) for seed in GOLDEN_SEEDS))
     latency = _latency(network, recipe.clip)
@@ -202,7 +198,7 @@ def _evaluate_one(
             temperature=recipe.temperature,
             metrics=extra,
         )
-    return EvalOutcome(recipe, reports), raw
+    return recipe, reports, raw
 
 
 def _load(path: Path, recipe: Recipe) -> Any:
@@ -235,7 +231,7 @@ def _clips(table: pd.DataFrame, shards: ShardSet, spec: ClipSpec, data: Path) ->
         for path in table["path"]:
             yield prepare_clips(data / path, spec)
         return
-    rows = shards.index.reset_index(drop=True).groupby("sha256").indices
+    rows = shards.index.groupby("sha256").indices
     missing = [row.path for row in table.itertuples() if row.sha256 not in rows]
     if missing:
         raise ServiceError(
@@ -273,7 +269,7 @@ def _logits(
             if filled == batch:
                 flush()
         if number % 20 == 0 or number + 1 == videos:
-            emit({"event": "evaluate", "model": name, "done": number + 1, "videos": videos})
+            emit({"event": "evaluate", "name": name, "done": number + 1, "total": videos})
     if filled:
         flush()
     return np.concatenate([np.zeros((0, model.output_shape[-1]), np.float32), *results]), np.array(owner, int)

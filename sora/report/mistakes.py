@@ -41,7 +41,7 @@ def worst(report: EvalReport, shards: Clips, most: int = MOST) -> list[Mistake]:
     wrong.sort(key=lambda video: (-max(video["probabilities"]), video["sha256"]))
     if not wrong:
         return []
-    rows = shards.index.reset_index(drop=True).groupby("sha256").indices
+    rows = shards.index.groupby("sha256").indices
     result = []
     for video in [video for video in wrong if video["sha256"] in rows][:most]:
         own = rows[video["sha256"]]
