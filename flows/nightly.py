@@ -19,6 +19,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelled
 
 from flows import alerts, show
+from flows.deployments import superseded
 from sora import nightly_log
 from sora.errors import DiskFull, RunActive, ServiceError
 from sora.lock import run_lock
@@ -100,6 +101,9 @@ def nightly(project: str, force: bool = False) -> dict[str, Any] | State:
     At most one at a time: where the project is locked the flow ends as Cancelled and changes nothing.
     """
     here = Project(Path(project))
+    newer = superseded()
+    if newer is not None:
+        return Cancelled(message=f"a newer night is due as well: {newer} does the work of both")
     try:
         with run_lock(here):
             result = _cycle(here, here.settings(), force)
@@ -110,9 +114,8 @@ def nightly(project: str, force: bool = False) -> dict[str, Any] | State:
 
 
 def _cycle(project: Project, settings: Settings, force: bool) -> dict[str, Any]:
-    from sora.services import mlflow_address
-
     from sora.registry import Registry
+    from sora.services import mlflow_address
 
     registry = Registry(mlflow_address(project), settings.name)
     data_version = _version_data(project)
@@ -243,12 +246,12 @@ def _open_run(project: Project, settings: Settings, registry: Any, key: dict[str
     from sora.data import version
 
     state = version.state(project)
-    run_id = registry.start_run(
-        params=settings.to_dict(),
-        tags={**key, "splits": facts["digest"], "test_digest": facts["test_digest"], "git_commit": state["commit"]},
-    )
+    tags = {**key, "splits": facts["digest"], "test_digest": facts["test_digest"]}
+    if state["git_commit"]:
+        tags["git_commit"] = state["git_commit"]
+    run_id = registry.start_run(params=settings.to_dict(), tags=tags)
     registry.log_dataset(run_id, data_version=key["data_version"], counts=facts["counts"], source=str(project.data))
-    registry.log_state(run_id, state["texts"])
+    registry.log_state(run_id, state)
     registry.log_metrics(
         run_id, {f"data/{name}": facts[name] for name in ("videos", "rejected", "train", "val", "test")}, step=0
     )
@@ -344,7 +347,7 @@ def _register(
         run_id,
         Path(fitted["model"]),
         Recipe.from_dict(candidate["recipe"]),
-        EvalReport.from_dict(candidate["reports"]["test"]),
+        {split: EvalReport.from_dict(report) for split, report in candidate["reports"].items()},
         key["data_version"],
     )
 

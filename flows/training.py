@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from uuid import UUID
 
@@ -31,7 +31,7 @@ from sora.errors import InputError, ServiceError
 from sora.progress import Bar, bar, say
 from sora.settings import Project, Settings, parse
 
-HANDOVER = "handover/table.parquet"  # artifacts of the run: to the worker …
+HANDOVER = PurePosixPath("handover/table.parquet")  # artifacts of the run: to the worker …
 HANDBACK = "handback"  # … and back: model.keras, result.json
 # Of a project's state what the worker needs. The splits' ledger is not among it: the table holds what is used of it.
 STATE = ("data.dvc", "dvc.yaml", "dvc.lock", "preprocessing.lock", "params.yaml")
@@ -144,7 +144,7 @@ def _fetch(clone: Project, registry: Any, run_id: str, state: dict[str, str], ta
             f"the shards did not arrive: {error.message}",
             mend="give project and clone a DVC remote that both reach (dvc remote add --default NAME URL)",
         ) from error
-    if registry.fetch_file(run_id, HANDOVER, work / "table.parquet") != table_sha256:
+    if registry.fetch_file(run_id, str(HANDOVER), work / "table.parquet") != table_sha256:
         raise ServiceError("the table of splits did not arrive whole", mend="run the nightly again")
     return prepared
 
@@ -170,7 +170,7 @@ def _hand_back(registry: Any, run_id: str, done: dict[str, Any], work: Path) -> 
     with model.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     registry.flush(run_id)
-    registry.log_file(run_id, model, f"{HANDBACK}/model.keras")
+    registry.log_path(run_id, model, HANDBACK)
     registry.log_text(run_id, f"{HANDBACK}/result.json", json.dumps({**done, "model_sha256": sha256}))
 
 
@@ -236,7 +236,7 @@ def request_training(
     assert pool is not None
     version.push(project, list(version.STAGES))
     table = work / "table.parquet"
-    registry.log_file(run_id, table, HANDOVER)
+    registry.log_path(run_id, table, HANDOVER.parent.as_posix())
     texts = version.state(project)
     run: Any = run_deployment(
         f"train/{settings.name}",
@@ -371,7 +371,7 @@ def _fetch_back(registry: Any, run_id: str, target: Path) -> dict[str, Any]:
     registry.fetch_file(run_id, f"{HANDBACK}/result.json", target / "result.json")
     result: dict[str, Any] = json.loads((target / "result.json").read_text(encoding="utf-8"))
     model = target / "model.keras"
-    found = registry.fetch_file(run_id, f"{HANDBACK}/model.keras", model)
+    found = registry.fetch_file(run_id, f"{HANDBACK}/{model.name}", model)
     if found != result.pop("model_sha256"):
         model.unlink()
         raise ServiceError("the model of the GPU worker did not arrive whole", mend="run again: it is fetched again")
