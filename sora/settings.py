@@ -280,6 +280,11 @@ class Project:
         return self.prepared / "manifest.parquet"
 
     @property
+    def journal(self) -> Path:
+        """Facts of videos decoded since the last manifest was written: by an interrupted stage, or by `sora check`."""
+        return self.state / "stages" / "manifest.jsonl"
+
+    @property
     def quarantine(self) -> Path:
         """JSON list of `records.Rejection`."""
         return self.prepared / "quarantine.json"

@@ -169,7 +169,9 @@ def validate(
     rejected = _rejections(videos, verdicts)
     findings = [_finding(videos, verdict) for verdict in verdicts]
     accepted = manifest[~manifest["path"].isin({entry.path for entry in rejected})]
-    counts = {name: int(number) for name, number in accepted["label"].value_counts().reindex(classes, fill_value=0).items()}
+    counts = {
+        name: int(number) for name, number in accepted["label"].value_counts().reindex(classes, fill_value=0).items()
+    }
     if len(manifest):
         table = _classes(manifest, counts, rejected, settings, reference)
         verdicts, result = _judge(context, table)
@@ -261,10 +263,10 @@ def _videos(manifest: pd.DataFrame, settings: Settings, classes: list[str]) -> _
         checks += [
             _Check("near_duplicates", "near_duplicates", "warn", "Near-duplicates belong to one group.",
                    "ExpectColumnValuesToBeBetween", {"column": "groups of this scene", "max_value": 1},
-                   lambda v: f"{v.path} ~ {v.scene}" + (f" (group {v.group})" if isinstance(v.group, str) else "")),
+                   lambda v: v.pair),
             _Check("near_duplicate_labels", "near_duplicate_labels", "warn", "Near-duplicates carry one label.",
                    "ExpectColumnValuesToBeBetween", {"column": "labels of this scene", "max_value": 1},
-                   lambda v: f"{v.path} ({v.label}) ~ {v.scene}"),
+                   lambda v: v.pair),
         ]  # fmt: skip
     return _Table("videos", frame, facts, "path", checks)
 
@@ -308,10 +310,15 @@ def _scenes(frame: pd.DataFrame, facts: pd.DataFrame, distinct: pd.Series, bits:
     group = facts["group"].where(facts["group"].fillna("") != "", facts["path"])
     frame["groups of this scene"] = group.groupby(scene).transform("nunique")
     frame["labels of this scene"] = facts["label"].groupby(scene).transform("nunique")
-    facts["scene"] = ""
-    partner = rows[pairs]
-    facts.iloc[partner[:, 0], facts.columns.get_loc("scene")] = facts["path"].iloc[partner[:, 1]].to_numpy()
-    facts.iloc[partner[:, 1], facts.columns.get_loc("scene")] = facts["path"].iloc[partner[:, 0]].to_numpy()
+    names = [
+        f"{row.path} ({row.label}{f', group {row.group}' if isinstance(row.group, str) and row.group else ''})"
+        for row in facts.iloc[np.unique(rows[pairs])].itertuples()
+    ]
+    name = dict(zip(np.unique(rows[pairs]).tolist(), names, strict=True))
+    texts = [""] * len(facts)
+    for left, right in rows[pairs].tolist():
+        texts[left] = texts[right] = f"{name[left]} ~ {name[right]}"
+    facts["pair"] = texts
 
 
 def _rejections(table: _Table, verdicts: Iterable[_Verdict]) -> list[Rejection]:

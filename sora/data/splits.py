@@ -12,10 +12,8 @@ renamed), so a crash leaves the old file or the new one, never half a line.
 from __future__ import annotations
 
 import csv
-import errno
 import hashlib
 import io
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +22,8 @@ import pandas as pd
 
 from sora.data import similar
 from sora.data.similar import near_duplicates
-from sora.errors import DiskFull, InputError, ServiceError
+from sora.errors import InputError, ServiceError
+from sora.files import atomic
 from sora.records import SPLITS, Rejection
 from sora.settings import Settings
 
@@ -85,7 +84,7 @@ def append(path: Path, assignment: Assignment) -> None:
 
     Raises:
         InputError: the file is damaged (see `read`).
-        ServiceError: it changed since `assign` read it; nothing was written.
+        ServiceError: it changed since `assign` read it, or can't be written; the old ledger stands.
         DiskFull: no space; the old ledger stands.
     """
     if not assignment.added:
@@ -94,34 +93,8 @@ def append(path: Path, assignment: Assignment) -> None:
     now = read(path)
     if len(now) != len(old) or not (now.to_numpy() == old.to_numpy()).all():
         raise ServiceError(f"{path} changed while splits were assigned", mend="run the same command again")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as sink:
-            assignment.ledger.to_csv(sink, index=False, columns=list(COLUMNS), lineterminator="\n")
-            sink.flush()
-            os.fsync(sink.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskFull(
-                f"no room to write {path}: {error}; the old ledger stands", mend="make room and run again"
-            ) from error
-        raise ServiceError(
-            f"can't write {path}: {error}; the old ledger stands", mend="check the folder's permissions"
-        ) from error
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """The rename itself survives a power cut only when the folder is synced; not every file system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+    with atomic(path) as file:
+        assignment.ledger.to_csv(file, index=False, columns=list(COLUMNS), lineterminator="\n")
 
 
 def digest(ledger: pd.DataFrame, sha256s: list[str]) -> str:
@@ -133,9 +106,7 @@ def digest(ledger: pd.DataFrame, sha256s: list[str]) -> str:
     split = dict(zip(ledger["sha256"], ledger["split"], strict=True))
     missing = sorted(set(sha256s) - split.keys())
     if missing:
-        raise InputError(
-            f"{len(missing)} videos have no split yet, the first {missing[0][:12]}…", mend="run `sora run`"
-        )
+        raise InputError(f"{len(missing)} videos have no split yet: {missing[0][:12]}…", mend="run `sora run`")
     lines = "".join(f"{sha},{split[sha]}\n" for sha in sorted(set(sha256s)))
     return hashlib.sha256(lines.encode()).hexdigest()
 
