@@ -10,7 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
@@ -32,10 +32,11 @@ def each(
     *,
     workers: int = 0,
     crashed: Callable[[Item, str], Result] | None = None,
-) -> Iterator[tuple[Item, Result]]:
+) -> Generator[tuple[Item, Result], None, None]:
     """Yields (item, function(item)) as they are ready. Items are taken one by one as processes become free.
 
-    Processes start as items come, die with this one, and end at once when the iteration is left (Ctrl-C too).
+    Processes start as items come, die with this one, and end at once when the generator is closed
+    (put it into `contextlib.closing`).
 
     Args:
         function: of a module's top level; it and the items must be picklable.

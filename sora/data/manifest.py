@@ -83,11 +83,13 @@ def build(
             by_sha.setdefault(sha256, []).append(one.path)
         else:
             step()
-    with _appending(journal) as note:
-        items = ((str(folder / paths[0]), sha256) for sha256, paths in by_sha.items())
-        for (_, sha256), result in pool.each(
-            _decode, items, workers=min(workers or pool.cores(), len(by_sha)), crashed=_crash
-        ):
+    items = ((str(folder / paths[0]), sha256) for sha256, paths in by_sha.items())
+    crew = min(workers or pool.cores(), max(1, len(by_sha)))
+    with (
+        _appending(journal) as note,
+        contextlib.closing(pool.each(_decode, items, workers=crew, crashed=_crash)) as results,
+    ):
+        for (_, sha256), result in results:
             facts[sha256] = result
             if note is not None and not result["detail"].startswith(_CRASHED):
                 with writing(Path(note.name)):

@@ -37,15 +37,13 @@ class Found:
     detail: str = ""
 
 
-def ignored(name: str) -> bool:
-    """Whether a file or folder of this name is none of Sora's business."""
+def ignored(name: str, folder: bool = False) -> bool:
+    """Whether a file or folder of this name is none of Sora's business. A class may be called `log`, a video not."""
+    if name.startswith(".") or name.lower() in _SYSTEM_NAMES:
+        return True
     stem, _, suffix = name.rpartition(".")
-    return (
-        name.startswith(".")
-        or name.lower() in _SYSTEM_NAMES
-        or suffix.lower() in _DOCUMENTS
-        or (not stem and _DOCUMENT_NAMES.fullmatch(name) is not None)
-    )
+    named = suffix.lower() in _DOCUMENTS if stem else _DOCUMENT_NAMES.fullmatch(name) is not None
+    return named and not folder
 
 
 def scan(folder: Path, settings: Settings) -> list[Found]:
@@ -100,7 +98,7 @@ def _walk(folder: Path, below: str, listed: dict) -> Iterator[tuple[str, str | N
             shown = os.fsencode(path).decode("utf-8", "backslashreplace")
             yield shown, "unreadable", "the name is not UTF-8; rename it"
             continue
-        if ignored(entry.name) and _key(path) not in listed:
+        if ignored(entry.name, entry.is_dir(follow_symlinks=False)) and _key(path) not in listed:
             continue
         if entry.is_symlink():
             yield (
