@@ -314,7 +314,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _problem_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    content = {problems.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemAnswer"}}}
+    content = {problems.MEDIA_TYPE: {"schema": ProblemAnswer.model_json_schema()}}
     return {status: {"description": problems.TITLES[status], "content": content} for status in statuses}
 
 

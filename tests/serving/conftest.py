@@ -23,7 +23,9 @@ class Made:
 
     def __init__(self, file: Path, recipe: Recipe, version: int) -> None:
         self.file, self.recipe, self.version = file, recipe, version
-        self.champion = ChampionRef(version, recipe.model_sha256, f"data{version}", f"run{version}", {"test/accuracy": 0.5})
+        self.champion = ChampionRef(
+            version, recipe.model_sha256, f"data{version}", f"run{version}", {"test/accuracy": 0.5}
+        )
 
     def put(self, cache: ModelCache, recipe: Recipe | None = None) -> None:
         """Makes it fetchable from `cache`."""

@@ -76,7 +76,11 @@ def test_code_in_a_model_is_not_run(models, tmp_path):
 
 @pytest.mark.parametrize(
     ("recipe", "words"),
-    [({"clip": replace(SPEC, frames=5)}, "takes clips"), ({"classes": CLASSES[:2]}, "2 classes"), ({"schema": 2}, "schema")],
+    [
+        ({"clip": replace(SPEC, frames=5)}, "takes clips"),
+        ({"classes": CLASSES[:2]}, "2 classes"),
+        ({"schema": 2}, "schema"),
+    ],
 )
 def test_a_recipe_of_another_model_is_refused(models, recipe, words):
     with pytest.raises(ModelRefused, match=words):
