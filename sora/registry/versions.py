@@ -23,6 +23,7 @@ from sora.registry.runs import Runs, tags_of
 CHAMPION = "champion"
 PREVIOUS = "previous"
 JUDGED = ("promoted", "refused")
+_LARGEST = 2**31 - 1  # version that a database column of MLflow's takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,10 @@ class Versions(Runs):
             found = self._rest.get("registered-models/alias", name=self.name, alias=CHAMPION)["model_version"]
         except NotFound:
             return None
+        except ServiceError as error:
+            if "alias" in error.message and "not found" in error.message:  # to MLflow an invalid parameter, not a 404
+                return None
+            raise
         tags = tags_of(found)
         return ChampionRef(
             version=int(found["version"]),
@@ -275,12 +280,13 @@ class Versions(Runs):
         return self._rest.pages("GET", "model-versions/search", "model_versions", query)
 
     def _version(self, version: int) -> dict[str, Any]:
+        unknown = InputError(f"there is no version {version} of {self.name}", mend="`sora models` lists the versions")
+        if not 0 < version <= _LARGEST:
+            raise unknown
         try:
             return dict(self._rest.get("model-versions/get", name=self.name, version=str(version))["model_version"])
         except NotFound as error:
-            raise InputError(
-                f"there is no version {version} of {self.name}", mend="`sora models` lists the versions"
-            ) from error
+            raise unknown from error
 
     def _model(self) -> dict[str, Any]:
         try:
