@@ -73,12 +73,13 @@ def read_tokens(text: str) -> list[str]:
     """SORA_API_TOKEN: one token or several, separated by spaces or commas.
 
     Raises:
-        InputError: one is so short that it can be guessed.
+        InputError: one is so short that it can be guessed, or a header can't carry it.
     """
     tokens = text.replace(",", " ").split()
-    if any(len(token) < MIN_TOKEN for token in tokens):
+    if any(len(token) < MIN_TOKEN or not token.isascii() for token in tokens):
         raise InputError(
-            f"SORA_API_TOKEN holds a token of fewer than {MIN_TOKEN} characters", mend="use `openssl rand -hex 24`"
+            f"SORA_API_TOKEN holds a token of fewer than {MIN_TOKEN} ASCII characters",
+            mend="use `openssl rand -hex 24`",
         )
     return tokens
 

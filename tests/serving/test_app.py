@@ -1,0 +1,348 @@
+"""The application in this process: starts, faults of the registry, bounds. Real models, decoders and files."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import re
+import signal
+import threading
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from sora.errors import VideoError
+from sora.serving import follow, uploads
+from sora.serving.app import create_app
+from sora.serving.batcher import Batcher
+from sora.serving.decoding import DecodePool
+from sora.serving.predictor import Predictor
+from sora.serving.source import ModelCache
+from sora.settings import Serve
+from tests.serving.conftest import SPEC, other_golden
+
+
+@asynccontextmanager
+async def running(folder: Path, *, tokens=(), headers=None, **settings):
+    """(client, service) of an application over FOLDER/registry and FOLDER/cache."""
+    options = {"poll_seconds": 0.05, "decode_workers": 1, **settings}
+    app = create_app(Serve(**options), ModelCache(folder / "registry"), ModelCache(folder / "cache"), tokens=tokens)
+    service = app.state.service
+    transport = httpx.ASGITransport(app)
+    async with (
+        service.running(),
+        httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60, headers=headers) as client,
+    ):
+        yield client, service
+
+
+async def until(condition, seconds=60.0):
+    async with asyncio.timeout(seconds):
+        while not await condition():
+            await asyncio.sleep(0.02)
+
+
+def ready(client, version=None):
+    async def condition():
+        answer = await client.get("/readyz")
+        return answer.status_code == 200 and version in (None, answer.json()["version"])
+
+    return condition
+
+
+async def send(client, video: Path):
+    return await client.post("/v1/predict", files={"file": (video.name, video.read_bytes())})
+
+
+def test_no_champion_yet_and_then_the_first(models, video, tmp_path):
+    async def story():
+        async with running(tmp_path) as (client, service):
+            await until(_true(lambda: service.follower.none))
+            for answer in (await client.get("/readyz"), await send(client, video)):
+                assert answer.status_code == 503 and answer.headers["retry-after"]
+                assert "sora run" in answer.json()["mend"]
+            model = (await client.get("/v1/model")).json()
+            assert model["version"] is None and model["classes"] == []
+            assert (await client.get("/healthz")).status_code == 200
+            models[0].promote(ModelCache(tmp_path / "registry"))
+            await until(ready(client))
+            assert (await send(client, video)).json()["version"] == 1
+        assert not service.folder.exists()
+
+    asyncio.run(story())
+
+
+def test_without_a_registry_the_cache_serves_also_after_a_restart(models, video, tmp_path):
+    registry = ModelCache(tmp_path / "registry")
+    models[0].promote(registry)
+    models[0].put(ModelCache(tmp_path / "cache"))  # as `RegistrySource` leaves it there
+
+    async def first():
+        async with running(tmp_path) as (client, service):
+            await until(ready(client))
+            (registry.folder / "champion.json").write_text("{broken", encoding="utf-8")
+            await until(_true(lambda: service.follower.problem))
+            assert (await send(client, video)).status_code == 200
+            following = (await client.get("/v1/model")).json()["following"]
+            assert following["registry"] == "unreachable" and "broken" not in following["problem"][:20]
+
+    async def second():
+        async with running(tmp_path) as (client, service):
+            await until(ready(client, 1))
+            assert service.follower.problem
+            models[1].promote(registry)  # it is back, with another champion
+            await until(ready(client, 2))
+
+    asyncio.run(first())
+    asyncio.run(second())
+
+
+def test_nothing_in_the_cache_and_no_registry(tmp_path):
+    (tmp_path / "registry").mkdir()
+    (tmp_path / "registry" / "champion.json").write_text("[]", encoding="utf-8")
+
+    async def story():
+        async with running(tmp_path) as (client, service):
+            await until(_true(lambda: service.follower.problem))
+            answer = await client.get("/readyz")
+            assert answer.status_code == 503 and "champion.json" in answer.json()["detail"]
+
+    asyncio.run(story())
+
+
+def test_a_refused_champion_at_the_start_leaves_the_last_good_one(models, video, tmp_path):
+    cache, registry = ModelCache(tmp_path / "cache"), ModelCache(tmp_path / "registry")
+    models[0].promote(cache)
+    models[1].put(registry, other_golden(models[1].recipe))
+    registry.remember(models[1].champion)
+
+    async def story():
+        async with running(tmp_path) as (client, service):
+            await until(ready(client))
+            assert (await send(client, video)).json()["version"] == 1
+            assert service.follower.refused.champion.version == 2
+        assert cache.champion().version == 1
+
+    asyncio.run(story())
+
+
+def test_a_damaged_cache_is_refused(models, tmp_path):
+    cache = ModelCache(tmp_path / "cache")
+    models[0].promote(cache)
+    file = cache.model_folder(models[0].champion.digest) / "model.keras"
+    file.write_bytes(file.read_bytes()[:-100])
+    (tmp_path / "registry").mkdir()
+    (tmp_path / "registry" / "champion.json").write_text("no", encoding="utf-8")
+
+    async def story():
+        async with running(tmp_path) as (client, service):
+            await until(_true(lambda: service.follower.refused))
+            answer = await client.get("/readyz")
+            assert answer.status_code == 503 and "sha256" in answer.json()["detail"]
+
+    asyncio.run(story())
+
+
+def test_a_registry_that_hangs_does_not_hold_the_start_up(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(follow, "ASK_SECONDS", 0.3)
+    models[0].promote(ModelCache(tmp_path / "cache"))
+    release = threading.Event()
+
+    class Hanging(ModelCache):
+        asked = 0
+
+        def champion(self):
+            self.asked += 1
+            release.wait(60)
+            return None
+
+    async def story():
+        source = Hanging(tmp_path / "registry")
+        app = create_app(Serve(poll_seconds=0.05, decode_workers=1), source, ModelCache(tmp_path / "cache"))
+        service = app.state.service
+        async with service.running():
+            await until(_true(lambda: service.follower.current))
+            assert "has not answered" in service.follower.problem and source.asked == 1
+            release.set()
+
+    asyncio.run(story())
+
+
+def test_beyond_the_queue_is_429(models, video, tmp_path):
+    models[0].promote(ModelCache(tmp_path / "registry"))
+
+    async def story():
+        async with running(tmp_path, queue=2, decode_timeout=2) as (client, service):
+            await until(ready(client))
+            assert (await send(client, video)).status_code == 200
+            (stopped,) = service.pool.pids
+            os.kill(stopped, signal.SIGSTOP)
+            under_way = [asyncio.create_task(send(client, video)) for _ in range(2)]
+            await until(_true(lambda: service.active == 2))
+            answer = await send(client, video)
+            assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
+            assert answer.json()["type"].endswith("queue-full")
+            os.kill(stopped, signal.SIGCONT)
+            assert [task.status_code for task in await asyncio.gather(*under_way)] == [200, 200]
+            assert (await send(client, video)).status_code == 200
+
+    asyncio.run(story())
+
+
+def test_requests_that_wait_share_one_call(models, video, tmp_path):
+    """While the model is busy, what arrives makes the next batch."""
+    predictor = Predictor(models[0].file, models[0].recipe, 1)
+    other = Predictor(models[1].file, models[1].recipe, 2)
+    clips = np.random.default_rng(0).integers(0, 256, (12, 4, 32, 32, 3), np.uint8)
+    gate = threading.Event()
+
+    class Busy(Predictor):
+        def __init__(self) -> None:
+            pass
+
+        def probabilities(self, clips):
+            gate.wait(30)
+            return np.ones((len(clips), 3))
+
+    async def story():
+        sizes: list[int] = []
+        batcher = Batcher(sizes.append)
+        await batcher.start()
+        asked = [(Busy(), clips[:1]), *((predictor, clips[i : i + 1]) for i in range(6)), (other, clips[:2])]
+        tasks = []
+        for who, what in (*asked, (predictor, clips)):
+            tasks.append(asyncio.create_task(batcher.answer(who, what)))
+            await asyncio.sleep(0.01)
+        tasks[4].cancel()  # a client that hung up
+        await asyncio.sleep(0.01)
+        gate.set()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        await batcher.close()
+        return sizes, answers[1:]
+
+    sizes, answers = asyncio.run(story())
+    assert isinstance(answers[3], asyncio.CancelledError)
+    assert sizes == [1, 5, 2, 8, 4]  # the busy one; five that waited; the other model's; a long video in portions
+    for i in (0, 1, 2, 4, 5):
+        np.testing.assert_allclose(answers[i].probabilities, predictor.probabilities(clips[i : i + 1]), atol=1e-5)
+    np.testing.assert_allclose(answers[6].probabilities, other.probabilities(clips[:2]), atol=1e-5)
+    np.testing.assert_allclose(answers[7].probabilities, predictor.probabilities(clips), atol=1e-5)
+
+
+def test_tokens(models, video, tmp_path):
+    models[0].promote(ModelCache(tmp_path / "registry"))
+    token = "a-long-enough-token"
+
+    async def story():
+        async with running(tmp_path, tokens=("another-token-of-this", token)) as (client, _):
+            await until(ready(client))
+            for path in ("/", "/page/page.js", "/healthz", "/readyz", "/openapi.json"):
+                assert (await client.get(path, headers={"host": "sora.example"})).status_code == 200
+            for given in (None, "Bearer wrong", "Basic a", f"bearer {token}x", "Bearer "):
+                headers = {"authorization": given} if given else {}
+                for answer in (
+                    await client.get("/v1/model", headers=headers),
+                    await client.get("/metrics", headers=headers),
+                    await client.post("/v1/predict", headers=headers),
+                ):
+                    assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+            client.headers["authorization"] = "Bearer another-token-of-this"
+            assert (await send(client, video)).status_code == 200
+
+    asyncio.run(story())
+
+
+def test_a_full_disk_says_so_and_leaves_nothing(models, video, tmp_path, monkeypatch):
+    models[0].promote(ModelCache(tmp_path / "registry"))
+
+    def full(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def story():
+        async with running(tmp_path) as (client, service):
+            await until(ready(client))
+            with monkeypatch.context() as patch:
+                patch.setattr(uploads._Reader, "flush", full)
+                answer = await send(client, video)
+            assert answer.status_code == 507 and answer.headers["retry-after"]
+            assert not list(service.folder.iterdir())
+            assert (await send(client, video)).status_code == 200
+
+    asyncio.run(story())
+
+
+def test_a_decoder_out_of_memory_costs_one_request(video, tmp_path):
+    huge = replace(SPEC, frames=256, height=1024, width=1024)  # 805 MB of clips
+
+    async def story():
+        pool = DecodePool(Serve(decode_workers=1, decode_memory=700_000_000), tmp_path)
+        await pool.start()
+        try:
+            with pytest.raises(VideoError, match="memory"):
+                await pool.decode(video, huge)
+            assert (await pool.decode(video, SPEC)).clips.shape == (1, 4, 32, 32, 3)
+            assert pool.replaced == 1 and len(pool.pids) == 1
+        finally:
+            await pool.close()
+
+    asyncio.run(story())
+
+
+def test_a_decoder_holds_no_secret_and_cannot_write(video, tmp_path, monkeypatch):
+    monkeypatch.setenv("SORA_API_TOKEN", "a-long-enough-token")
+
+    async def story():
+        pool = DecodePool(Serve(decode_workers=1), tmp_path)
+        await pool.start()
+        try:
+            await pool.decode(video, SPEC)
+            (pid,) = pool.pids
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+            limits = Path(f"/proc/{pid}/limits").read_text()
+        finally:
+            await pool.close()
+        assert b"SORA_API_TOKEN" not in environment
+        assert re.search(r"Max file size\s+0 +0", limits) and re.search(r"Max open files\s+64 ", limits)
+        assert not psutil.pid_exists(pid)
+
+    asyncio.run(story())
+
+
+def test_no_decoder_to_be_had_is_503(models, video, tmp_path):
+    models[0].promote(ModelCache(tmp_path / "registry"))
+
+    async def story():
+        async with running(tmp_path, decode_memory=100_000_000) as (client, _):  # too little to import OpenCV
+            await until(ready(client))
+            for _ in range(3):
+                answer = await send(client, video)
+                assert answer.status_code == 503 and "decode_memory" in answer.json()["mend"]
+
+    asyncio.run(story())
+
+
+def test_an_unexpected_failure_is_a_problem_without_insides(models, video, tmp_path, monkeypatch):
+    models[0].promote(ModelCache(tmp_path / "registry"))
+
+    async def story():
+        async with running(tmp_path) as (client, service):
+            await until(ready(client))
+            monkeypatch.setattr(service.batcher, "answer", None)
+            with pytest.raises(TypeError):  # ASGITransport raises what Starlette raises again for the server's log
+                await send(client, video)
+            assert service.active == 0 and not list(service.folder.iterdir())
+
+    asyncio.run(story())
+
+
+def _true(function):
+    async def condition():
+        return bool(function())
+
+    return condition
