@@ -127,12 +127,12 @@ def test_of_the_nights_that_are_due_after_a_weekend_only_the_newest_runs(prefect
     assert len(due) == 3 < len(runs)  # those of tonight and tomorrow count for nothing yet
 
     @flow
-    def asks() -> str:
+    def asks(project: str) -> str:
         return str(deployments.superseded())
 
-    answers = [run_flow(asks, flow_run=run) for run in due]
+    answers = [run_flow(asks, flow_run=run, parameters=run.parameters) for run in due]
     assert answers == [due[-1].name, due[-1].name, "None"]
-    assert asks() == "None"  # started by a person
+    assert asks("here") == "None"  # started by a person
 
 
 def test_prefect_yaml_says_the_same_as_register(prefect_server: str, repository: Path, tmp_path: Path) -> None:
