@@ -71,9 +71,14 @@ def fit_temperature(logits: np.ndarray, owner: np.ndarray, labels: np.ndarray) -
     return float(math.exp(minimize_scalar(cost, bounds=(low, high), method="bounded").x))
 
 
+def _bin(confidence: np.ndarray, bins: int) -> np.ndarray:
+    """Number of the bin, (low, high] as in Guo et al., that each confidence falls into."""
+    return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+
+
 def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[tuple[float, float, int]]:
     """(mean confidence, accuracy, videos) of every bin of equal width that holds a video."""
-    where = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # bins are (low, high], as in Guo et al.
+    where = _bin(confidence, bins)
     result = []
     for number in np.unique(where):
         inside = where == number
@@ -85,7 +90,7 @@ def expected_calibration_error(confidence: np.ndarray, right: np.ndarray, bins: 
     """Mean distance of confidence and accuracy over bins of equal width, weighted by videos (Guo et al. 2017)."""
     if len(confidence) == 0:
         return 0.0
-    return sum(n * abs(mean - accuracy) for mean, accuracy, n in reliability(confidence, right, bins)) / len(confidence)
+    return float(np.abs(np.bincount(_bin(confidence, bins), weights=confidence - right)).sum() / len(confidence))
 
 
 def calibration_noise(confidence: np.ndarray, quantile: float = 0.95, draws: int = 200) -> float:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 INK, FAINT, BLUE, ORANGE, GREEN = "#24292f", "#8b949e", "#2f6fdb", "#d9730d", "#1a8a5f"
 MANY = 12  # classes; beyond, a legend or a number in every cell is no help
-MOST_BARS = 60
+MOST_NAMES = 60
 
 
 def plain(text: object, most: int = 40) -> str:
@@ -47,7 +47,7 @@ def _png(figure: Figure) -> bytes:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
         warnings.filterwarnings("ignore", message=r"Matplotlib currently does not support .* natively")
-        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None}, pil_kwargs={"compress_level": 4})
     return buffer.getvalue()
 
 
@@ -68,7 +68,9 @@ def confusion(report: EvalReport) -> bytes:
     figure = _figure(size + 0.8, size)
     axis = figure.add_subplot()
     picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    names = [plain(name, 18) for name in report.classes]
+    names = (
+        [plain(name, 18) for name in report.classes] if len(counts) <= MOST_NAMES else []
+    )  # else no one could read them
     font = 9 if len(counts) <= MANY else 7
     axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=font)
     axis.set_yticks(range(len(names)), names, fontsize=font)
@@ -131,16 +133,15 @@ def reliability(report: EvalReport, raw: np.ndarray | None) -> bytes:
 def recalls(report: EvalReport) -> bytes:
     """Recall of every class of the split with its 95 % interval, the worst on top."""
     known = [(name, values) for name, values in report.per_class.items() if "recall" in values]
-    known = sorted(known, key=lambda item: item[1]["recall"])[:MOST_BARS][::-1]
+    known = sorted(known, key=lambda item: item[1]["recall"])[:MOST_NAMES][::-1]
     figure = _figure(6, max(2.2, 0.9 + 0.3 * len(known)))
     axis = figure.add_subplot()
-    for row, (_, values) in enumerate(known):
-        axis.plot(
-            [values["low"], values["high"]], [row, row], color=BLUE, alpha=0.35, linewidth=5, solid_capstyle="round"
-        )
-        axis.plot(values["recall"], row, "o", color=BLUE, markersize=6)
+    rows = range(len(known))
+    low, high, recall = ([values[name] for _, values in known] for name in ("low", "high", "recall"))
+    axis.hlines(rows, low, high, color=BLUE, alpha=0.35, linewidth=5)
+    axis.plot(recall, rows, "o", color=BLUE, markersize=6)
     names = [f"{plain(name, 22)} ({values['support']:.0f})" for name, values in known]
-    axis.set_yticks(range(len(known)), names)
+    axis.set_yticks(rows, names)
     _bare(axis, xlim=(-0.02, 1.02), ylim=(-0.6, max(len(known), 1) - 0.4), xlabel="recall, with 95 % interval")
     return _png(figure)
 
