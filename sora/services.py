@@ -30,7 +30,7 @@ from sora.processes import quiet_environment, start_child
 from sora.settings import Project
 
 LOOPBACK = "127.0.0.1"
-START_SECONDS = 120.0  # a first start on a cold disk makes both databases: 17 s measured
+START_SECONDS = 180.0  # both databases are made at a first start: 17 s on a cold disk, minutes on a machine that is busy
 STOP_SECONDS = 8.0
 _ANSWER_SECONDS = 15.0  # for a server that is up but busy
 _OTHERS_SECONDS = 10.0  # that the owner waits for other processes which use its servers
@@ -64,6 +64,11 @@ class Server:
     probe: str
     url_path: str = ""  # of what clients are told
     env: Mapping[str, str] = field(default_factory=dict)
+
+    def environment(self, host: str, port: int) -> dict[str, str]:
+        # Prefect's page asks this address, from the reader's browser; it would guess port 4200.
+        api = f"http://{host}:{port}/api" if host == LOOPBACK else "/api"
+        return quiet_environment(**{"PREFECT_UI_API_URL": api, **self.env})
 
     def command(self, host: str, port: int) -> list[str]:
         options = ["--host", host, "--port", str(port), "--log-level", "warning", "--no-access-log"]
@@ -230,21 +235,17 @@ def start(
         ServiceError: one ended or was not ready in time.
     """
     urls: dict[str, str] = {}
-    entries: dict[str, Running] = {}
     for server in wanted:
         port = free_port(host, (ports or {}).get(server.name, 0))
         urls[server.name] = f"http://{reachable(host)}:{port}{server.url_path}"
         child = _spawn(project, server, host, port)
         started[server.name] = child
-        created = _created(child.pid)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        entries[server.name] = Running(child.pid, created or 0.0, urls[server.name], now, owner)
     deadline = time.monotonic() + seconds
     for server in wanted:
         child, url = started[server.name], urls[server.name]
         wait_ready(project, server, url, seconds=deadline - time.monotonic(), child=child)
-    if entries:
-        _write(project, {**running(project), **entries})
+    for name, url in urls.items():
+        record(project, name, started[name].pid, url, owner=owner)
     return urls
 
 
@@ -299,6 +300,12 @@ def stop(children: Iterable[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+
+
+def record(project: Project, name: str, pid: int, url: str, *, owner: str) -> None:
+    """Writes one server into services.json."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    _write(project, {**running(project), name: Running(pid, _created(pid) or 0.0, url, now, owner)})
 
 
 def forget(project: Project, names: Iterable[str]) -> None:
@@ -359,7 +366,7 @@ def _spawn(project: Project, server: Server, host: str, port: int) -> subprocess
         with log.open("wb") as sink:
             return start_child(
                 server.command(host, port),
-                env=quiet_environment(**server.env),
+                env=server.environment(host, port),
                 cwd=project.state / server.name,
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
@@ -420,7 +427,7 @@ def _exclusive(project: Project) -> Iterator[None]:
             yield
     except Timeout as error:
         raise ServiceError(
-            "another process has been starting the servers for two minutes", mend="look for it with `sora doctor`"
+            "another process has been starting the servers for three minutes", mend="look for it with `sora doctor`"
         ) from error
 
 

@@ -1,0 +1,34 @@
+"""The worker of a project: registers its deployments, then runs what is due. `python -m flows.worker [PROJECT]`.
+
+It becomes Prefect's own worker (the same process), so whoever started it watches and ends the worker itself.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from sora.errors import InputError, SoraError
+from sora.settings import find_project
+
+
+def main() -> int:
+    """Never returns when all goes well."""
+    try:
+        project = find_project(Path(sys.argv[1] if len(sys.argv) > 1 else "."))
+        address = os.environ.get("PREFECT_API_URL")
+        if not address:
+            raise InputError("PREFECT_API_URL is not set", mend="set it to the address of the Prefect server's API")
+        from flows.deployments import register
+
+        pool = register(project, address).pool
+    except SoraError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
+    os.execv(sys.executable, command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
