@@ -150,11 +150,12 @@ def test_pipes_and_names_that_are_not_utf8(tmp_path):
     manifest.write(build(tmp_path, SETTINGS), tmp_path / "m.parquet")
 
 
-def test_what_may_not_be_read_is_unreadable():
+def test_what_may_not_be_read_is_unreadable(tmp_path):
     """As another user where the tests run as root, whom permissions don't stop."""
     code = (
-        "import os, sys, pandas; from pathlib import Path\n"
+        "import os, sys; from pathlib import Path\n"
         "from sora.data import manifest; from sora.settings import Settings\n"
+        "manifest.build(Path(sys.argv[2]), Settings())\n"  # imports all; the other user may not see this Python
         "if os.geteuid() == 0: os.seteuid(65534)\n"
         "built = manifest.build(Path(sys.argv[1]), Settings())\n"
         "print(built[['path', 'error', 'detail']].to_json(orient='records'))"
@@ -164,7 +165,7 @@ def test_what_may_not_be_read_is_unreadable():
         data = touch(Path(name), "run/a.mp4", "closed/b.mp4")
         (data / "run" / "a.mp4").chmod(0)
         (data / "closed").chmod(0)
-        done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code, name, str(tmp_path)], capture_output=True, text=True)
         (data / "closed").chmod(0o755)
     assert done.returncode == 0, done.stderr
     closed, unreadable = json.loads(done.stdout)
