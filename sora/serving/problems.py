@@ -31,6 +31,14 @@ TITLES = {
 }
 
 
+# What an uploader can do; the mends of `records.RULES` speak to the owner of a data folder.
+_MENDS = {
+    "not_a_video": "send a video file, as mp4, mov, mkv, webm, avi or gif",
+    "unreadable": "re-export the video and send it again",
+    "too_large": "send a shorter or smaller video; /v1/model names the limits",
+}
+
+
 class Problem(Exception):
     """An answer that says no. Raised anywhere below a route; the application turns it into a response.
 
@@ -73,5 +81,5 @@ def of_video(error: VideoError, name: str) -> Problem:
     `name` is the client's own name for the file, which replaces any path of this server in the message.
     """
     status = 413 if error.rule == "too_large" else 422
-    mend = error.mend or "send another video file"
+    mend = _MENDS.get(error.rule) or error.mend or "send another video file"
     return Problem(status, error.message, mend=mend, kind=error.rule.replace("_", "-"), rule=error.rule, filename=name)

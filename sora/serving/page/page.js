@@ -3,6 +3,11 @@
 
 const $ = (id) => document.getElementById(id);
 const percent = new Intl.NumberFormat("en", { style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 });
+const METRICS = [
+  ["test/accuracy", "Accuracy on held-out videos"],
+  ["test/macro_f1", "Macro F1"],
+  ["test/ece", "Calibration error"],
+];
 let preview = null;
 let busy = false;
 let maxBytes = Infinity;
@@ -56,8 +61,8 @@ function showModel(model) {
   if (model.data_version) facts.push(["Data version", model.data_version.slice(0, 12)]);
   if (model.since) facts.push(["Serving since", new Date(model.since).toLocaleString()]);
   if (model.clip) facts.push(["A clip", `${model.clip.frames} frames of ${model.clip.width} × ${model.clip.height}`]);
-  for (const [name, value] of Object.entries(model.metrics)) {
-    if (["test/accuracy", "test/macro_f1", "test/ece"].includes(name)) facts.push([name, value.toFixed(3)]);
+  for (const [name, title] of METRICS) {
+    if (typeof model.metrics[name] === "number") facts.push([title, model.metrics[name].toFixed(3)]);
   }
   if (following.previous !== null) facts.push(["Previous version", String(following.previous)]);
   if (model.classes.length) facts.push([`${model.classes.length} classes`, model.classes.join(", "), "wide"]);
