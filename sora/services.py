@@ -30,9 +30,10 @@ from sora.processes import quiet_environment, start_child
 from sora.settings import Project
 
 LOOPBACK = "127.0.0.1"
-START_SECONDS = 180.0  # both databases are made at a first start: 17 s on a cold disk, minutes on a machine that is busy
+START_SECONDS = 180.0  # 17 s measured for a first start on a cold disk, two minutes on a machine that was busy
 STOP_SECONDS = 8.0
 _ANSWER_SECONDS = 15.0  # for a server that is up but busy
+_FAILING_SECONDS = 5.0  # a server that answers, but only with 5xx, will not get better: a damaged database
 _OTHERS_SECONDS = 10.0  # that the owner waits for other processes which use its servers
 
 
@@ -262,6 +263,7 @@ def wait_ready(
     base = url.removesuffix(server.url_path)
     deadline = time.monotonic() + max(seconds, 0.1)
     said = "no answer"
+    failing_since: float | None = None
     with httpx.Client(trust_env=False) as client:
         while True:
             if child is not None and child.poll() is not None:
@@ -277,9 +279,11 @@ def wait_ready(
                 if answer.status_code < 500:
                     return
                 said = f"status {answer.status_code}"
+                failing_since = failing_since or time.monotonic()
             except httpx.HTTPError as error:
                 said = str(error) or type(error).__name__
-            if left <= 0:
+            failing = failing_since is not None and time.monotonic() - failing_since > _FAILING_SECONDS
+            if left <= 0 or failing:
                 raise ServiceError(
                     f"the {server.name} server at {url} does not answer ({said})\n{log_tail(project, server.name)}",
                     mend=f"see {log_file(project, server.name)}; `sora doctor` names its process",

@@ -1,0 +1,301 @@
+"""`sora doctor`: what is installed, reachable and running, and how to mend what is not.
+
+Every check is a function of its own that returns what it found; one that fails in a way nobody thought of is a finding
+too, never a crash. Nothing heavy is imported: versions come from the packages' metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+from sora.errors import SoraError
+from sora.settings import Project
+
+_FREE_DISK = 2e9  # bytes
+_FREE_MEMORY = 1.5e9  # bytes: TensorFlow and a small model
+_DISTRIBUTION = "sora-video"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    name: str
+    ok: bool
+    detail: str
+    mend: str = ""
+
+
+def doctor(project: Project | None) -> dict[str, Any]:
+    """Looks at everything. Never raises.
+
+    Args:
+        project: None outside of one; what needs a project is then left out.
+
+    Returns:
+        {"checks": [{"name", "ok", "detail", "mend"}]}; `mend` is empty where `ok`.
+    """
+    looks: list[Callable[[], Check]] = [_python, _packages, _git, _dvc, _ffmpeg, _memory, _gpu]
+    if project is None:
+        looks.append(_no_project)
+    else:
+        looks += list(_of_project(project))
+    return {"checks": [asdict(_guarded(look)) for look in looks]}
+
+
+def _guarded(look: Callable[[], Check]) -> Check:
+    name = (look.func if isinstance(look, partial) else look).__name__.strip("_")
+    try:
+        return look()
+    except SoraError as error:
+        return Check(name, False, error.message.splitlines()[0], error.mend or "see the message")
+    except Exception as error:
+        return Check(name, False, f"could not be looked at: {type(error).__name__}: {error}", "report this finding")
+
+
+# -- the machine --
+
+
+def _python() -> Check:
+    found = ".".join(map(str, sys.version_info[:3]))
+    ok = sys.version_info[:2] == (3, 11)
+    return Check("python", ok, found, "" if ok else "use Python 3.11: `make setup` builds .venv with it")
+
+
+def _packages() -> Check:
+    from packaging.requirements import Requirement
+
+    try:
+        lines = requires(_DISTRIBUTION) or []
+    except PackageNotFoundError:
+        return Check("packages", False, f"{_DISTRIBUTION} is not installed", "make setup (or: pip install -e .)")
+    wanted = [r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate({"extra": ""})]
+    wrong = []
+    for requirement in wanted:
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(found, prereleases=True):
+            wrong.append(f"{requirement.name} {found} is not {requirement.specifier}")
+    if wrong:
+        return Check("packages", False, "; ".join(wrong), "make setup (or: pip install -r requirements.lock)")
+    return Check("packages", True, f"all {len(wanted)} are within their ranges")
+
+
+def _git() -> Check:
+    return _command("git", ["git", "--version"], "install git")
+
+
+def _dvc() -> Check:
+    try:
+        return Check("dvc", True, version("dvc"))
+    except PackageNotFoundError:
+        return Check("dvc", False, "not installed", "make setup")
+
+
+def _ffmpeg() -> Check:
+    # The wheel carries FFmpeg's libraries; whether they load is seen where they are loaded, beside this process.
+    code = "import av; print(av.__version__, '.'.join(map(str, av.library_versions['libavcodec'])))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return Check(
+            "ffmpeg", False, f"PyAV does not load: {last}", "make setup (or: pip install --force-reinstall av)"
+        )
+    package, codec = done.stdout.split()
+    return Check("ffmpeg", True, f"PyAV {package} with libavcodec {codec}")
+
+
+def _memory() -> Check:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    detail = f"{memory.available / 1e9:.1f} GB of {memory.total / 1e9:.1f} GB free, {os.cpu_count()} processors"
+    ok = memory.available >= _FREE_MEMORY
+    return Check("memory", ok, detail, "" if ok else "end other programs, or lower train.batch and the clip's size")
+
+
+def _gpu() -> Check:
+    if shutil.which("nvidia-smi") is None:
+        return Check("gpu", True, "none found: training runs on the processor")
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    if done.returncode:
+        said = (done.stdout + done.stderr).strip().splitlines() or ["no message"]
+        return Check("gpu", False, f"nvidia-smi fails: {said[0]}", "mend the NVIDIA driver")
+    return Check("gpu", True, "; ".join(done.stdout.strip().splitlines()))
+
+
+def _command(name: str, command: list[str], mend: str) -> Check:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except FileNotFoundError:
+        return Check(name, False, "not found", mend)
+    first = (done.stdout or done.stderr).strip().splitlines() or ["no answer"]
+    return Check(name, done.returncode == 0, first[0], "" if done.returncode == 0 else mend)
+
+
+# -- the project --
+
+
+def _no_project() -> Check:
+    return Check(
+        "project",
+        False,
+        "no params.yaml here or above",
+        "sora init DIR --data FOLDER, or --project DIR for one you have",
+    )
+
+
+def _of_project(project: Project) -> Iterator[Callable[[], Check]]:
+    def params() -> Check:
+        settings = project.settings()
+        return Check("params.yaml", True, f"{settings.name}, classes: {', '.join(settings.classes) or 'none yet'}")
+
+    def disk() -> Check:
+        free = shutil.disk_usage(project.root).free
+        ok = free >= _FREE_DISK
+        return Check("disk", ok, f"{free / 1e9:.1f} GB free", "" if ok else "make room: `sora gc --dry-run`")
+
+    def writable() -> Check:
+        folder = project.state if project.state.exists() else project.root
+        ok = os.access(folder, os.W_OK)
+        return Check("writable", ok, str(folder), "" if ok else f"give yourself the right to write: chmod u+w {folder}")
+
+    yield params
+    yield disk
+    yield writable
+    yield partial(_data, project)
+    yield partial(_lock, project)
+    yield from _servers(project)
+    yield partial(_champion, project)
+    yield partial(_schedule, project)
+
+
+def _data(project: Project) -> Check:
+    if not project.data.is_dir():
+        return Check("data", False, f"{project.data} is missing", "sora run (it fetches what data.dvc names)")
+    if not project.data_dvc.is_file():
+        return Check("data", False, "data/ has no version yet", "sora run (it writes data.dvc)")
+    import yaml
+
+    recorded = yaml.safe_load(project.data_dvc.read_text(encoding="utf-8"))["outs"][0]
+    files, size = 0, 0
+    for folder, _, names in os.walk(project.data):
+        for name in names:
+            files += 1
+            size += (Path(folder) / name).lstat().st_size
+    if (files, size) == (recorded.get("nfiles"), recorded.get("size")):
+        return Check("data", True, f"{files} files, {size / 1e6:.1f} MB, as data.dvc says")
+    detail = (
+        f"data/ holds {files} files of {size} bytes, data.dvc names {recorded.get('nfiles')} of {recorded.get('size')}"
+    )
+    return Check("data", False, detail, "sora run (a new data version), or `dvc checkout` (back to the recorded one)")
+
+
+def _lock(project: Project) -> Check:
+    from sora.lock import holder
+
+    active = holder(project)
+    detail = f"a run is active: process {active['pid']}, since {active['since']}" if active else "no run is active"
+    return Check("run", True, detail)
+
+
+def _servers(project: Project) -> Iterator[Callable[[], Check]]:
+    def one(name: str, configured: str | None, probe: str) -> Check:
+        from sora import services
+
+        running = services.running(project).get(name)
+        url = configured or (running.url if running else None)
+        if url is None:
+            return Check(name, True, "not running; `sora run` starts one for itself, `sora up` keeps one")
+        import httpx
+
+        who = f"process {running.pid}, by `sora {running.owner}`" if running and not configured else "from params.yaml"
+        try:
+            status = httpx.get(f"{url.rstrip('/')}{probe}", timeout=5, trust_env=False).status_code
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            mend = (
+                f"kill {running.pid}, then sora up" if running and not configured else "start it, or correct `services`"
+            )
+            return Check(name, False, f"{url} ({who}) does not answer: {error}", mend)
+        ok = status < 400
+        return Check(name, ok, f"{url} ({who})", "" if ok else f"it answers {status}: see .sora/logs/{name}.log")
+
+    def prefect() -> Check:
+        return one("prefect", project.settings().services.prefect_api_url, "/health")
+
+    def mlflow() -> Check:
+        return one("mlflow", project.settings().services.mlflow_tracking_uri, "/health")
+
+    yield prefect
+    yield mlflow
+
+
+def _champion(project: Project) -> Check:
+    from sora import services
+    from sora.registry import Registry
+
+    settings = project.settings()
+    running = services.running(project).get("mlflow")
+    address = settings.services.mlflow_tracking_uri or (running.url if running else None)
+    if address is None:
+        return _cached_champion(project)
+    registry = Registry(address, settings.name)
+    try:
+        champion = registry.champion_ref()
+    finally:
+        registry.close()
+    if champion is None:
+        return Check("champion", False, "none yet", "sora run: the first version that passes its gate becomes champion")
+    accuracy = champion.metrics.get("test/accuracy")
+    shown = "" if accuracy is None else f", test accuracy {accuracy:.3f}"
+    return Check("champion", True, f"version {champion.version}, data version {champion.data_version[:12]}{shown}")
+
+
+def _cached_champion(project: Project) -> Check:
+    """Without a server, what was served last is known all the same."""
+    try:
+        kept = json.loads((project.state / "cache" / "champion.json").read_text(encoding="utf-8"))
+        return Check("champion", True, f"version {kept['version']} was served last (MLflow is not running)")
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    if (project.state / "mlflow" / "mlflow.db").exists():
+        return Check("champion", True, "not known while MLflow is not running; `sora models` starts it and tells")
+    return Check("champion", False, "none yet: nothing was trained", "sora run")
+
+
+def _schedule(project: Project) -> Check:
+    from sora import nightly_log
+
+    schedule = project.settings().schedule
+    said = f"{schedule.cron} ({schedule.timezone})"
+    last = nightly_log.read(project)
+    if last is None:
+        return Check("nightly", True, f"{said}; none ran yet, `sora up` starts the schedule")
+    overdue = nightly_log.missed(last, datetime.now(UTC), schedule)
+    when = f"{last.finished:%Y-%m-%d %H:%M} UTC"
+    good = (
+        f"the schedule began {when}"
+        if last.outcome == nightly_log.REGISTERED
+        else f"last good one {when}: {last.outcome}"
+    )
+    if overdue is not None:
+        return Check(
+            "nightly",
+            False,
+            f"{said}; {good}; that of {overdue:%Y-%m-%d %H:%M %Z} did not happen",
+            "see that `sora up` runs, and .sora/logs/worker.log; `sora run` makes up for it",
+        )
+    return Check("nightly", True, f"{said}; {good}")
