@@ -18,7 +18,7 @@ def run_here(project: Project, *, force: bool = False) -> dict[str, Any]:
         RunActive: another run holds the project.
         SoraError: what stopped the run.
     """
-    from sora.services import environment, servers
+    from sora.services import environment, running, servers
 
     project.settings()  # a wrong params.yaml is said before servers start
     active = holder(project)
@@ -31,13 +31,20 @@ def run_here(project: Project, *, force: bool = False) -> dict[str, Any]:
         os.environ.setdefault(name, value)
     # Prefect's own lines go to its server; the terminal shows Sora's.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "ERROR")
+    standing = "mlflow" in running(project) or project.settings().services.mlflow_tracking_uri
     with servers(project) as addresses:
         os.environ.update(environment(project, addresses))
+        from prefect.logging.handlers import APILogHandler
+
         from flows.nightly import nightly
 
         state = nightly(str(project.root), force=force, return_state=True)
+        APILogHandler.flush()  # while the server that takes the lines is up
         if state.is_completed():
-            return state.result()
+            result = state.result()
+            if not standing:  # nobody answers at that address any more
+                result["pages"] = [page for page in result.get("pages", []) if not page.startswith("MLflow")]
+            return result
         if state.is_cancelled():
             raise RunActive(state.message or "another run is active", mend="wait until it ends, or stop it")
         error = state.result(raise_on_failure=False)
