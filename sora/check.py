@@ -57,7 +57,7 @@ def check(
     else:
         assert isinstance(target, Path)
         folder = target
-        settings = settings or Settings()
+        settings = settings or Settings.model_validate({})
         out = out or Path.cwd() / DEFAULT_OUT
         previous, journal = None, out / "manifest.jsonl"
     out = out.resolve()
@@ -70,9 +70,8 @@ def check(
         )
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    # The first page of the last check would speak of other videos while this one runs, and after it fails.
     written = out / "manifest.parquet"
-    if previous is None and written.exists():
+    if previous is None and written.exists():  # checked before
         previous = manifest.read(written)
     found = manifest.build(folder, settings, previous=previous, journal=journal, progress=progress)
     manifest.write(found, written)

@@ -22,7 +22,10 @@ from sora.records import RULES
 _HERE = Path(__file__).parent
 _MOST_ROWS = 2000  # rejected videos shown a rule
 _MOST_UNEXPECTED = 100  # rows shown an expectation on Great Expectations' pages
-_POLICY = "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+_POLICY = (
+    '<meta http-equiv="Content-Security-Policy" '
+    "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+)
 
 
 def write(folder: Path, report: ValidationReport, suites: list[Any]) -> None:

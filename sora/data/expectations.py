@@ -230,7 +230,7 @@ def _videos(manifest: pd.DataFrame, settings: Settings, classes: list[str]) -> _
                lambda v: f"its label {v.label!r} is none of the {len(classes)} classes ({_some(classes)})"),
         _Check("too_short.frames", "too_short", "quarantine", f"At least {rules.min_frames} frames decode.",
                "ExpectColumnValuesToBeBetween", {"column": "frames", "min_value": rules.min_frames},
-               lambda v: f"{v.frames} frames decode, at least {rules.min_frames} are needed"),
+               lambda v: f"{_count(v.frames, 'decodable frame')}, at least {rules.min_frames} are needed"),
         _Check("too_short.seconds", "too_short", "quarantine", f"It lasts at least {rules.min_seconds:g} s.",
                "ExpectColumnValuesToBeBetween", {"column": "seconds", "min_value": rules.min_seconds},
                lambda v: f"it lasts {v.duration:.2f} s, at least {rules.min_seconds:g} s are needed"),
@@ -264,7 +264,8 @@ def _videos(manifest: pd.DataFrame, settings: Settings, classes: list[str]) -> _
             _Check("near_duplicates", "near_duplicates", "warn", "Near-duplicates belong to one group.",
                    "ExpectColumnValuesToBeBetween", {"column": "groups of this scene", "max_value": 1},
                    lambda v: v.pair),
-            _Check("near_duplicate_labels", "near_duplicate_labels", "warn", "Near-duplicates carry one label.",
+            _Check("near_duplicate_labels", "near_duplicate_labels", "warn",
+                   "Near-duplicates across groups carry one label.",
                    "ExpectColumnValuesToBeBetween", {"column": "labels of this scene", "max_value": 1},
                    lambda v: v.pair),
         ]  # fmt: skip
@@ -309,7 +310,8 @@ def _scenes(frame: pd.DataFrame, facts: pd.DataFrame, distinct: pd.Series, bits:
         scene.iloc[rows] = np.where(np.bincount(number)[number] > 1, number, np.nan)  # of one video: none
     group = facts["group"].where(facts["group"].fillna("") != "", facts["path"])
     frame["groups of this scene"] = group.groupby(scene).transform("nunique")
-    frame["labels of this scene"] = facts["label"].groupby(scene).transform("nunique")
+    across = frame["groups of this scene"] > 1  # one person or camera looks alike in every class
+    frame["labels of this scene"] = facts["label"].groupby(scene).transform("nunique").where(across)
     names = [
         f"{row.path} ({row.label}{f', group {row.group}' if isinstance(row.group, str) and row.group else ''})"
         for row in facts.iloc[np.unique(rows[pairs])].itertuples()
@@ -338,7 +340,8 @@ def _rejections(table: _Table, verdicts: Iterable[_Verdict]) -> list[Rejection]:
     for path, entries in sorted(broken.items()):
         entries.sort(key=lambda entry: entry[0])
         rule, detail = entries[0][1:]
-        details = dict.fromkeys([detail, *(f"{other}: {text}" for _, other, text in entries[1:] if text != detail)])
+        others = (text if other == rule else f"{other}: {text}" for _, other, text in entries[1:] if text != detail)
+        details = dict.fromkeys([detail, *others])
         rejections.append(Rejection(path, rule, "; ".join(details), str(facts.at[path, "sha256"])))
     return rejections
 
@@ -462,7 +465,7 @@ def _finding(table: _Table, verdict: _Verdict) -> dict[str, Any]:
             observed -= table.facts.loc[table.facts["path"].isin(verdict.broken), "first"].nunique()
         rows = table.facts[table.facts[table.key].isin(verdict.broken)]
         if check.severity == "quarantine":
-            detail = check.says if verdict.success else f"{_videos_of(observed)}: {RULES[check.rule]}"
+            detail = check.says if verdict.success else f"{_count(observed, 'video')}: {RULES[check.rule]}"
         else:
             told = dict.fromkeys(check.explain(row) for row in rows.head(_SHOWN).itertuples(index=False))
             more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
@@ -478,8 +481,8 @@ def _finding(table: _Table, verdict: _Verdict) -> dict[str, Any]:
     }
 
 
-def _videos_of(count: int) -> str:
-    return "1 video" if count == 1 else f"{count:,} videos"
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def _some(names: list[str]) -> str:
