@@ -161,7 +161,7 @@ def _no_project() -> Check:
 def _of_project(project: Project) -> Iterator[Callable[[], Check]]:
     def params() -> Check:
         settings = project.settings()
-        return Check("params.yaml", True, f"{settings.name}, classes: {', '.join(settings.classes) or 'none yet'}")
+        return Check("params", True, f"{settings.name}, classes: {', '.join(settings.classes) or 'none yet'}")
 
     def disk() -> Check:
         free = shutil.disk_usage(project.root).free
