@@ -47,14 +47,12 @@ def main() -> None:
 
 
 def _work(options: dict[str, Any], answers: Any) -> None:
-    import cv2
     import numpy as np
 
     from sora.records import ClipSpec
     from sora.video.decode import Limits
     from sora.video.transform import prepare_clips
 
-    cv2.setNumThreads(1)
     limits = Limits(**options["limits"])
     _answer(answers, {"ready": True})
     for line in sys.stdin.buffer:

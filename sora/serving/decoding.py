@@ -211,5 +211,6 @@ def _bare_environment() -> dict[str, str]:
         # One thread each and few arenas: address space is limited.
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
+        "OPENCV_FOR_THREADS_NUM": "1",
         "MALLOC_ARENA_MAX": "2",
     }

@@ -43,7 +43,7 @@ def run(project: Project, host: str | None = None, port: int | None = None) -> N
         )
     _log_to_stderr()
     cache = ModelCache(project.state / "cache")
-    mlflow = Mlflow(project, settings.services.mlflow_tracking_uri)
+    mlflow = Mlflow(project)
     app = create_app(settings.serve, RegistrySource(mlflow.address, settings.name, cache), cache, tokens=tokens)
     listener = _listen(host, settings.serve.port if port is None else port)
     config = uvicorn.Config(
@@ -91,22 +91,25 @@ class Mlflow:
     the server that they start for themselves.
     """
 
-    def __init__(self, project: Project, configured: str | None) -> None:
+    def __init__(self, project: Project) -> None:
         self._project = project
-        self._configured = configured
+        self._configured = project.settings().services.mlflow_tracking_uri
+        # Set where somebody else keeps the server up: `sora up`, a container.
+        self._given = os.environ.get("MLFLOW_TRACKING_URI")
         self._ended = threading.Event()
         # One thread for the server's whole life: Linux ends children with the thread that started them.
         self._thread: threading.Thread | None = None
 
     def address(self) -> str | None:
+        """As `services.mlflow_address`, None where that raises."""
         if self._configured:
             return self._configured
         entry = services.running(self._project).get("mlflow")
-        return entry.url if entry else None
+        return entry.url if entry else self._given
 
     def start(self, may_start: Callable[[], bool]) -> None:
         """`may_start()` turns true when nothing that should be quick would have to share the processors with it."""
-        if not self._configured:
+        if not self._configured and not self._given:
             self._thread = threading.Thread(target=self._keep, args=(may_start,), name="mlflow", daemon=True)
             self._thread.start()
 

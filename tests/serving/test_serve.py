@@ -1,0 +1,139 @@
+"""`sora serve` of a project with a real MLflow server that comes and goes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import psutil
+import pytest
+
+from sora import services
+from sora.errors import InputError
+from sora.processes import start_child
+from sora.records import EvalReport
+from sora.registry import Registry
+from sora.serving.run import read_tokens, run
+from sora.settings import Project
+from tests.serving.conftest import CLASSES, Made
+from tests.serving.standing import Standing
+
+
+@contextmanager
+def serving(project: Project, **env: str) -> Iterator[Standing]:
+    project.state.mkdir(exist_ok=True)
+    log = project.state / "server.log"
+    environment = {**os.environ, "TMPDIR": str(project.state), "PYTHONUNBUFFERED": "1", **env}
+    with log.open("wb") as sink:
+        command = [sys.executable, "-m", "sora.cli", "serve", "--project", str(project.root), "--port", "0"]
+        child = start_child(command, env=environment, stdout=sink, stderr=sink)
+    try:
+        address = None
+        end = time.monotonic() + 60
+        while address is None and time.monotonic() < end and child.poll() is None:
+            address = re.search(r"http://127\.0\.0\.1:\d+", log.read_text())
+            time.sleep(0.05)
+        assert address, log.read_text()
+        with httpx.Client(base_url=address[0], timeout=60, trust_env=False) as client:
+            yield Standing(child, client, project.state)
+    finally:
+        child.terminate()
+        try:
+            child.wait(40)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            raise
+
+
+def register(registry: Registry, made: Made) -> int:
+    run_id = registry.start_run("nightly")
+    report = EvalReport("test", CLASSES, {"accuracy": 0.5}, {}, [], [], [], 1.5)
+    version = registry.register(run_id, made.file, made.recipe, report, f"data{made.version}")
+    registry.finish(run_id, "FINISHED")
+    return version
+
+
+def promote(project: Project, version: int) -> None:
+    registry = Registry(services.mlflow_address(project), "tested")
+    registry.promote(version, cache=project.state / "cache" / "models", smoke=lambda file, recipe: None)
+
+
+@pytest.mark.slow
+def test_it_follows_the_champion_of_a_real_registry(models, video, tmp_path):
+    (tmp_path / "params.yaml").write_text("name: tested\nserve: {poll_seconds: 0.2}\n", encoding="utf-8")
+    project = Project(tmp_path)
+
+    def serves(it: Standing, version: int):
+        return lambda: it.client.get("/readyz").json().get("version") == version
+
+    with services.servers(project, prefect=False) as addresses:
+        registry = Registry(str(addresses.mlflow_tracking_uri), "tested")
+        assert [register(registry, made) for made in models] == [1, 2]
+    with serving(project) as it:  # no MLflow server is up: it starts one
+        it.until(lambda: "sora run" in it.client.get("/readyz").json().get("mend", ""))
+        promote(project, 1)
+        it.until(serves(it, 1))
+        body = it.send(video).json()
+        assert body["version"] == 1 and body["data_version"] == "data1"
+        assert it.client.get("/v1/model").json()["metrics"] == {"test/accuracy": 0.5}
+        promote(project, 2)
+        it.until(serves(it, 2))
+        cache = project.state / "cache" / "models"
+        registry = Registry(services.mlflow_address(project), "tested")
+        registry.rollback(cache=cache, smoke=lambda file, recipe: None)
+        it.until(serves(it, 1), 5)
+        # Its MLflow server is killed: it serves on and starts another.
+        psutil.Process(services.running(project)["mlflow"].pid).kill()
+        it.until(lambda: it.client.get("/v1/model").json()["following"]["registry"] == "unreachable", 20)
+        assert it.send(video).json()["version"] == 1
+        it.until(lambda: it.client.get("/v1/model").json()["following"]["registry"] == "ok")
+        promote(project, 2)
+        it.until(serves(it, 2))
+        children = psutil.Process(it.process.pid).children(recursive=True)
+        it.process.send_signal(signal.SIGTERM)
+        assert it.process.wait(30) == 0
+        assert not [child for child in children if child.is_running()]
+        assert not services.running(project) and not list(project.state.glob("sora-serve-*"))
+    with serving(project, MLFLOW_TRACKING_URI="http://127.0.0.1:9") as it:  # a registry that is away
+        it.until(serves(it, 2))
+        assert it.send(video).json()["version"] == 2
+        assert it.client.get("/v1/model").json()["following"]["registry"] == "unreachable"
+
+
+def test_a_stop_while_the_model_loads_is_quick_and_clean(tmp_path):
+    (tmp_path / "params.yaml").write_text("name: tested\n", encoding="utf-8")
+    with serving(Project(tmp_path), MLFLOW_TRACKING_URI="http://127.0.0.1:9") as it:
+        it.until(lambda: it.client.get("/healthz").status_code == 200)
+        it.process.send_signal(signal.SIGTERM)
+        assert it.process.wait(15) == 0, it.log()
+
+
+def test_strangers_need_a_token(tmp_path, monkeypatch):
+    (tmp_path / "params.yaml").write_text("name: tested\n", encoding="utf-8")
+    monkeypatch.delenv("SORA_API_TOKEN", raising=False)
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
+        with pytest.raises(InputError, match="token"):
+            run(Project(tmp_path), host, 0)
+    with pytest.raises(InputError, match="16"):
+        read_tokens("short")
+    assert read_tokens("a" * 16 + "," + "b" * 20) == ["a" * 16, "b" * 20]
+
+
+def test_a_taken_port_says_so(tmp_path, monkeypatch):
+    import socket
+
+    from sora.errors import ServiceError
+
+    (tmp_path / "params.yaml").write_text("name: tested\n", encoding="utf-8")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ServiceError, match="can't listen"):
+            run(Project(tmp_path), None, taken.getsockname()[1])
