@@ -72,7 +72,9 @@ def each(
                     staff.remove(worker)
                     how = worker.died()
                     if not worker.started or crashed is None:
-                        raise ServiceError(f"a worker process {how} at {worker.item!r}") from None
+                        raise ServiceError(
+                            f"a worker process {how} at {worker.item!r}", mend="run the same command again: it resumes"
+                        ) from None
                     yield worker.item, crashed(worker.item, how)
                     continue
                 if answer is None:

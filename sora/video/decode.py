@@ -42,8 +42,6 @@ _MAGIC = ((0, b"RIFF"), (0, b"\x1a\x45\xdf\xa3"), (0, b"FLV"), (0, b"OggS"), (0,
 _PLANAR = {"yuv420p", "yuv422p", "yuv444p", "yuv440p", "yuv411p", "yuv410p", "yuva420p", "nv12", "nv21"}
 _FULL_RANGE = {"yuvj420p", "yuvj422p", "yuvj444p", "yuvj440p", "yuvj411p"}
 _EXACT = Interpolation.BITEXACT | Interpolation.ACCURATE_RND
-# Limited range luma (16 to 235) → 0 to 255.
-_EXPAND = np.clip((np.arange(256) - 16) * 255 // 219, 0, 255).astype(np.uint8)
 COVERAGE = 0.9  # of the announced length must decode, or the file is truncated
 
 Fit = Callable[[int, int], tuple[int, int]]  # upright (width, height) → the size wanted
@@ -153,20 +151,21 @@ class _Clock:
 
     def __init__(self, stream: Any) -> None:
         self.rate: Fraction = stream.average_rate or stream.guessed_rate or Fraction(0)
+        self.base: Fraction = stream.time_base or Fraction(1)
         self.count = 0
-        self.first: Fraction | None = None
-        self.last: Fraction | None = None
+        self.first: int | None = None
+        self.last = 0
 
     def tick(self, frame: VideoFrame) -> None:
         self.count += 1
         if frame.pts is not None:
-            time = frame.pts * (frame.time_base or Fraction(1))
-            self.first = time if self.first is None else min(self.first, time)
-            self.last = time if self.last is None else max(self.last, time)
+            self.last = frame.pts if self.first is None else max(self.last, frame.pts)
+            self.first = frame.pts if self.first is None else min(self.first, frame.pts)
 
     @property
     def span(self) -> Fraction:
-        return Fraction(0) if self.first is None or self.last is None else self.last - self.first
+        """Seconds from the first shown frame to the last."""
+        return Fraction(0) if self.first is None else (self.last - self.first) * self.base
 
     @property
     def fps(self) -> float:
@@ -209,14 +208,15 @@ def _announced_seconds(container: Any, stream: Any) -> float:
     return container.duration / av.time_base if container.duration and not container.streams.audio else 0.0
 
 
-def _luma(frame: VideoFrame, reformat: VideoReformatter) -> np.ndarray:
-    """(height, width) uint8, full range, as stored; a reduced picture where the luma plane can't be taken as it is."""
+def _cells(frame: VideoFrame, reformat: VideoReformatter, turn: int) -> np.ndarray:
+    """The frame's `signature.grid`, upright: from the luma plane as it lies there, where there is one of 8 bits."""
     full = frame.format.name in _FULL_RANGE or frame.color_range == ColorRange.JPEG
-    if full or frame.format.name in _PLANAR:
+    if frame.format.name in _PLANAR or frame.format.name in _FULL_RANGE:
         plane: Any = frame.planes[0]
         luma = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : frame.width]
-        return luma if full else _EXPAND[luma]
-    return _luma_of_rgb(_rgb(frame, reformat, lambda w, h: (min(w, 288), min(h, 256))))
+    else:
+        full, luma = True, _luma_of_rgb(_rgb(frame, reformat, lambda w, h: (min(w, 288), min(h, 256))))
+    return signature.grid(np.rot90(luma, -turn // 90), full_range=full)
 
 
 def _luma_of_rgb(picture: np.ndarray) -> np.ndarray:
@@ -256,7 +256,7 @@ def inspect(path: str | os.PathLike[str], limits: Limits | None = None) -> Facts
                     turn = _rotation(frame)
                     width, height = (frame.height, frame.width) if turn in (90, 270) else (frame.width, frame.height)
                 if grids.wants(clock.count - 1):
-                    grids.add(signature.grid(np.rot90(_luma(frame, reformat), -turn // 90)))
+                    grids.add(_cells(frame, reformat, turn))
         except VideoError:
             raise
         except (av.error.FFmpegError, OSError, ValueError) as error:

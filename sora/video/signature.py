@@ -11,20 +11,26 @@ import numpy as np
 
 ROWS, COLUMNS = 8, 9
 SCALE = 16  # a grid cell is the mean luma times this
-KEPT = 128  # grids at most: bounds memory however long the video is
+KEPT = 64  # grids at most: bounds memory however long the video is
 BIAS = SCALE  # neighbours must differ by one level: bits of even areas stay 0 instead of following noise
 MIN_BITS_TEXTURE = 12  # cells of 64 that differ clearly from their neighbour, for a frame to be told from others
 SAMPLES = 16  # pixels a cell and axis that the mean is taken of
 
 
-def grid(luma: np.ndarray) -> np.ndarray:
-    """(height, width) uint8, full range → (8, 9) int32 of `SCALE` times each cell's mean, from a lattice of pixels."""
+def grid(luma: np.ndarray, *, full_range: bool = True) -> np.ndarray:
+    """(height, width) uint8 → (8, 9) int32 of `SCALE` times each cell's mean (0 to 255), from a lattice of pixels.
+
+    Without `full_range` the luma runs from 16 to 235, as most videos store it.
+    """
     height, width = luma.shape
     thin = luma[:: max(1, height // (ROWS * SAMPLES)), :: max(1, width // (COLUMNS * SAMPLES))]
     edges = [np.arange(count) * size // count for size, count in zip(thin.shape, (ROWS, COLUMNS), strict=True)]
     sums = np.add.reduceat(np.add.reduceat(thin, edges[0], 0, dtype=np.int64), edges[1], 1)
     heights, widths = (np.maximum(1, np.diff(edge, append=size)) for edge, size in zip(edges, thin.shape, strict=True))
-    return (sums * SCALE // (heights[:, None] * widths)).astype(np.int32)
+    cells = sums * SCALE // (heights[:, None] * widths)
+    if not full_range:
+        cells = ((cells - 16 * SCALE) * 255 // 219).clip(0, 255 * SCALE)
+    return cells.astype(np.int32)
 
 
 class Reservoir:
