@@ -39,7 +39,7 @@ def run_here(project: Project, *, force: bool = False) -> dict[str, Any]:
         from flows.nightly import nightly
 
         state = nightly(str(project.root), force=force, return_state=True)
-        APILogHandler.flush()  # while the server that takes the lines is up
+        APILogHandler().flush()  # while the server that takes the lines is up
         if state.is_completed():
             result = state.result()
             if not standing:  # nobody answers at that address any more
