@@ -6,13 +6,15 @@ On another address than loopback both servers must ask who is there, by these en
     MLFLOW_FLASK_SERVER_SECRET_KEY   signs MLflow's forms; any long random text
     MLFLOW_AUTH_ADMIN_PASSWORD       of MLflow's first user, `admin` or MLFLOW_AUTH_ADMIN_USERNAME
 
-and the API needs SORA_API_TOKEN.
+and the API needs SORA_API_TOKEN. MLflow answers only to names that it knows itself by: this machine's, the given
+address and private networks; MLFLOW_SERVER_ALLOWED_HOSTS replaces that list.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -160,7 +162,7 @@ def _start_servers(
     if not configured.prefect_api_url:
         wanted.append(services.prefect_server(project, schedules=True))
     if not configured.mlflow_tracking_uri:
-        wanted.append(_mlflow_with_auth(project) if secrets else services.mlflow_server(project))
+        wanted.append(_mlflow_with_auth(project, host) if secrets else services.mlflow_server(project))
     preferred = {"prefect": prefect_port, "mlflow": mlflow_port}
     if wanted:
         on_line(f"starting {' and '.join(server.name for server in wanted)} …")
@@ -193,7 +195,7 @@ def _start_servers(
     )
 
 
-def _mlflow_with_auth(project: Project) -> Server:
+def _mlflow_with_auth(project: Project, host: str) -> Server:
     home = project.state / "mlflow"
     config = home / "auth.ini"
     with writing(config):
@@ -202,9 +204,14 @@ def _mlflow_with_auth(project: Project) -> Server:
             f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{home}/auth.db\nadmin_username = admin\n",
             encoding="utf-8",
         )
-    return services.mlflow_server(
-        project, app=("--factory", "mlflow.server.auth:create_app"), env={"MLFLOW_AUTH_CONFIG_PATH": str(config)}
-    )
+    private = ["10.*", "192.168.*", *(f"172.{second}.*" for second in range(16, 32))]
+    names = ["localhost", "127.0.0.1", socket.gethostname(), socket.getfqdn(), host, *private]
+    env = {
+        "MLFLOW_AUTH_CONFIG_PATH": str(config),
+        "MLFLOW_SERVER_ALLOWED_HOSTS": os.environ.get("MLFLOW_SERVER_ALLOWED_HOSTS")
+        or ",".join(f"{name},{name}:*" for name in dict.fromkeys(names)),
+    }
+    return services.mlflow_server(project, app=("--factory", "mlflow.server.auth:create_app"), env=env)
 
 
 def _clients(

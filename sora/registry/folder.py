@@ -1,7 +1,7 @@
 """The folder that a registered model is: what `mlflow.keras.save_model` would write, and the recipe.
 
 Written without Keras and without MLflow, so the process that registers needs neither. `mlflow.keras.load_model` and
-MLflow's pages read it (a test does both). Layout: `MLmodel`, `data/model.keras`, `data/keras_module.txt`,
+MLflow's pages read it. Layout: `MLmodel`, `data/model.keras`, `data/keras_module.txt`,
 `requirements.txt`, `python_env.yaml`, `conda.yaml`, `recipe.json`. There is no `custom_objects.cloudpickle`: nothing
 in it can run code when it is loaded with safe mode.
 """

@@ -214,7 +214,7 @@ class Rest:
     def _refused(self, method: str, path: str, answer: httpx.Response) -> ServiceError:
         if answer.status_code in (401, 403):
             return ServiceError(
-                f"MLflow at {self.uri} refused {method} {path} with {answer.status_code}",
+                f"MLflow at {self.uri} refused {method} {path} with {answer.status_code}: {answer.text[:200]}",
                 mend="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an account that may do this",
             )
         try:

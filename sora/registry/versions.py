@@ -183,6 +183,10 @@ class Versions(Runs):
             )
         return file, recipe
 
+    def digests(self) -> dict[int, str]:
+        """Version → sha256 of its model file, by which caches name it."""
+        return {int(item["version"]): tags_of(item).get("sora.model_sha256", "") for item in self._search()}
+
     def restore_state(self, version: int) -> dict[str, Any]:
         """What `log_state` stored with a version's run.
 
@@ -192,7 +196,7 @@ class Versions(Runs):
         return self.run_state(str(self._version(version).get("run_id", "")))
 
     def delete_version(self, version: int) -> None:
-        """Takes a version and its run out of MLflow's lists (`mlflow gc` then frees the disk).
+        """Takes a version, its model and its run out of MLflow's lists (`mlflow gc` then frees the disk).
 
         Raises:
             AnswerIsNo: it is the champion or the one before.
@@ -201,6 +205,8 @@ class Versions(Runs):
         if version in self._aliases().values():
             raise AnswerIsNo(f"version {version} is champion or previous", mend="promote another one first")
         self._rest.delete("model-versions/delete", {"name": self.name, "version": str(version)})
+        if str(found.get("source", "")).startswith("models:/"):
+            self._rest.delete(f"logged-models/{found['source'].removeprefix('models:/')}", {})
         if found.get("run_id"):
             self._rest.post("runs/delete", {"run_id": found["run_id"]})
 
