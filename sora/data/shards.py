@@ -132,7 +132,7 @@ def build(
 
     try:
         crew = min(workers or pool.cores(), max(1, to_decode))
-        with closing(pool.each(_prepare, tasks(), workers=crew)) as results:
+        with closing(pool.each(_prepare, tasks(), workers=crew, crashed=_crash)) as results:
             for task, _ in results:
                 decoded += 1
                 bucket = open_now[task.bucket]
@@ -250,6 +250,13 @@ def _prepare(task: _Task) -> None:
     with writing(Path(task.draft)), open(task.draft, "r+b") as draft:
         draft.seek(task.offset)
         draft.write(clips.data)
+
+
+def _crash(task: _Task, how: str) -> None:
+    raise ServiceError(
+        f"a worker process {how} while it made the clips of {task.video.path}",
+        mend="run the same command again: it resumes",
+    )
 
 
 def _finish(bucket: _Bucket) -> None:
