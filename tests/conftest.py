@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.projects import _prepared_template, _template, fresh_project, prepared_project  # noqa: F401
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared" / "data"
 

@@ -266,8 +266,8 @@ def state(project: Project) -> dict[str, Any]:
         for name in STATE_FILES
         if (project.root / name).is_file()
     }
-    commit = _git(project.root, "rev-parse", "HEAD")
-    changed = _git(project.root, "status", "--porcelain") if commit else None
+    commit = git(project.root, "rev-parse", "HEAD")
+    changed = git(project.root, "status", "--porcelain") if commit else None
     return {
         **texts,
         "git_commit": commit,
@@ -353,7 +353,7 @@ def environment(**more: str) -> dict[str, str]:
     return found
 
 
-def _git(root: Path, *arguments: str) -> str | None:
+def git(root: Path, *arguments: str) -> str | None:
     """Git's answer; None without git, without a repository, or without a commit."""
     try:
         answer = subprocess.run(["git", *arguments], cwd=root, env=environment(), capture_output=True, text=True)
