@@ -49,7 +49,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     make_video(data / "middle" / "p6.mp4", frames=8, brightness=LEVELS["bright"], seed=99)  # to be mistaken
     rows = manifest.build(data, Settings(classes=tuple(LEVELS)), workers=1)
     out = folder / "shards"
-    shards.build(rows, [], data, out, SPEC, buckets=2, workers=2)
+    shards.build(rows, [], data, out, SPEC, buckets=2, workers=1)
     table = rows[["sha256", "path", "label", "group", "brightness", "duration", "codec"]].copy()
     number = table["path"].str.extract(r"p(\d)")[0].astype(int)
     table["split"] = np.where(number < 2, "train", np.where(number < 4, "val", "test"))

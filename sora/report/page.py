@@ -63,7 +63,7 @@ def render(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["share"] = lambda value: "–" if value is None else f"{value:.1%}".replace("%", " %")
+    environment.filters["share"] = lambda value: "–" if value is None else f"{value:.1%}"
     environment.filters["number"] = lambda value, digits=3: "–" if value is None else f"{value:.{digits}f}"
     test, val = reports["test"], reports.get("val")
     classes = sorted(test.per_class.items(), key=lambda item: (item[1].get("recall", 2), item[0]))
@@ -90,7 +90,7 @@ def _cards(test: EvalReport) -> list[tuple[str, str, str]]:
         (
             "accuracy",
             f"{found['accuracy']:.1%}",
-            f"95 % interval {found['accuracy_low']:.1%} to {found['accuracy_high']:.1%}",
+            f"95% interval {found['accuracy_low']:.1%} to {found['accuracy_high']:.1%}",
         ),
         ("macro-F1", f"{found['macro_f1']:.3f}", "mean over classes"),
         ("majority class", f"{found['majority']:.1%}", "accuracy of always answering it"),

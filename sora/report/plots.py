@@ -142,7 +142,7 @@ def recalls(report: EvalReport) -> bytes:
     axis.plot(recall, rows, "o", color=BLUE, markersize=6)
     names = [f"{plain(name, 22)} ({values['support']:.0f})" for name, values in known]
     axis.set_yticks(rows, names)
-    _bare(axis, xlim=(-0.02, 1.02), ylim=(-0.6, max(len(known), 1) - 0.4), xlabel="recall, with 95 % interval")
+    _bare(axis, xlim=(-0.02, 1.02), ylim=(-0.6, max(len(known), 1) - 0.4), xlabel="recall, with 95% interval")
     return _png(figure)
 
 
@@ -181,6 +181,7 @@ def contact_sheet(mistakes: Sequence[Mistake]) -> bytes:
         return _png(figure)
     rows, ratio = -(-len(mistakes) // 2), mistakes[0].strip.shape[0] / mistakes[0].strip.shape[1]
     figure = _figure(13, rows * (6.2 * ratio + 0.75))
+    figure.suptitle("true  →  answered, with its confidence", x=0.005, ha="left", fontsize=9, color=FAINT)
     axes = figure.subplots(rows, 2, squeeze=False).ravel()
     for axis, mistake in zip(axes, mistakes, strict=False):
         axis.imshow(mistake.strip)
