@@ -81,7 +81,6 @@ def _mlmodel(model_file: Path, recipe: Recipe, model_id: str, run_id: str) -> di
                 "save_exported_model": False,
             },
             "python_function": {
-                "data": "data",
                 "env": {"conda": "conda.yaml", "virtualenv": "python_env.yaml"},
                 "loader_module": "mlflow.keras",
                 "python_version": platform.python_version(),
