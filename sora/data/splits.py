@@ -121,7 +121,12 @@ def assign(accepted: pd.DataFrame, ledger: pd.DataFrame, settings: Settings) -> 
         accepted: rows of the manifest (`path, sha256, label, group, signature` are read).
         ledger: as `read` returns it.
     """
-    videos = accepted.sort_values(["sha256", "path"], kind="stable", ignore_index=True)
+    if accepted["sha256"].isin(ledger["sha256"]).all():
+        return Assignment(ledger=ledger[list(COLUMNS)], added=0)
+    order = np.argsort(accepted["sha256"].to_numpy(dtype="S64"), kind="stable")
+    if accepted["sha256"].duplicated().any():  # only with the duplicate rules off
+        order = np.lexsort((accepted["path"], accepted["sha256"]))
+    videos = accepted.iloc[order].reset_index(drop=True)
     bits = settings.validate_.near_duplicate_bits if settings.validate_.duplicates else None
     bound = _Bindings(videos, ledger)
     pairs = np.empty((0, 2), np.int64) if bits is None else near_duplicates(videos, bits)
