@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from flows.deployments import superseded
 from sora import nightly_log
 from sora.errors import DiskFull, RunActive, ServiceError
 from sora.lock import run_lock
+from sora.processes import die_with_parent
 from sora.progress import bar, say
 from sora.settings import Project, Settings
 
@@ -100,6 +102,8 @@ def nightly(project: str, force: bool = False) -> dict[str, Any] | State:
 
     At most one at a time: where the project is locked the flow ends as Cancelled and changes nothing.
     """
+    if "PREFECT__FLOW_RUN_ID" in os.environ:
+        die_with_parent()  # a worker's: no run outlives its worker and holds the project
     here = Project(Path(project))
     newer = superseded()
     if newer is not None:
@@ -114,10 +118,13 @@ def nightly(project: str, force: bool = False) -> dict[str, Any] | State:
 
 
 def _cycle(project: Project, settings: Settings, force: bool) -> dict[str, Any]:
+    from sora.lifecycle import alias_lock
     from sora.registry import Registry
     from sora.services import mlflow_address
 
     registry = Registry(mlflow_address(project), settings.name)
+    with alias_lock(project):
+        registry.recover()  # a promotion that a crash interrupted
     data_version = _version_data(project)
     key = key_of(project, settings, data_version)
     judged = registry.last_judged()
@@ -387,10 +394,12 @@ def _judge(
 def _promote(project: Project, registry: Any, version: int, reasons: list[str]) -> str | None:
     """Moves the alias; a failed smoke prediction puts the old champion back. Returns the failure in words, or None."""
     from sora.errors import PromotionFailed
+    from sora.lifecycle import alias_lock, model_cache
     from sora.serving.predictor import smoke
 
     try:
-        registry.promote(version, cache=project.state / "cache" / "models", smoke=smoke, reason="; ".join(reasons))
+        with alias_lock(project):
+            registry.promote(version, cache=model_cache(project), smoke=smoke, reason="; ".join(reasons), by="nightly")
     except PromotionFailed as error:
         return error.message
     return None

@@ -34,7 +34,8 @@ def _registry(project: Project) -> Iterator[Registry]:
 
 
 @contextmanager
-def _alias_lock(project: Project) -> Iterator[None]:
+def alias_lock(project: Project) -> Iterator[None]:
+    """Moves of the champion must not cross: the nightly's and those by hand."""
     from filelock import FileLock, Timeout
 
     project.state.mkdir(parents=True, exist_ok=True)
@@ -64,7 +65,7 @@ def promote(project: Project, version: int) -> dict[str, Any]:
     """
     from sora.serving.predictor import smoke
 
-    with _alias_lock(project), _registry(project) as registry:
+    with alias_lock(project), _registry(project) as registry:
         return registry.promote(version, cache=model_cache(project), smoke=smoke, reason="by hand")
 
 
@@ -76,7 +77,7 @@ def rollback(project: Project, to: int | None = None) -> dict[str, Any]:
     """
     from sora.serving.predictor import smoke
 
-    with _alias_lock(project), _registry(project) as registry:
+    with alias_lock(project), _registry(project) as registry:
         return registry.rollback(to, cache=model_cache(project), smoke=smoke)
 
 
