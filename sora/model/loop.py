@@ -36,7 +36,7 @@ class ClipDataset(keras.utils.PyDataset):
         try:
             x, y, w = self.batches.load(self.epoch, index)
         except Exception as error:
-            self.error = error  # TensorFlow would tell it as text of an error of its own
+            self.error = error  # a backend may tell it as the text of an error of its own
             raise
         return x, np.eye(self.classes, dtype=np.float32)[y], w
 

@@ -76,7 +76,7 @@ class KeyFrames(keras.layers.Layer):
         return x / 127.5 - 1.0
 
     def compute_output_shape(self, input_shape: tuple) -> tuple:
-        return (input_shape[0], self.count, *input_shape[2:])
+        return (input_shape[0], len(key_frames(input_shape[1], self.count)), *input_shape[2:])
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "count": self.count}
