@@ -14,7 +14,7 @@ from sora.settings import find_project
 
 
 def main() -> int:
-    """Never returns when all goes well."""
+    """Never returns when all goes well. Arguments after the project go to Prefect (`--with-healthcheck`)."""
     try:
         project = find_project(Path(sys.argv[1] if len(sys.argv) > 1 else "."))
         address = os.environ.get("PREFECT_API_URL")
@@ -26,7 +26,7 @@ def main() -> int:
     except SoraError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", *sys.argv[2:]]
     os.execv(sys.executable, command)
 
 
