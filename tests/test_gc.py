@@ -83,8 +83,8 @@ def test_an_unreadable_list_of_files_stops_it(prepared_project: Project) -> None
 
 def test_a_cache_that_other_projects_share_is_left_alone(prepared_project: Project, tmp_path: Path) -> None:
     shutil.move(prepared_project.root / ".dvc" / "cache", tmp_path / "shared")
-    with (prepared_project.root / ".dvc" / "config").open("a") as config:
-        config.write(f"[cache]\n    dir = {tmp_path / 'shared'}\n")
+    config = prepared_project.root / ".dvc" / "config"
+    config.write_text(config.read_text().replace("[cache]\n", f"[cache]\n    dir = {tmp_path / 'shared'}\n"))
     assert list(gc._cache_objects(prepared_project, set())) == []
 
 

@@ -145,5 +145,7 @@ def test_over_real_shards(tmp_path: Path) -> None:
 
 
 def test_needs_no_backend() -> None:
-    code = "import sys, sora.data.batches; sys.exit(any(m in sys.modules for m in ('tensorflow', 'keras', 'jax', 'cv2')))"
+    code = (
+        "import sys, sora.data.batches; sys.exit(any(m in sys.modules for m in ('tensorflow', 'keras', 'jax', 'cv2')))"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
