@@ -16,7 +16,7 @@ from sora.settings import Settings
 CLASSES = ("left", "right")
 SPEC = ClipSpec(frames=8, height=32, width=32)
 # The smallest model that has all its parts.
-SMALL = {"low_filters": [16, 16], "high_filters": [16], "key_frames": 2, "embedding": 16, "dropout": 0.2}
+SMALL = {"low_filters": [16], "high_filters": [16], "key_frames": 2, "embedding": 16, "dropout": 0.2}
 
 
 def moving_square(label: str, seed: int, frames: int = 12, size: int = 48) -> np.ndarray:

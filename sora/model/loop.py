@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,33 @@ _BATCH_EVENT_SECONDS = 0.5
 
 
 class ClipDataset(keras.utils.PyDataset):
-    """`Batches` for `fit`, labels one-hot (for label smoothing); two threads, at most 4 batches ahead."""
+    """`Batches` for `fit`, labels one-hot (for label smoothing); two threads, at most 4 batches ahead.
+
+    The threads are its own: Keras's may begin with the next epoch before they are told that it is another. Batches made
+    ahead are known by epoch and number, so what comes out depends on no timing.
+    """
 
     def __init__(self, batches: Batches, classes: int) -> None:
-        super().__init__(workers=2, max_queue_size=_AHEAD)
+        super().__init__(workers=1)
         self.batches, self.classes = batches, classes
         self.epoch = 0
         self.error: Exception | None = None
+        self._threads = ThreadPoolExecutor(2, "batches")
+        self._ahead: dict[tuple[int, int], Future] = {}
 
     @property
     def num_batches(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        wanted = range(index, min(index + 1 + _AHEAD, len(self.batches)))
+        self._ahead = {
+            (self.epoch, number): self._ahead.get((self.epoch, number))
+            or self._threads.submit(self.batches.load, self.epoch, number)
+            for number in wanted
+        }
         try:
-            x, y, w = self.batches.load(self.epoch, index)
+            x, y, w = self._ahead.pop((self.epoch, index)).result()
         except Exception as error:
             self.error = error  # a backend may tell it as the text of an error of its own
             raise
