@@ -6,12 +6,15 @@ and is killed with its parent.
 
 Protocol, on standard input and output: a job is one JSON line `{"path", "spec"}`; an answer is a 4-byte big-endian
 length, so many bytes of JSON `{"shape", "seconds"}` or `{"rule", "message", "mend"}`, then the clips' bytes in C order.
-The first answer, `{"ready": true}`, comes unasked; one with `"last": true` is followed by the end of the process.
+The first answer, `{"ready": true}`, comes unasked, and each job's is preceded by `{"taken": true}`: a child that ends
+before that was not ended by the job's file. One with `"last": true` is followed by the end of the process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import resource
@@ -37,6 +40,9 @@ def main() -> None:
     _confine(options["memory"])
     # FFmpeg and OpenCV may print; nothing but answers goes to the pipe.
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a clip at once, not in portions of 64 kB that each wake the server
+            fcntl.fcntl(answers, fcntl.F_SETPIPE_SZ, 1 << 20)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)
     os.dup2(null, 2)
@@ -57,6 +63,7 @@ def _work(options: dict[str, Any], answers: Any) -> None:
     _answer(answers, {"ready": True})
     for line in sys.stdin.buffer:
         job = json.loads(line)
+        _answer(answers, {"taken": True})
         # Processor time bounds what a hung read of wall-clock time does not: threads that spin beside each other.
         used = time.process_time()
         most = int(used + options["cpu_seconds"]) + 1

@@ -74,22 +74,27 @@ class DecodePool:
             VideoError: the file is no usable video, is beyond a limit, or its decoder died or took too long.
             ServiceError: no decoder could be started.
         """
-        loop = asyncio.get_running_loop()
-        start = loop.time()
-        while not (worker := await self._idle.get()).usable:  # died while idle: nobody's fault
-            self._replace(worker)
-        waited = loop.time() - start
+        start = asyncio.get_running_loop().time()
+        while True:
+            worker = await self._idle.get()
+            waited = asyncio.get_running_loop().time() - start
+            try:
+                clips, seconds = await self._with(worker, path, spec)
+            except _DiedIdle:
+                continue
+            return Decoded(clips, waited, seconds)
+
+    async def _with(self, worker: _Worker, path: Path, spec: ClipSpec) -> tuple[np.ndarray, float]:
         # A task of its own, so that a client that hangs up frees its place at once while the decoder is brought back.
         task = asyncio.create_task(self._exchange(worker, path, spec))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
-            clips, seconds = await asyncio.shield(task)
+            return await asyncio.shield(task)
         except asyncio.CancelledError:
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
-            loop.call_later(GRACE_SECONDS, lambda: None if task.done() else worker.kill())
+            asyncio.get_running_loop().call_later(GRACE_SECONDS, lambda: None if task.done() else worker.kill())
             raise
-        return Decoded(clips, waited, seconds)
 
     async def _exchange(self, worker: _Worker, path: Path, spec: ClipSpec) -> tuple[np.ndarray, float]:
         timeout = self._settings.decode_timeout
@@ -130,6 +135,10 @@ class DecodePool:
         worker = _Worker(self._settings, self._folder)
         self._workers.add(worker)
         self._idle.put_nowait(worker)
+
+
+class _DiedIdle(Exception):
+    """A decoder was gone before it took its job: not the file's fault."""
 
 
 class _Worker:
@@ -174,10 +183,19 @@ class _Worker:
         return not self._booted.done() if self.process is None else self.process.returncode is None
 
     async def ask(self, job: dict[str, Any]) -> Any:
-        """The error as a dict, or `(clips, seconds)`."""
+        """The error as a dict, or `(clips, seconds)`.
+
+        Raises:
+            _DiedIdle: it ended before it took the job.
+            IncompleteReadError: it ended in the middle.
+        """
         assert self.process is not None and self.process.stdin is not None
-        self.process.stdin.write(json.dumps(job).encode() + b"\n")
-        await self.process.stdin.drain()
+        try:
+            self.process.stdin.write(json.dumps(job).encode() + b"\n")
+            await self.process.stdin.drain()
+            await self._read()
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            raise _DiedIdle from error
         return await self._read()
 
     async def _read(self) -> Any:
