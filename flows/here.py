@@ -38,10 +38,10 @@ def run_here(project: Project, *, force: bool = False) -> dict[str, Any]:
 
         from flows.nightly import nightly
 
-        state = nightly(str(project.root), force=force, return_state=True)
+        state: Any = nightly(str(project.root), force=force, return_state=True)
         APILogHandler().flush()  # while the server that takes the lines is up
         if state.is_completed():
-            result = state.result()
+            result: dict[str, Any] = state.result()
             if not standing:  # nobody answers at that address any more
                 result["pages"] = [page for page in result.get("pages", []) if not page.startswith("MLflow")]
             return result

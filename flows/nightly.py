@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,8 @@ def _may_pass(_task: Any, _run: Any, state: State) -> bool:
     return isinstance(error, ServiceError) and not isinstance(error, DiskFull)
 
 
-_step = task(cache_policy=NO_CACHE, persist_result=False, log_prints=False)
-_retried = task(
-    cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=5, retry_condition_fn=_may_pass
-)
+_step: Any = partial(task, cache_policy=NO_CACHE, persist_result=False)
+_retried: Any = partial(_step, retries=2, retry_delay_seconds=5, retry_condition_fn=_may_pass)
 
 
 class Work:
@@ -268,14 +267,7 @@ def _open_run(project: Project, settings: Settings, registry: Any, key: dict[str
     return run_id
 
 
-@task(
-    name="fit",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    retries=1,
-    retry_delay_seconds=5,
-    retry_condition_fn=_may_pass,
-)
+@_step(name="fit", retries=1, retry_delay_seconds=5, retry_condition_fn=_may_pass)
 def _fit(
     project: Project, settings: Settings, registry: Any, run_id: str, work: Path, facts: dict[str, Any]
 ) -> dict[str, Any]:
@@ -313,7 +305,7 @@ def _evaluate(
     done = work.once("evaluated", lambda: None) or {}
     if done.get("champion_version") == champion and (work.folder / "evaluation.json").exists():
         return json.loads((work.folder / "evaluation.json").read_text(encoding="utf-8"))
-    models: list[dict[str, Any]] = [
+    models: list[evaluation.EvalModel] = [
         {"name": "candidate", "file": fitted["model"], "recipe": None, "history": fitted["history"]}
     ]
     if champion is not None:
@@ -328,8 +320,8 @@ def _evaluate(
         out=str(work.folder / "evaluation"),
     )
     with bar("Evaluating") as update:
-        outcome = evaluation.run(job, show.evaluating(update), log=project.state / "logs" / "evaluation.log")
-    outcome = {name: value.to_dict() for name, value in outcome.items()}
+        found = evaluation.run(job, show.evaluating(update), log=project.state / "logs" / "evaluation.log")
+    outcome: dict[str, Any] = {name: value.to_dict() for name, value in found.items()}
     outcome["champion_version"] = champion
     (work.folder / "evaluation.json").write_text(json.dumps(outcome), encoding="utf-8")
     work.note("evaluated", {"champion_version": champion})

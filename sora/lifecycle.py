@@ -30,7 +30,7 @@ def _registry(project: Project) -> Iterator[Registry]:
 
     settings = project.settings()
     with servers(project, prefect=False) as addresses:
-        yield Registry(addresses.mlflow_tracking_uri, settings.name)
+        yield Registry(str(addresses.mlflow_tracking_uri), settings.name)
 
 
 @contextmanager

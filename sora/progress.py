@@ -22,8 +22,8 @@ def say(text: str) -> None:
 def bar(title: str, *, every: float = 5.0) -> Iterator[Bar]:
     """Yields `update(done, total, note="")`. Without a terminal a line is printed at most each `every` seconds."""
     if sys.stderr.isatty():
-        with _rich_bar(title) as update:
-            yield update
+        with _rich_bar(title) as drawn:
+            yield drawn
         return
     last = time.monotonic()
 

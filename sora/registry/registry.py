@@ -19,7 +19,7 @@ from sora.registry.versions import CHAMPION, PREVIOUS, ChampionRef, Versions, is
 
 _MOVING = "sora.moving"  # on the registered model while the alias moves: what to put back after a crash
 
-Smoke = Callable[[Path, Recipe], None]
+Smoke = Callable[[Path, Recipe], object]
 
 
 class Registry(Versions):
