@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+JOBS ?= 2
 
 .PHONY: setup run test lint bench bench-accuracy up clean
 
@@ -23,7 +24,7 @@ up: setup
 	$(BIN)/sora up
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -63,13 +63,15 @@ def part_of(group: str, path: str, parts: int) -> int:
     return int(hashlib.sha256((group or path).encode()).hexdigest(), 16) % parts
 
 
-def grow(place: Path, parts: int = 4) -> list[dict[str, Any]]:
+def grow(place: Path, epochs: int | None, parts: int = 4) -> list[dict[str, Any]]:
     with (SHARED / "fights300" / "labels.csv").open(newline="") as file:
         listed = list(csv.DictReader(file))
     first = place / "first"
     give(first, [row for row in listed if part_of(row["group"], row["path"], parts) == 0])
     project = place / "growing"
     timed([*SORA, "init", str(project), "--data", str(first)], place)
+    if epochs:
+        change_params(project, train={"epochs": epochs})
     up = subprocess.Popen(
         [*SORA, "up", "--prefect-port", "0", "--mlflow-port", "0", "--api-port", "8123"],
         cwd=project,
@@ -170,10 +172,11 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("what", choices=["sets", "grow"])
     options.add_argument("names", nargs="*", help="of sets; all when none is named")
+    options.add_argument("--epochs", type=int, help="of `grow` [default: params.yaml's]")
     given = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="sora-bench-") as name:
         place = Path(name)
-        rows = sets(place, given.names or list(SETS)) if given.what == "sets" else grow(place)
+        rows = sets(place, given.names or list(SETS)) if given.what == "sets" else grow(place, given.epochs)
     table(f"life: {given.what}", rows)
     common.write(f"life_{given.what}", rows)
 
