@@ -102,7 +102,7 @@ class Model(_Section):
 class Train(_Section):
     epochs: int = Field(30, ge=1, le=10_000)
     batch: int = Field(16, ge=1, le=4096)
-    learning_rate: float = Field(1e-3, gt=0, le=1)
+    learning_rate: float = Field(2e-3, gt=0, le=1)
     weight_decay: float = Field(1e-4, ge=0, le=1)
     label_smoothing: float = Field(0.05, ge=0, lt=0.5)
     patience: int = Field(8, ge=1)  # epochs without a better validation loss

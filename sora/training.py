@@ -163,6 +163,7 @@ def fit(job: TrainJob, emit: Emit = lambda event: None, *, devices: Sequence[str
                 initial_epoch=resumed,
                 epochs=train.epochs,
                 callbacks=[end],
+                shuffle=False,  # `Batches` shuffles; Keras would draw from a generator that no checkpoint holds
                 verbose=0,
             )
         except Exception:

@@ -66,6 +66,8 @@ def policy() -> Iterator[None]:
 def weights(file: str) -> list[np.ndarray]:
     import keras
 
+    import sora.model.classifier  # noqa: F401  (registers the layers that the file names)
+
     return keras.saving.load_model(file, safe_mode=True, compile=False).get_weights()
 
 
@@ -187,7 +189,7 @@ def test_without_validation_clips_it_watches_the_training_loss(
 
     model = keras.saving.load_model(result.model, safe_mode=True)
     assert {layer.compute_dtype for layer in model._flatten_layers()} == {"float32", "uint8"} - {"uint8"}
-    assert model.optimizer is None
+    assert not model.compiled
 
 
 def test_a_diverging_loss_names_the_mend(job: Callable[..., TrainJob], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,23 +204,6 @@ def test_a_diverging_loss_names_the_mend(job: Callable[..., TrainJob], monkeypat
     with pytest.raises(InputError, match="diverged in epoch 1") as caught:
         training.fit(job())
     assert "lower train.learning_rate" in caught.value.mend
-
-
-def test_a_full_disk_leaves_the_checkpoint_before_whole(job: Callable[..., TrainJob]) -> None:
-    """The draft of the second checkpoint is a link to /dev/full: every write says that no space is left."""
-    out = Path(job().out)
-    draft = out / f".{training.CHECKPOINT_FILE}.part"
-
-    def fill(event: dict[str, Any]) -> None:
-        if event["event"] == "epoch":
-            draft.symlink_to("/dev/full")
-
-    with pytest.raises(DiskFull, match="no space left"):
-        training.fit(job(), fill)
-    assert not draft.exists() and not draft.is_symlink()
-    events: Events = []
-    resumed = training.fit(job(), events.append)
-    assert resumed.resumed_from == 1 and not kinds(events, "note") and resumed.epochs == 3
 
 
 def test_a_full_disk_at_the_end_leaves_no_half_model(job: Callable[..., TrainJob]) -> None:

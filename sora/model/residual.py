@@ -126,6 +126,7 @@ class ResidualBlock(keras.layers.Layer):
         self.temporal = TemporalShift(shift, dtype=self.dtype_policy)
         self.first = FrameConv(filters, 3, stride=stride, dtype=self.dtype_policy)
         self.second = FrameConv(filters, 3, activate=False, dtype=self.dtype_policy)
+        self.pool = keras.layers.AveragePooling2D(stride, padding="same", dtype=self.dtype_policy)
         self.shortcut: FrameConv | None = None
 
     def build(self, input_shape: tuple) -> None:
@@ -141,7 +142,7 @@ class ResidualBlock(keras.layers.Layer):
         if self.shortcut is not None:
             if self.stride > 1:
                 time = x.shape[1]
-                x = ops.average_pool(ops.reshape(x, (-1, *x.shape[2:])), self.stride, padding="same")
+                x = self.pool(ops.reshape(x, (-1, *x.shape[2:])))
                 x = ops.reshape(x, (-1, time, *x.shape[1:]))
             x = self.shortcut(x, training=training)
         return ops.relu(branch + x)
