@@ -186,10 +186,15 @@ def _limb(picture: np.ndarray, points: tuple[np.ndarray, ...], colour: tuple[int
 
 
 def encode(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
-    """`frames` (time, height, width, rgb) uint8 as h264, one thread so that the bytes are the same each time."""
+    """`frames` (time, height, width, rgb) uint8 as h264.
+
+    One thread and no macroblock tree, with which x264 gave other bytes from call to call for so small a picture.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "27", "preset": "slow", "threads": "1"})
+        stream = container.add_stream(
+            "libx264", rate=fps, options={"crf": "27", "preset": "slow", "threads": "1", "x264-params": "no-mbtree=1"}
+        )
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.time_base = Fraction(1, fps)
         for index, picture in enumerate(frames):

@@ -42,6 +42,8 @@ _OBJECT = re.compile(r"[0-9a-f]{2}/[0-9a-f]{30}(\.dir)?")
 class Versions(Protocol):
     """What is asked of `registry.Registry`."""
 
+    tracking_uri: str
+
     def versions(self) -> list[ModelVersion]: ...
     def history(self) -> list[Move]: ...
     def digests(self) -> dict[int, str]: ...
@@ -141,7 +143,7 @@ def _old_versions(project: Project, registry: Versions, old: list[ModelVersion])
             "what MLflow holds as deleted",
             0,
             "deleting there only hides; bytes as above",
-            lambda: _purge(home),
+            lambda: _purge(home, registry.tracking_uri),
         )
 
 
@@ -155,14 +157,14 @@ def _artifacts(home: Path, run_id: str) -> Iterator[Path]:
             yield described.parent.parent
 
 
-def _purge(home: Path) -> None:
+def _purge(home: Path, tracking_uri: str) -> None:
     answer = subprocess.run(
         [
             *(sys.executable, "-m", "mlflow", "gc"),
             *("--backend-store-uri", f"sqlite:///{home}/mlflow.db"),
             *("--artifacts-destination", str(home / "artifacts")),
         ],
-        env=quiet_environment(MLFLOW_TRACKING_URI=f"sqlite:///{home}/mlflow.db"),
+        env=quiet_environment(MLFLOW_TRACKING_URI=tracking_uri),
         capture_output=True,
         text=True,
     )

@@ -44,6 +44,8 @@ def test_served_recent_and_those_a_rollback_leads_to_are_kept() -> None:
 class Unreachable:
     """MLflow is down in the middle."""
 
+    tracking_uri = "http://127.0.0.1:9"
+
     def versions(self) -> list[ModelVersion]:
         return [of(1, "champion")]
 
@@ -100,6 +102,7 @@ def test_the_whole_with_a_real_mlflow(prepared_project: Project, tmp_path: Path)
             made = add_version(registry, tmp_path, f"model {number}".encode() * 1000)
             assert made == number
             registry.log_state(registry.get(number).run_id, states[number])
+            registry.set_decision(number, "refused", [])
             registry.fetch(number, project.state / "cache" / "models")
 
         step(1)
@@ -138,10 +141,10 @@ def test_the_whole_with_a_real_mlflow(prepared_project: Project, tmp_path: Path)
         done = gc.collect(project, registry, keep=1)
         assert done == dry
         freed = sum(before.values()) - sum(v for k, v in _sizes(project.root).items() if "mlflow.db" not in k)
-        assert freed >= 0.9 * done["bytes"] > gc.LOG_BYTES * 0.9
+        assert freed >= 0.9 * done["bytes"] > 0.8 * gc.LOG_BYTES
         assert not object_of_extra.exists()
         assert [one.version for one in registry.versions()] == [3, 1]
-        assert list(gc._artifacts(project.state / "mlflow", run_of_2)) == []
+        assert sum(gc._size(place) for place in gc._artifacts(project.state / "mlflow", run_of_2)) == 0
         assert not old.exists() and young.exists()
         assert log.read_bytes().endswith(b"the end") and log.stat().st_size < gc.LOG_BYTES
         assert len(list((project.state / "cache" / "models").iterdir())) == 2

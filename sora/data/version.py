@@ -49,7 +49,7 @@ _CODE_HEADER = "# Hashes of the code behind each stage of dvc.yaml. Sora writes 
 def init(root: Path) -> None:
     """Makes `root`, a git repository already, a DVC repository with the embedded remote as default. Repeatable."""
     if not (root / ".dvc" / "config").exists():
-        _dvc(root, "init", "--quiet")
+        _dvc(root, "init")
     for name, target in (("dvc_config", ".dvc/config"), ("dvcignore", ".dvcignore")):
         text = (resources.files("sora") / "templates" / name).read_text(encoding="utf-8")
         _write_if_different(root / target, text)
@@ -63,7 +63,7 @@ def add(project: Project) -> str:
         ServiceError: DVC recorded another number of files than there are.
     """
     expected = _count_files(project.data)
-    _dvc(project.root, "add", "--quiet", "--no-relink", "data")  # relinking would replace links in data/ by copies
+    _dvc(project.root, "add", "--no-relink", "data")  # relinking would replace links in data/ by copies
     recorded = _data_out(project)
     if recorded.get("nfiles") != expected:
         raise ServiceError(
@@ -166,7 +166,9 @@ def reproduce(project: Project, *, force: bool = False) -> list[str]:
         if sys.stderr.isatty():
             more["SORA_STAGE_TTY"] = os.ttyname(sys.stderr.fileno())
         try:
-            output = _dvc(project.root, "repro", *(["--force"] if force else []), relay=True, env=more)
+            # DVC's run cache would bring verdicts back without the Data Docs that belong to them.
+            options = ["--no-run-cache", *(["--force"] if force else [])]
+            output = _dvc(project.root, "repro", *options, relay=True, env=more)
         except SoraError as error:
             if error_file.exists():
                 raise rebuild_error(json.loads(error_file.read_text(encoding="utf-8"))) from error
@@ -239,17 +241,17 @@ def _check_parameters(project: Project) -> None:
 
 def push(project: Project, targets: list[str] | None = None) -> None:
     """Uploads what the cache holds of `targets` (stage names, data.dvc; all without) to their remote."""
-    _dvc(project.root, "push", "--quiet", *(targets or []))
+    _dvc(project.root, "push", *(targets or []))
 
 
 def pull(project: Project, targets: list[str] | None = None) -> None:
     """Downloads `targets` (stage names, data.dvc; all without) from their remote and puts them in place."""
-    _dvc(project.root, "pull", "--quiet", *(targets or []))
+    _dvc(project.root, "pull", *(targets or []))
 
 
 def checkout(project: Project, targets: list[str] | None = None) -> None:
     """Puts `targets` in place as data.dvc and dvc.lock name them, from the cache alone."""
-    _dvc(project.root, "checkout", "--quiet", "--force", *(targets or []))
+    _dvc(project.root, "checkout", "--force", *(targets or []))
 
 
 # --- states ---------------------------------------------------------------------------------------------------------
@@ -395,14 +397,15 @@ def _dvc(root: Path, *arguments: str, relay: bool = False, env: dict[str, str] |
         raise
     finally:
         listener.join(5)
-    if code != 0:
+    # A copy into the cache that failed (a full disk) is an ERROR line, and DVC ends with 0 all the same.
+    if code != 0 or any(line.startswith("ERROR: ") for line in complaints):
         raise _translate(root, arguments, code, "".join(complaints))
     return output
 
 
 def _translate(root: Path, arguments: tuple[str, ...], code: int, complaints: str) -> SoraError:
     errors = [line for line in complaints.splitlines() if line.startswith("ERROR")] or complaints.splitlines()[-5:]
-    said = "\n".join(errors).replace("ERROR: ", "")
+    said = "\n".join(errors[:5]).replace("ERROR: ", "")
     what = f"dvc {arguments[0]} in {root}"
 
     def complained(*words: str) -> bool:

@@ -114,6 +114,16 @@ def test_from_scratch_in_another_folder_the_same_bytes(prepared_project: Project
     assert lock == (prepared_project.root / "dvc.lock").read_text() and str(tmp_path) not in lock
 
 
+def test_verdicts_of_earlier_data_come_with_their_pages(prepared_project: Project) -> None:
+    """DVC's run cache would restore quarantine.json and leave the Data Docs of other data beside it."""
+    text = prepared_project.params_file.read_text()
+    for least in (4, 3):
+        prepared_project.params_file.write_text(
+            text.replace("min_videos_per_class: 3", f"min_videos_per_class: {least}")
+        )
+        assert "validate" in version.reproduce(prepared_project)
+
+
 def test_changed_code_reruns_its_stage_only(prepared_project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     hashes = version.code_hashes()
     monkeypatch.setattr(version, "code_hashes", lambda: {**hashes, "shards": "0" * 16})
