@@ -45,7 +45,7 @@ FLOORS: list[tuple[int, str]] = [
 OWNERS = {
     "av": ("sora.video.decode",),
     "cv2": ("sora.video", "sora.data.manifest", "sora.demo", "sora.report"),
-    "great_expectations": ("sora.data.expectations",),
+    "great_expectations": ("sora.data.expectations", "sora.data.docs"),
     "mlflow": ("sora.registry",),
     "dvc": (),  # a subprocess only
     "prefect": ("flows",),

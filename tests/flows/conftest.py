@@ -69,7 +69,7 @@ def start_prefect(home: Path, port: int) -> subprocess.Popen:
             stdout=log,
             stderr=log,
         )
-    wait_until(lambda: answers(f"http://127.0.0.1:{port}/api/health"), 90, "prefect server", process)
+    wait_until(lambda: answers(f"http://127.0.0.1:{port}/api/health"), 240, "prefect server", process)
     return process
 
 
