@@ -178,7 +178,7 @@ def main() -> None:
         place = Path(name)
         rows = sets(place, given.names or list(SETS)) if given.what == "sets" else grow(place, given.epochs)
     table(f"life: {given.what}", rows)
-    common.write(f"life_{given.what}", rows)
+    common.write("_".join(["life", given.what, *given.names]), rows)
 
 
 if __name__ == "__main__":
