@@ -208,7 +208,7 @@ def test_a_model_that_arrives_damaged_is_refused(site: Site, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_noticed_and_its_training_can_be_asked_for_again(
+def test_a_killed_worker_is_noticed_and_its_checkpoints_stay(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGKILL of worker, flow and training at once, as a power cut would; then another worker of the same clone."""
