@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 from flows.training import job_for
-
 from sora import evaluation, training
 from sora.data import manifest, splits, table
 from sora.settings import Project
