@@ -2,19 +2,28 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/installed
+RUNS := $(VENV)/installed
+TESTS := $(VENV)/installed-dev
 JOBS ?= 2
+# Python compiles what it imports, once; compiling all that lies in the packages took longer than copying them.
+INSTALL = $(BIN)/python -m pip install --quiet --no-deps --no-compile
 
-.PHONY: setup run test lint bench bench-accuracy up clean
+.PHONY: setup setup-dev run test lint up clean
 
-setup: $(STAMP)
+setup: $(RUNS)
 
-$(STAMP): requirements.lock pyproject.toml
+setup-dev: $(TESTS)
+
+$(RUNS): requirements.lock pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "Sora needs Python 3.11: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; rm -rf $(VENV); exit 1; }
 	@echo "Installing the locked environment into $(VENV) (some minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements.lock
-	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@$(INSTALL) --require-hashes -r requirements.lock
+	@$(INSTALL) --no-build-isolation -e .
+	@touch $@
+
+$(TESTS): $(RUNS) requirements-dev.lock
+	@$(INSTALL) --require-hashes -r requirements-dev.lock
 	@touch $@
 
 run: setup
@@ -23,16 +32,13 @@ run: setup
 up: setup
 	$(BIN)/sora up
 
-test: setup
+test: setup-dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-lint: setup
+lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-
-bench: setup
-	$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf $(VENV) .sora prepared data

@@ -102,6 +102,7 @@ class Model(_Section):
 class Train(_Section):
     epochs: int = Field(30, ge=1, le=10_000)
     batch: int = Field(16, ge=1, le=4096)
+    min_steps: int = Field(8, ge=1, le=10_000)  # optimiser steps an epoch: a small set is shown several times in each
     learning_rate: float = Field(2e-3, gt=0, le=1)
     weight_decay: float = Field(1e-4, ge=0, le=1)
     label_smoothing: float = Field(0.05, ge=0, lt=0.5)

@@ -113,6 +113,7 @@ def fit(job: TrainJob, emit: Emit = lambda event: None, *, devices: Sequence[str
         table[table["split"] == "train"],
         batch=train.batch,
         shuffle_seed=train.seed,
+        min_batches=train.min_steps,
         flip=train.flip,
         jitter=train.jitter,
         class_weights=train.class_weights,

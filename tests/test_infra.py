@@ -129,10 +129,12 @@ def test_files_that_are_mounted_or_copied_exist(repository: Path, services: dict
                 assert f"!{source.removeprefix('./')}" in allowed.splitlines(), source
 
 
-@pytest.mark.parametrize("name", ["requirements-server.lock", "requirements-gpu.lock"])
+@pytest.mark.parametrize(
+    "name", ["requirements-dev.lock", "infra/requirements-server.lock", "infra/requirements-gpu.lock"]
+)
 def test_locks_have_hashes_and_no_index_addresses(repository: Path, name: str) -> None:
     main = _pins((repository / "requirements.lock").read_text())
-    text = (repository / "infra" / name).read_text()
+    text = (repository / name).read_text()
     pins = _pins(text)
     assert pins and not (set(pins) & set(main)), "a package stands in two locks"
     assert "http" not in text and "--index" not in text

@@ -39,8 +39,9 @@ class Batches:
         shards: the clips; its index has the columns sha256, clip.
         table: sha256, label_index; one row a video. A video of several clips counts with all of them.
         batch: clips a batch.
-        shuffle_seed: of order and augmentation, for training. The last batch is then filled up with the epoch's first
-            clips, so that all have one shape. None, for evaluation: the table's order, the last batch may be smaller.
+        shuffle_seed: of order and augmentation, for training. The last batch is then filled up with clips drawn anew,
+            so that all have one shape. None, for evaluation: the table's order, the last batch may be smaller.
+        min_batches: in training an epoch has at least so many; a small table is gone through as often as that takes.
         flip: training shows every second clip, at random, as its mirror image (left and right).
         jitter: training moves every clip by up to 8 % of its sides and varies contrast and brightness, the same for
             all frames of the clip.
@@ -57,6 +58,7 @@ class Batches:
         *,
         batch: int,
         shuffle_seed: int | None = None,
+        min_batches: int = 1,
         flip: bool = False,
         jitter: bool = False,
         class_weights: bool = False,
@@ -74,10 +76,12 @@ class Batches:
         self.rows = joined["row"].to_numpy(np.int64)
         self.labels = joined["label_index"].to_numpy(np.int64)
         self.weights = balanced(self.labels) if class_weights else np.ones(len(self.labels), np.float32)
+        batches = -(-len(self.rows) // batch)
+        self.batches = max(batches, min_batches) if batches and shuffle_seed is not None else batches
 
     def __len__(self) -> int:
         """Batches an epoch."""
-        return -(-len(self.rows) // self.batch)
+        return self.batches
 
     @property
     def clips(self) -> int:
@@ -90,8 +94,9 @@ class Batches:
             raise IndexError(f"batch {number} of {len(self)}")
         order = np.arange(len(self.rows))
         if self.shuffle_seed is not None:
-            order = np.random.default_rng([self.shuffle_seed, epoch]).permutation(order)
-            order = np.resize(order, len(self) * self.batch)
+            rng = np.random.default_rng([self.shuffle_seed, epoch])
+            times = -(-len(self) * self.batch // len(order))
+            order = np.concatenate([rng.permutation(order) for _ in range(times)])
         chosen = order[number * self.batch : (number + 1) * self.batch]
         x = self.shards.clips(self.rows[chosen])
         if self.shuffle_seed is not None and (self.flip or self.jitter):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,15 @@ def test_class_weights_make_classes_count_alike() -> None:
     assert weights.mean() == pytest.approx(1)
     one = Batches(Arrays(4), table(4).assign(label_index=labels), batch=4, class_weights=True).load(0, 0)[2]
     assert np.array_equal(one, weights)
+
+
+def test_a_small_set_is_shown_several_times_an_epoch_each_clip_as_often() -> None:
+    batches = Batches(Arrays(9), table(9, 1), batch=4, shuffle_seed=0, min_batches=9)
+    labels = np.concatenate([y for _, y, _ in batches.epoch(0)])
+    assert len(batches) == 9 and len(labels) == 36
+    assert Batches(Arrays(9), table(9, 1), batch=4, min_batches=9).batches == 3  # evaluation sees each once
+    shown = Counter(clip.tobytes() for x, _, _ in batches.epoch(0) for clip in x)
+    assert set(shown.values()) == {4} and len(shown) == 9
 
 
 def test_an_empty_split_has_no_batches() -> None:
