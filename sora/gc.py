@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import yaml
 
 from sora.data import version
+from sora.data.dvc import git
 from sora.errors import InputError, ServiceError
 from sora.files import writing
 from sora.lock import run_lock
@@ -118,7 +119,7 @@ def _committed(project: Project) -> dict[str, Any]:
     """What git's last commit names: a fresh clone, or `git checkout`, comes back to it."""
     found = {}
     for name in ("data.dvc", "dvc.lock"):
-        text = version.git(project.root, "show", f"HEAD:{name}")
+        text = git(project.root, "show", f"HEAD:{name}")
         if text:
             found[name] = text
     return found

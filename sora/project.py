@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from sora.data import version
+from sora.data.dvc import environment
 from sora.data.scan import LABELS, ignored, scan
 from sora.errors import DiskFull, InputError, ServiceError
 from sora.files import atomic, writing
@@ -251,7 +252,7 @@ def _commit(root: Path) -> None:
 
 
 def _git(root: Path, *arguments: str, check: bool = True) -> str:
-    answer = subprocess.run(["git", *arguments], cwd=root, env=version.environment(), capture_output=True, text=True)
+    answer = subprocess.run(["git", *arguments], cwd=root, env=environment(), capture_output=True, text=True)
     if check and answer.returncode != 0:
         raise ServiceError(
             f"git {arguments[0]} in {root} failed: {answer.stderr.strip()}", mend="run `sora init` again"

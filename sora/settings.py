@@ -147,7 +147,7 @@ class Serve(_Section):
 class Schedule(_Section):
     cron: str = "0 2 * * *"
     timezone: str = "UTC"
-    grace_minutes: int = Field(90, ge=1)  # a nightly so much overdue raises the alert
+    grace_minutes: int = Field(90, ge=1)  # a nightly so much overdue raises the alert: more than one takes
 
     @field_validator("cron")
     @classmethod

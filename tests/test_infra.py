@@ -6,11 +6,13 @@ import ast
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from flows.slots import LEASE_STORAGE
 
@@ -140,6 +142,15 @@ def test_locks_have_hashes_and_no_index_addresses(repository: Path, name: str) -
     assert "http" not in text and "--index" not in text
     for block in re.split(r"\n(?=[A-Za-z0-9])", text)[1:]:
         assert "--hash=sha256:" in block, block.split()[0]
+
+
+def test_the_gpu_lock_has_what_tensorflow_asks_for_with_cuda(repository: Path) -> None:
+    pins = _pins((repository / "infra" / "requirements-gpu.lock").read_text())
+    asked = [Requirement(text) for text in metadata.requires("tensorflow") or []]
+    cuda = [each for each in asked if each.marker and "and-cuda" in str(each.marker)]
+    assert cuda
+    for each in cuda:
+        assert each.specifier.contains(pins[each.name]), each
 
 
 def _pins(text: str) -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""Data versions and the preprocessing pipeline. The one caller of DVC, which runs as a child process.
+"""Data versions and the preprocessing pipeline. By DVC, as `sora.data.dvc` calls it.
 
 `data.dvc` names the bytes of `data/`; `dvc.lock` says from which bytes, parameters and code `prepared/` was made.
-DVC's own words are translated into Sora's errors here (`_translate`); a stage that fails hands its error over whole.
+A stage that fails hands its error over whole.
 """
 
 from __future__ import annotations
@@ -11,20 +11,18 @@ import json
 import os
 import re
 import stat
-import subprocess
 import sys
 import tempfile
-import threading
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sora.errors import DiskFull, InputError, RunActive, ServiceError, SettingsError, SoraError
+from sora.data.dvc import dvc, git
+from sora.errors import InputError, ServiceError, SettingsError, SoraError
 from sora.files import atomic
-from sora.processes import quiet_environment, rebuild_error, start_child
-from sora.progress import say
+from sora.processes import rebuild_error
 from sora.settings import Project, parse
 from sora.video import tag
 
@@ -49,7 +47,7 @@ _CODE_HEADER = "# Hashes of the code behind each stage of dvc.yaml. Sora writes 
 def init(root: Path) -> None:
     """Makes `root`, a git repository already, a DVC repository with the embedded remote as default. Repeatable."""
     if not (root / ".dvc" / "config").exists():
-        _dvc(root, "init")
+        dvc(root, "init")
     for name, target in (("dvc_config", ".dvc/config"), ("dvcignore", ".dvcignore")):
         text = (resources.files("sora") / "templates" / name).read_text(encoding="utf-8")
         _write_if_different(root / target, text)
@@ -63,7 +61,7 @@ def add(project: Project) -> str:
         ServiceError: DVC recorded another number of files than there are.
     """
     expected = _count_files(project.data)
-    _dvc(project.root, "add", "--no-relink", "data")  # relinking would replace links in data/ by copies
+    dvc(project.root, "add", "--no-relink", "data")  # relinking would replace links in data/ by copies
     recorded = _data_out(project)
     if recorded.get("nfiles") != expected:
         raise ServiceError(
@@ -168,7 +166,7 @@ def reproduce(project: Project, *, force: bool = False) -> list[str]:
         try:
             # DVC's run cache would bring verdicts back without the Data Docs that belong to them.
             options = ["--no-run-cache", *(["--force"] if force else [])]
-            output = _dvc(project.root, "repro", *options, relay=True, env=more)
+            output = dvc(project.root, "repro", *options, relay=True, env=more)
         except SoraError as error:
             if error_file.exists():
                 raise rebuild_error(json.loads(error_file.read_text(encoding="utf-8"))) from error
@@ -178,7 +176,7 @@ def reproduce(project: Project, *, force: bool = False) -> list[str]:
 
 def status(project: Project) -> dict[str, Any]:
     """What `dvc status` says: {} when data and stages are up to date, else {stage: [what changed]}."""
-    return json.loads(_dvc(project.root, "status", "--json"))
+    return json.loads(dvc(project.root, "status", "--json"))
 
 
 def code_hashes() -> dict[str, str]:
@@ -241,17 +239,17 @@ def _check_parameters(project: Project) -> None:
 
 def push(project: Project, targets: list[str] | None = None) -> None:
     """Uploads what the cache holds of `targets` (stage names, data.dvc; all without) to their remote."""
-    _dvc(project.root, "push", *(targets or []))
+    dvc(project.root, "push", *(targets or []))
 
 
 def pull(project: Project, targets: list[str] | None = None) -> None:
     """Downloads `targets` (stage names, data.dvc; all without) from their remote and puts them in place."""
-    _dvc(project.root, "pull", *(targets or []))
+    dvc(project.root, "pull", *(targets or []))
 
 
 def checkout(project: Project, targets: list[str] | None = None) -> None:
     """Puts `targets` in place as data.dvc and dvc.lock name them, from the cache alone."""
-    _dvc(project.root, "checkout", "--force", *(targets or []))
+    dvc(project.root, "checkout", "--force", *(targets or []))
 
 
 # --- states ---------------------------------------------------------------------------------------------------------
@@ -302,7 +300,7 @@ def restore(project: Project, saved: dict[str, Any], target: Path, *, data: bool
             _copy_config(project.root / ".dvc" / name, target / ".dvc" / name)
     settings = [("core.no_scm", "true"), ("cache.dir", str(cache_folder(project)))]
     for key, value in settings:
-        _dvc(target, "config", "--local", key, value)
+        dvc(target, "config", "--local", key, value)
     restored = Project(target)
     targets = [*(["data.dvc"] if data else []), *STAGES]
     try:
@@ -326,7 +324,7 @@ def code_notes(project: Project, saved: dict[str, Any]) -> list[str]:
 
 def cache_folder(project: Project) -> Path:
     """Where DVC keeps the bytes of this project's data versions."""
-    return Path(_dvc(project.root, "cache", "dir").strip())
+    return Path(dvc(project.root, "cache", "dir").strip())
 
 
 def _copy_config(source: Path, target: Path) -> None:
@@ -338,100 +336,6 @@ def _copy_config(source: Path, target: Path) -> None:
 
     text = re.sub(r"^(\s*url\s*=\s*)(.+)$", absolute, source.read_text(encoding="utf-8"), flags=re.MULTILINE)
     target.write_text(text, encoding="utf-8")
-
-
-# --- children -------------------------------------------------------------------------------------------------------
-
-
-def environment(**more: str) -> dict[str, str]:
-    """For DVC and git: quiet, this interpreter first in PATH (stages say `python`), no repository from outside.
-
-    A git hook exports GIT_DIR and the like, which would lead both away from the project.
-    """
-    found = quiet_environment(**more)
-    found["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), found.get("PATH", os.defpath)])
-    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "DVC_ROOT"):
-        found.pop(name, None)
-    return found
-
-
-def git(root: Path, *arguments: str) -> str | None:
-    """Git's answer; None without git, without a repository, or without a commit."""
-    try:
-        answer = subprocess.run(["git", *arguments], cwd=root, env=environment(), capture_output=True, text=True)
-    except OSError:
-        return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
-
-
-def _dvc(root: Path, *arguments: str, relay: bool = False, env: dict[str, str] | None = None) -> str:
-    """Standard output of `dvc ARGUMENTS` in `root`. `relay`: what stages write to standard error is shown at once."""
-    child = start_child(
-        [sys.executable, "-m", "dvc", *arguments],
-        cwd=root,
-        env=environment(**(env or {})),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    )
-    complaints: list[str] = []
-
-    def listen() -> None:
-        assert child.stderr is not None
-        for line in child.stderr:
-            complaints.append(line)
-            if relay and not line.startswith(("ERROR", "WARNING")) and line.strip():
-                say(line.rstrip())
-
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
-    try:
-        assert child.stdout is not None
-        output = child.stdout.read()
-        code = child.wait()
-    except BaseException:
-        child.terminate()
-        child.wait()
-        raise
-    finally:
-        listener.join(5)
-    # A copy into the cache that failed (a full disk) is an ERROR line, and DVC ends with 0 all the same.
-    if code != 0 or any(line.startswith("ERROR: ") for line in complaints):
-        raise _translate(root, arguments, code, "".join(complaints))
-    return output
-
-
-def _translate(root: Path, arguments: tuple[str, ...], code: int, complaints: str) -> SoraError:
-    errors = [line for line in complaints.splitlines() if line.startswith("ERROR")] or complaints.splitlines()[-5:]
-    said = "\n".join(errors[:5]).replace("ERROR: ", "")
-    what = f"dvc {arguments[0]} in {root}"
-
-    def complained(*words: str) -> bool:
-        return any(word in complaints for word in words)
-
-    if complained("Unable to acquire lock", "is busy"):
-        return RunActive(f"{what}: another DVC command works in this project", mend="wait until it has ended")
-    if complained("No space left on device", "[Errno 28]", "Disk quota"):
-        return DiskFull(
-            f"{what}: no space left: {said}", mend="make room (`sora gc --dry-run` shows what can go) and run again"
-        )
-    if complained("no remote specified"):
-        return InputError(f"{what}: no remote is configured", mend="dvc remote add --default NAME FOLDER-OR-URL")
-    if complained("missing-files", "do not exist neither locally nor on remote"):
-        return ServiceError(
-            f"{what}: neither the cache nor the remote has all that data.dvc and dvc.lock name\n{complaints.strip()}",
-            mend="`dvc push` where the files still are, or check the remote's address in .dvc/config",
-        )
-    if complained("not inside of a DVC repository", "supported SCM tool", "is not a git"):
-        return InputError(
-            f"{what}: no DVC and git repository: {said}", mend="`git init` and `dvc init`, or `sora init`"
-        )
-    if complained("Permission denied", "Read-only file system"):
-        return ServiceError(f"{what}: {said}", mend="make the folder writable for this user")
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
-    return ServiceError(f"{what} {how}: {said}", mend="run the same command again: it resumes")
 
 
 def _write_if_different(path: Path, text: str) -> None:

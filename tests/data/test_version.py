@@ -256,6 +256,22 @@ def test_a_state_of_nothing_is_refused(prepared_project: Project, tmp_path: Path
 # --- what DVC complains about ---------------------------------------------------------------------------------------
 
 
+def test_a_killed_dvc_that_nobody_has_reaped_holds_nothing(fresh_project: Project) -> None:
+    version.add(fresh_project)
+    zombie = subprocess.Popen([sys.executable, "-c", ""])
+    _until(lambda: not _alive(zombie.pid))  # it has ended, and its parent (this test) has not asked for it
+    holder = {"pid": zombie.pid, "cmd": "dvc repro"}
+    lock = fresh_project.root / ".dvc" / "tmp" / "rwlock"
+    lock.write_text(json.dumps({"read": {}, "write": {str(fresh_project.data): holder}}))
+    version.add(fresh_project)
+    assert str(zombie.pid) not in lock.read_text()
+    alive = {"pid": os.getpid(), "cmd": "dvc repro"}
+    lock.write_text(json.dumps({"read": {}, "write": {str(fresh_project.data): alive}}))
+    with pytest.raises(RunActive):
+        version.add(fresh_project)
+    zombie.wait()
+
+
 def test_another_dvc_command_at_work(fresh_project: Project) -> None:
     (fresh_project.root / ".dvc" / "tmp").mkdir(exist_ok=True)
     with (fresh_project.root / ".dvc" / "tmp" / "lock").open("w") as lock:
