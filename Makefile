@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 RUNS := $(VENV)/installed
 TESTS := $(VENV)/installed-dev
 JOBS ?= 2
-# Python compiles what it imports, once; compiling all that lies in the packages took longer than copying them.
+# Python compiles what it imports, once; compiling all that lies in the packages took longer than copying them. Without
+# the second line an environment that forbids bytecode would have every process compile everything again.
+export PYTHONDONTWRITEBYTECODE =
 INSTALL = $(BIN)/python -m pip install --quiet --no-deps --no-compile
 
 .PHONY: setup setup-dev run test lint up clean
