@@ -154,6 +154,30 @@ def models(as_json: bool) -> None:
     Console().print(table if versions else "no version yet: `sora run` makes the first")
 
 
+@cli.group()
+@_common
+def model() -> None:
+    """The network: what it is made of and what it costs."""
+
+
+@model.command()
+@click.argument("preset", required=False)
+@click.option("--classes", type=click.IntRange(min=2), help="[default: the project's, or 2 with PRESET]")
+@click.option("--batch", type=click.IntRange(min=1), help="For the memory [default: train.batch].")
+@json_option
+@_common
+def describe(preset: str | None, classes: int | None, batch: int | None, as_json: bool) -> None:
+    """Layers, shapes, parameters, FLOPs a clip and memory: of the project's model, or of PRESET at its own clips."""
+    from sora.model import describe as describing
+
+    settings = describing.of_preset(preset) if preset else _project().settings()
+    found = describing.describe(settings, classes=classes, batch=batch)
+    if as_json:
+        _print_json(found)
+    else:
+        click.echo(describing.draw(found))
+
+
 @cli.command()
 @click.argument("version", type=click.IntRange(min=1))
 @json_option

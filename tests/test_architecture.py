@@ -14,6 +14,7 @@ FLOORS: list[tuple[int, str]] = [
     # the longest matching prefix decides
     (0, "sora.errors"),
     (0, "sora.records"),
+    (0, "sora.presets"),
     (0, "sora.settings"),
     (0, "sora.processes"),
     (0, "sora.progress"),
