@@ -250,6 +250,51 @@ def predict(files: tuple[Path, ...], as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="A .npy file: (files, width) float32.")
+@json_option
+@_common
+def embed(files: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+    """The champion's representation of video FILEs: a vector each."""
+    from sora import representation
+
+    if (out is None) != as_json or (out is not None and out.suffix != ".npy"):
+        raise click.UsageError("give either --json, or --out with a name that ends in .npy")
+    answers = representation.embed(_project(), list(files))
+    failed = [answer for answer in answers if "error" in answer]
+    if as_json:
+        _print_json(answers)
+    elif out is not None and not failed:  # a row a file: with one missing, rows would stand for the wrong files
+        representation.write(out, answers)
+        click.echo(f"{out}: {len(answers)} vectors of version {answers[0]['version']}")
+    for answer in failed:
+        click.echo(f"{answer['path']}: {answer['error']}", err=True)
+    if failed:
+        if out is not None:
+            click.echo(f"{out} was not written: leave these files out", err=True)
+        sys.exit(2)
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("-n", "count", type=click.IntRange(1, 1000), default=5, show_default=True, help="Neighbours.")
+@json_option
+@_common
+def similar(file: Path, count: int, as_json: bool) -> None:
+    """The videos nearest to FILE among those that the champion learned from."""
+    from sora import representation
+    from sora.progress import bar
+
+    with bar("Embedding") as update:
+        found = representation.similar(_project(), file, count=count, progress=update)
+    if as_json:
+        _print_json(found)
+        return
+    for neighbour in found["neighbours"]:
+        click.echo(f"{neighbour['similarity']:.3f}  {neighbour['label']}  {neighbour['path']}")
+
+
+@cli.command()
 @click.option("--host", help="[default: serve.host of params.yaml, 127.0.0.1]")
 @click.option("--port", type=click.IntRange(0, 65535), help="[default: serve.port of params.yaml, 8000]")
 @_common

@@ -38,6 +38,7 @@ FLOORS: list[tuple[int, str]] = [
     (4, "sora.doctor"),
     (4, "sora.gc"),
     (5, "sora.lifecycle"),
+    (5, "sora.representation"),
     (5, "sora.up"),
     (6, "sora.cli"),
     (6, "flows"),
