@@ -154,6 +154,30 @@ def models(as_json: bool) -> None:
     Console().print(table if versions else "no version yet: `sora run` makes the first")
 
 
+@cli.group()
+@_common
+def model() -> None:
+    """The network: what it is made of and what it costs."""
+
+
+@model.command()
+@click.argument("preset", required=False)
+@click.option("--classes", type=click.IntRange(min=2), help="[default: the project's, or 2 with PRESET]")
+@click.option("--batch", type=click.IntRange(min=1), help="For the memory [default: train.batch].")
+@json_option
+@_common
+def describe(preset: str | None, classes: int | None, batch: int | None, as_json: bool) -> None:
+    """Layers, shapes, parameters, FLOPs a clip and memory: of the project's model, or of PRESET at its own clips."""
+    from sora.model import describe as describing
+
+    settings = describing.of_preset(preset) if preset else _project().settings()
+    found = describing.describe(settings, classes=classes, batch=batch)
+    if as_json:
+        _print_json(found)
+    else:
+        click.echo(describing.draw(found))
+
+
 @cli.command()
 @click.argument("version", type=click.IntRange(min=1))
 @json_option
@@ -223,6 +247,51 @@ def predict(files: tuple[Path, ...], as_json: bool) -> None:
             click.echo(f"{answer['path']}: {answer['label']} ({share:.0%}, version {answer['version']})")
     if any("error" in answer for answer in answers):
         sys.exit(2)
+
+
+@cli.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="A .npy file: (files, width) float32.")
+@json_option
+@_common
+def embed(files: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+    """The champion's representation of video FILEs: a vector each."""
+    from sora import representation
+
+    if (out is None) != as_json or (out is not None and out.suffix != ".npy"):
+        raise click.UsageError("give either --json, or --out with a name that ends in .npy")
+    answers = representation.embed(_project(), list(files))
+    failed = [answer for answer in answers if "error" in answer]
+    if as_json:
+        _print_json(answers)
+    elif out is not None and not failed:  # a row a file: with one missing, rows would stand for the wrong files
+        representation.write(out, answers)
+        click.echo(f"{out}: {len(answers)} vectors of version {answers[0]['version']}")
+    for answer in failed:
+        click.echo(f"{answer['path']}: {answer['error']}", err=True)
+    if failed:
+        if out is not None:
+            click.echo(f"{out} was not written: leave these files out", err=True)
+        sys.exit(2)
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("-n", "count", type=click.IntRange(1, 1000), default=5, show_default=True, help="Neighbours.")
+@json_option
+@_common
+def similar(file: Path, count: int, as_json: bool) -> None:
+    """The videos nearest to FILE among those that the champion learned from."""
+    from sora import representation
+    from sora.progress import bar
+
+    with bar("Embedding") as update:
+        found = representation.similar(_project(), file, count=count, progress=update)
+    if as_json:
+        _print_json(found)
+        return
+    for neighbour in found["neighbours"]:
+        click.echo(f"{neighbour['similarity']:.3f}  {neighbour['label']}  {neighbour['path']}")
 
 
 @cli.command()

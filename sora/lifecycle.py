@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sora.errors import InputError, ServiceError
-from sora.records import ModelVersion
+from sora.records import ModelVersion, Recipe
 from sora.settings import Project, parse
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ TOLERANCE = 1e-3
 
 
 @contextmanager
-def _registry(project: Project) -> Iterator[Registry]:
+def open_registry(project: Project) -> Iterator[Registry]:
+    """The project's registry, on an MLflow server that lives as long as the block where none is up."""
     from sora.registry import Registry
     from sora.services import servers
 
@@ -52,7 +53,7 @@ def model_cache(project: Project) -> Path:
 
 def models(project: Project) -> list[ModelVersion]:
     """Every registered version, newest first."""
-    with _registry(project) as registry:
+    with open_registry(project) as registry:
         return registry.versions()
 
 
@@ -65,7 +66,7 @@ def promote(project: Project, version: int) -> dict[str, Any]:
     """
     from sora.serving.predictor import smoke
 
-    with alias_lock(project), _registry(project) as registry:
+    with alias_lock(project), open_registry(project) as registry:
         return registry.promote(version, cache=model_cache(project), smoke=smoke, reason="by hand")
 
 
@@ -77,8 +78,20 @@ def rollback(project: Project, to: int | None = None) -> dict[str, Any]:
     """
     from sora.serving.predictor import smoke
 
-    with alias_lock(project), _registry(project) as registry:
+    with alias_lock(project), open_registry(project) as registry:
         return registry.rollback(to, cache=model_cache(project), smoke=smoke)
+
+
+def champion(project: Project, registry: Registry) -> tuple[int, Path, Recipe]:
+    """The champion's version, its model file in the cache, and its recipe.
+
+    Raises:
+        InputError: there is no champion yet.
+    """
+    version = registry.champion()
+    if version is None:
+        raise InputError("there is no champion yet", mend="`sora run` trains and promotes the first model")
+    return version, *registry.fetch(version, model_cache(project))
 
 
 def predict(project: Project, files: list[Path]) -> list[dict[str, Any]]:
@@ -89,12 +102,9 @@ def predict(project: Project, files: list[Path]) -> list[dict[str, Any]]:
     """
     from sora.serving.predictor import predict_files
 
-    with _registry(project) as registry:
-        champion = registry.champion()
-        if champion is None:
-            raise InputError("there is no champion yet", mend="`sora run` trains and promotes the first model")
-        file, recipe = registry.fetch(champion, model_cache(project))
-    return predict_files(files, file, recipe, champion, project.settings().serve)
+    with open_registry(project) as registry:
+        version, file, recipe = champion(project, registry)
+    return predict_files(files, file, recipe, version, project.settings().serve)
 
 
 def reproduce(project: Project, version: int) -> dict[str, Any]:
@@ -105,7 +115,7 @@ def reproduce(project: Project, version: int) -> dict[str, Any]:
     from sora import evaluation
     from sora.data import version as data
 
-    with _registry(project) as registry:
+    with open_registry(project) as registry:
         recorded_version = registry.get(version)
         state = registry.restore_state(version)
         file, recipe = registry.fetch(version, model_cache(project))
@@ -148,5 +158,5 @@ def gc(project: Project, *, keep: int, dry_run: bool) -> dict[str, Any]:
     """What no served or recent version needs. Returns {"items": [{"what", "bytes", "why"}], "bytes"}."""
     from sora import gc as collecting
 
-    with _registry(project) as registry:
+    with open_registry(project) as registry:
         return collecting.collect(project, registry, keep=keep, dry_run=dry_run)

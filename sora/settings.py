@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from sora.errors import SettingsError
+from sora.presets import PRESETS
 from sora.records import ClipSpec
 
 
@@ -79,16 +80,35 @@ class Shards(_Section):
 
 
 class Model(_Section):
-    """The two-branch residual fusion model (see `sora/model/classifier.py`)."""
+    """The two-branch residual fusion model (see `sora/model/classifier.py`).
 
+    A field that is left out comes from the preset, and what the preset does not name has the default shown here.
+    """
+
+    preset: Literal["demo", "small", "base", "article"] = "small"
+    streams: Literal["both", "low", "high"] = "both"  # low: motion alone; high: appearance alone
     low_filters: tuple[int, ...] = (16, 32, 64)  # a level each
     high_filters: tuple[int, ...] = (32, 64, 128)
     blocks: int = Field(1, ge=1, le=8)  # residual blocks a level
+    shift: float = Field(0.125, ge=0, le=0.5)  # share of the channels moved each way in time; 0: frames apart
+    lateral: bool = False  # the low network's maps join the high network's before each level
     key_frames: int = Field(4, ge=1, le=64)  # that the high network sees
-    fusion: Literal["concat", "gram"] = "concat"
+    fusion: Literal["concat", "gated", "gram"] = "concat"
+    gated_width: int = Field(128, ge=8, le=2048)  # fusion gated: every level is brought to this width
     gram_width: int = Field(64, ge=8, le=512)  # fusion gram: every feature vector is brought to this width
+    gram_vectors: Literal["level", "frame"] = "level"  # fusion gram: a vector a level and frame, or one a frame
     embedding: int = Field(128, ge=8, le=4096)
     dropout: float = Field(0.3, ge=0, lt=1)
+    head: Literal["multiclass", "binary"] = "multiclass"  # binary: one logit, that of the second class
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_preset(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            preset = value.get("preset", cls.model_fields["preset"].default)
+            if isinstance(preset, str) and preset in PRESETS:  # any other is the field's own error
+                return {**PRESETS[preset].model, **value}
+        return value
 
     @field_validator("low_filters", "high_filters")
     @classmethod
@@ -96,6 +116,13 @@ class Model(_Section):
         # Narrower than 16 crashed TensorFlow 2.21 with oneDNN 3 of 3 times (infra/DECISIONS.md).
         if not 1 <= len(value) <= 6 or any(v < 16 or v > 2048 or v % 8 for v in value):
             raise ValueError("needs 1 to 6 levels of 16 to 2048 filters, each a multiple of 8")
+        return value
+
+    @field_validator("lateral")
+    @classmethod
+    def _joins_two(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("streams") != "both":
+            raise ValueError(f"joins two networks, but model.streams is {info.data.get('streams')}")
         return value
 
 
@@ -214,8 +241,19 @@ class Settings(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
-        if self.model.key_frames > self.clip.frames:
-            raise ValueError(f"model.key_frames {self.model.key_frames} is more than clip.frames {self.clip.frames}")
+        model, frames = self.model, self.clip.frames
+        if model.key_frames > frames:
+            raise ValueError(
+                f"model.key_frames {model.key_frames} is more than clip.frames {frames} "
+                f"(model.preset is {model.preset})"
+            )
+        if (model.fusion, model.gram_vectors, model.streams) == ("gram", "frame", "both") and model.key_frames < frames:
+            raise ValueError(
+                f"model.gram_vectors frame needs both networks on every frame, but model.key_frames is "
+                f"{model.key_frames} and clip.frames {frames} (model.preset is {model.preset})"
+            )
+        if model.head == "binary" and self.classes and len(self.classes) != 2:
+            raise ValueError(f"model.head binary needs 2 classes, but classes names {len(self.classes)}")
         if self.validate_.min_fps > self.validate_.max_fps:
             raise ValueError("validate.min_fps is above validate.max_fps")
         return self

@@ -14,6 +14,7 @@ FLOORS: list[tuple[int, str]] = [
     # the longest matching prefix decides
     (0, "sora.errors"),
     (0, "sora.records"),
+    (0, "sora.presets"),
     (0, "sora.settings"),
     (0, "sora.processes"),
     (0, "sora.progress"),
@@ -37,6 +38,7 @@ FLOORS: list[tuple[int, str]] = [
     (4, "sora.doctor"),
     (4, "sora.gc"),
     (5, "sora.lifecycle"),
+    (5, "sora.representation"),
     (5, "sora.up"),
     (6, "sora.cli"),
     (6, "flows"),

@@ -10,9 +10,13 @@ The reference article's reading: the low-dimensional features (motion, few chann
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 
-from sora.model.fusion import ConcatFusion, GramFusion
+from sora.model.fusion import ConcatFusion, GatedFusion, GramFusion
+from sora.model.head import BinaryLogits
+from sora.model.lateral import Lateral
 from sora.model.streams import KeyFrames, Motion, ResidualStream
 from sora.records import ClipSpec
 from sora.settings import Model
@@ -25,23 +29,55 @@ def build(config: Model, clip: ClipSpec, classes: int) -> keras.Model:
     Output shape: `(batch, classes)` float32 logits. The layer "embedding" gives `(batch, config.embedding)`.
 
     Raises:
-        ValueError: fewer than 2 classes, or more key frames than frames.
+        ValueError: fewer than 2 classes, a binary head for more, more key frames than frames, or a vector a frame of
+            networks that see different frames.
     """
     if classes < 2:
         raise ValueError(f"a classifier needs at least 2 classes, received {classes}")
+    if config.head == "binary" and classes != 2:
+        raise ValueError(f"a binary head needs 2 classes, received {classes}")
     clips = keras.Input((clip.frames, clip.height, clip.width, 3), dtype="uint8", name="clip")
-    low = ResidualStream(config.low_filters, blocks=config.blocks, name="low")(Motion(name="motion")(clips))
-    high = ResidualStream(config.high_filters, blocks=config.blocks, name="high")(
-        KeyFrames(config.key_frames, name="key_frames")(clips)
-    )
-    fusion = GramFusion(config.gram_width, name="gram") if config.fusion == "gram" else ConcatFusion(name="concat")
-    x = fusion([*low, *high])
+    features = _features(config, clips)
+    x = _fusion(config)(features)
     x = keras.layers.Dropout(config.dropout, name="dropout")(x)
     x = keras.layers.Dense(config.embedding, activation="gelu", name="embedding")(x)
     x = keras.layers.Dropout(config.dropout, name="embedding_dropout")(x)
     # float32 under any policy: softmax and temperature need the digits.
-    logits = keras.layers.Dense(classes, dtype="float32", name="logits")(x)
+    if config.head == "multiclass":
+        logits = keras.layers.Dense(classes, dtype="float32", name="logits")(x)
+    else:
+        logits = BinaryLogits(dtype="float32", name="logits")(keras.layers.Dense(1, dtype="float32", name="logit")(x))
     return keras.Model(clips, logits, name="sora")
+
+
+def _features(config: Model, clips: Any) -> list[Any]:
+    """Of every level of the networks that `config.streams` names, the low one's first: `(batch, time, channels)`."""
+    options: dict[str, Any] = {"blocks": config.blocks, "shift": config.shift}
+    low: list[Any] = []
+    maps: list[Any] = []
+    if config.streams != "high":
+        low = ResidualStream(config.low_filters, maps=config.lateral, name="low", **options)(
+            Motion(name="motion")(clips)
+        )
+        low, maps = low[: len(config.low_filters)], low[len(config.low_filters) :]
+    if config.streams == "low":
+        return low
+    seen = KeyFrames(config.key_frames, name="key_frames")(clips)
+    joining = [
+        # Twice the map's channels, as in SlowFast.
+        Lateral(2 * map_.shape[-1], config.key_frames, name=f"lateral_{number}")(map_)
+        for number, map_ in enumerate(maps[: len(config.high_filters)], 1)
+    ]
+    high = ResidualStream(config.high_filters, name="high", **options)([seen, *joining] if joining else seen)
+    return [*low, *high]
+
+
+def _fusion(config: Model) -> keras.layers.Layer:
+    if config.fusion == "gram":
+        return GramFusion(config.gram_width, vectors=config.gram_vectors, name="gram")
+    if config.fusion == "gated":
+        return GatedFusion(config.gated_width, name="gated")
+    return ConcatFusion(name="concat")
 
 
 def embedding_model(model: keras.Model) -> keras.Model:

@@ -2,7 +2,8 @@
 
 Feichtenhofer et al. 2019, "SlowFast Networks for Video Recognition": a narrow network on every frame for motion, a wide
 one on few frames for appearance. Departs: the narrow network sees signed differences of brightness instead of colour,
-there are no lateral connections, and features are taken at every level of both networks, not only at the last.
+lateral connections are optional (see `lateral`), and features are taken at every level of both networks, not only at
+the last.
 """
 
 from __future__ import annotations
@@ -104,16 +105,21 @@ class ResidualStream(keras.layers.Layer):
         filters: of each level.
         blocks: residual blocks a level.
         shift: fraction of the channels shifted in time (see `residual.TemporalShift`).
+        maps: hand out the stem's and every level's maps as well, for another stream to join.
 
-    Input shape: `(batch, time, height, width, channels)`.
-    Output: a list with `(batch, time, filters[level])` for each level.
+    Input shape: `(batch, time, height, width, channels)`, or a list of it and of maps that join, the first of them
+    beside the stem's output, the next beside the first level's, and so on; as many as there are, at most one a level.
+    Output: a list with `(batch, time, filters[level])` for each level; with `maps` followed by one more than levels of
+    `(batch, time, height / 2, width / 2, filters[0])`, `(batch, time, height / 4, width / 4, filters[0])`, ….
 
     Example: `low, middle, high = ResidualStream((16, 32, 64))(Motion()(clips))`.
     """
 
-    def __init__(self, filters: tuple[int, ...], *, blocks: int = 1, shift: float = 0.125, **options: Any) -> None:
+    def __init__(
+        self, filters: tuple[int, ...], *, blocks: int = 1, shift: float = 0.125, maps: bool = False, **options: Any
+    ) -> None:
         super().__init__(**options)
-        self.filters, self.blocks, self.shift = tuple(filters), blocks, shift
+        self.filters, self.blocks, self.shift, self.maps = tuple(filters), blocks, shift, maps
         self.stem = FrameConv(self.filters[0], 3, stride=2, dtype=self.dtype_policy)
         self.levels = [
             ResidualBlock(width, stride=2 if not block else 1, shift=shift, dtype=self.dtype_policy)
@@ -121,25 +127,48 @@ class ResidualStream(keras.layers.Layer):
             for block in range(blocks)
         ]
 
-    def build(self, input_shape: tuple) -> None:
-        self.stem.build(input_shape)
-        shape = self.stem.compute_output_shape(input_shape)
-        for block in self.levels:
+    def build(self, input_shape: Any) -> None:
+        own, *joining = _with_maps(input_shape)
+        if len(joining) > len(self.filters):
+            raise ValueError(f"{len(joining)} maps join a stream of {len(self.filters)} levels")
+        self.stem.build(own)
+        shape = self.stem.compute_output_shape(own)
+        for number, block in enumerate(self.levels):
+            if number % self.blocks == 0 and joining:
+                shape = (*shape[:-1], shape[-1] + joining.pop(0)[-1])
             block.build(shape)
             shape = block.compute_output_shape(shape)
 
-    def call(self, x: Any, training: bool | None = None) -> list[Any]:
+    def call(self, inputs: Any, training: bool | None = None) -> list[Any]:
+        x, *joining = inputs if isinstance(inputs, list | tuple) else [inputs]
         x = self.stem(x, training=training)
-        features = []
-        for number, block in enumerate(self.levels, 1):
+        features, maps = [], [x]
+        for number, block in enumerate(self.levels):
+            if number % self.blocks == 0 and joining:
+                x = ops.concatenate([x, joining.pop(0)], axis=-1)
             x = block(x, training=training)
-            if number % self.blocks == 0:
+            if (number + 1) % self.blocks == 0:
                 features.append(ops.mean(x, axis=(2, 3)))
-        return features
+                maps.append(x)
+        return features + maps if self.maps else features
 
-    def compute_output_shape(self, input_shape: tuple) -> list[tuple]:
-        return [(*input_shape[:2], width) for width in self.filters]
+    def compute_output_shape(self, input_shape: Any) -> list[tuple]:
+        own = _with_maps(input_shape)[0]
+        features: list[tuple] = [(*own[:2], width) for width in self.filters]
+        if not self.maps:
+            return features
+        maps = [self.stem.compute_output_shape(own)]
+        for width in self.filters:
+            halves = (None if side is None else -(-side // 2) for side in maps[-1][2:4])
+            maps.append((*own[:2], *halves, width))
+        return features + maps
 
     def get_config(self) -> dict[str, Any]:
-        own = {"filters": list(self.filters), "blocks": self.blocks, "shift": self.shift}
+        own = {"filters": list(self.filters), "blocks": self.blocks, "shift": self.shift, "maps": self.maps}
         return {**super().get_config(), **own}
+
+
+def _with_maps(input_shape: Any) -> list[tuple]:
+    """The shapes of a stream's inputs; JSON has made lists of tuples."""
+    several = isinstance(input_shape[0], list | tuple)
+    return [tuple(shape) for shape in (input_shape if several else [input_shape])]

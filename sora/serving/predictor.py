@@ -12,12 +12,13 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sora.errors import InputError, PromotionFailed, ServiceError, VideoError
+from sora.errors import InputError, PromotionFailed, ServiceError
 from sora.processes import run_child
 from sora.records import Prediction, Recipe
 from sora.settings import Serve
@@ -56,7 +57,8 @@ class Predictor:
         self.classes = recipe.classes
         self.digest = _verified(model_file, recipe, version)
         with _load:
-            self._call = _compiled(model_file, recipe, version)
+            self._model = _loaded(model_file, recipe, version)
+            self._call = _compiled(self._model)
         for size in BATCH_SIZES:
             logits = self._call(np.zeros((size, *self.clip_shape), np.uint8))
             if logits.shape != (size, len(self.classes)):
@@ -76,17 +78,43 @@ class Predictor:
         Input shape: `(n, time, height, width, rgb) uint8`, any n ≥ 1.
         Output shape: `(n, classes) float64`, rows sum to 1.
         """
-        rows = [self._padded(clips[start : start + MAX_BATCH]) for start in range(0, len(clips), MAX_BATCH)]
-        logits = np.concatenate(rows) / self.recipe.temperature
+        logits = self._batched(self._call, clips) / self.recipe.temperature
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         return powers / powers.sum(axis=1, keepdims=True)
 
-    def _padded(self, clips: np.ndarray) -> np.ndarray:
+    def embeddings(self, clips: np.ndarray) -> np.ndarray:
+        """The representation of each clip: what the layer before the last one answers. Compiled at the first call.
+
+        Input shape: `(n, time, height, width, rgb) uint8`, any n ≥ 1.
+        Output shape: `(n, width) float64`; the width is the setting `model.embedding` that it was trained with.
+
+        Raises:
+            ModelRefused: the model has no layer "embedding": it was not trained by Sora.
+        """
+        return self._batched(self._embed, clips)
+
+    @cached_property
+    def _embed(self) -> Any:
+        from sora.model import classifier
+
+        try:
+            return _compiled(classifier.embedding_model(self._model))
+        except ValueError as error:
+            raise ModelRefused(
+                f"version {self.version} has no representation: {error}", mend="promote a version that Sora trained"
+            ) from error
+
+    def _batched(self, call: Any, clips: np.ndarray) -> np.ndarray:
+        """The answers of a compiled call, which is asked in sizes of `BATCH_SIZES` only."""
+        rows = [self._padded(call, clips[start : start + MAX_BATCH]) for start in range(0, len(clips), MAX_BATCH)]
+        return np.concatenate(rows)
+
+    def _padded(self, call: Any, clips: np.ndarray) -> np.ndarray:
         count = len(clips)
         size = next(size for size in BATCH_SIZES if size >= count)
         if size > count:
             clips = np.concatenate([clips, np.zeros((size - count, *clips.shape[1:]), np.uint8)])
-        return self._call(clips)[:count].astype(np.float64)
+        return call(clips)[:count].astype(np.float64)
 
     def predict(self, clips: np.ndarray) -> Prediction:
         """The answer for one video: the mean over its clips, `(clips, time, height, width, rgb) uint8`."""
@@ -136,8 +164,7 @@ def _verified(model_file: Path, recipe: Recipe, version: int) -> str:
     return digest
 
 
-def _compiled(model_file: Path, recipe: Recipe, version: int) -> Any:
-    """A function `(n, time, height, width, rgb) uint8 → (n, classes) float`, for n in BATCH_SIZES."""
+def _loaded(model_file: Path, recipe: Recipe, version: int) -> Any:
     prepare_backend()
     import keras
 
@@ -154,12 +181,19 @@ def _compiled(model_file: Path, recipe: Recipe, version: int) -> Any:
             f"version {version} takes clips {tuple(model.input_shape[1:])}, its recipe makes {shape}",
             mend="register the model with the recipe that it was evaluated with",
         )
+    return model
+
+
+def _compiled(model: Any) -> Any:
+    """A function `(n, time, height, width, rgb) uint8 → (n, width of the model's output) float`, for any n."""
+    import keras
+
     if keras.config.backend() != "tensorflow":
         return lambda clips: np.asarray(model.predict_on_batch(clips))
     import tensorflow as tf
 
     # One trace with a symbolic batch size: ready in 1.3 × TensorFlow's import, against 2.0 × with one a size.
-    @tf.function(input_signature=[tf.TensorSpec((None, *shape), tf.uint8)], autograph=False)
+    @tf.function(input_signature=[tf.TensorSpec(model.input_shape, tf.uint8)], autograph=False)
     def call(clips: Any) -> Any:
         return model(clips, training=False)
 
@@ -199,6 +233,28 @@ def smoke(model_file: Path, recipe: Recipe, version: int = 0) -> dict[str, Any]:
     return {"difference": result["difference"], "seconds": result["seconds"]}
 
 
+def clips_of(path: Path, recipe: Recipe, settings: Serve | None = None) -> np.ndarray:
+    """A video's clips as a model's recipe wants them: `(clips, time, height, width, rgb) uint8`.
+
+    Arguments:
+        settings: the limits that `sora serve` would hold the file to; none: no limits.
+
+    Raises:
+        InputError: no such file, or not to be read.
+        VideoError: it can't be used.
+    """
+    from sora.video.decode import Limits
+    from sora.video.transform import prepare_clips
+
+    limits = Limits(**settings.file_limits()) if settings else None
+    try:
+        if not path.is_file():
+            raise InputError(f"{path} is no file", mend="give the path of a video")
+        return prepare_clips(path, recipe.clip, limits=limits)
+    except OSError as error:
+        raise InputError(str(error), mend="make the file readable") from error
+
+
 def predict_files(
     paths: Sequence[Path], model_file: Path, recipe: Recipe, version: int, settings: Serve | None = None
 ) -> list[dict[str, Any]]:
@@ -212,20 +268,13 @@ def predict_files(
     Raises:
         ModelRefused: see `Predictor`.
     """
-    from sora.video.decode import Limits
-    from sora.video.transform import prepare_clips
-
-    limits = Limits(**settings.file_limits()) if settings else None
-
     predictor: Predictor | None = None
     answers: list[dict[str, Any]] = []
     for path in paths:
         try:
-            if not path.is_file():
-                raise InputError(f"{path} is no file", mend="give the path of a video")
-            clips = prepare_clips(path, recipe.clip, limits=limits)
-        except (VideoError, InputError, OSError) as error:
-            answers.append({"path": str(path), "error": getattr(error, "message", str(error))})
+            clips = clips_of(path, recipe, settings)
+        except InputError as error:
+            answers.append({"path": str(path), "error": error.message})
             continue
         predictor = predictor or Predictor(model_file, recipe, version)
         answers.append({"path": str(path), **asdict(predictor.predict(clips))})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,22 +11,24 @@ import keras
 import numpy as np
 import pytest
 
-from sora.model import classifier
+from sora.model import classifier, cost, streams
+from sora.presets import PRESETS
 from sora.records import ClipSpec
 from sora.settings import Model
 from tests.clips import SMALL, SPEC, moving_square
+from tests.model.variants import VARIANTS, variant
 
 
 def _clips(number: int, spec: ClipSpec = SPEC) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (number, spec.frames, spec.height, spec.width, 3), np.uint8)
 
 
-@pytest.mark.parametrize("kind", ["concat", "gram"])
+@pytest.mark.parametrize("kind", VARIANTS)
 def test_clips_in_logits_out(kind: str, tmp_path: Path) -> None:
-    model = classifier.build(Model(**SMALL, fusion=kind, gram_width=8), SPEC, 3)
+    model = classifier.build(variant(kind), SPEC, 2)
     assert model.input_shape == (None, 8, 32, 32, 3) and model.input.dtype == "uint8"
     logits = keras.ops.convert_to_numpy(model(_clips(2)))
-    assert logits.shape == (2, 3) and logits.dtype == np.float32
+    assert logits.shape == (2, 2) and logits.dtype == np.float32
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras", safe_mode=True, compile=False)
     np.testing.assert_allclose(keras.ops.convert_to_numpy(again(_clips(2))), logits, atol=1e-6)
@@ -39,12 +42,45 @@ def test_the_representation_is_an_output_of_its_own() -> None:
     np.testing.assert_allclose(keras.ops.convert_to_numpy(logits), model(_clips(2)), atol=1e-5)
 
 
+def test_the_default_model_keeps_its_weights() -> None:
+    """Registered versions and interrupted trainings hold these weights in this order."""
+    model = classifier.build(Model(), ClipSpec(), 8)
+    assert model.count_params() == 520_440
+    layout = "\n".join(f"{weight.name} {tuple(weight.shape)}" for weight in model.weights)
+    assert hashlib.sha256(layout.encode()).hexdigest()[:16] == "18c543b6475d2691"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_what_they_were_made_for(name: str) -> None:
+    preset = PRESETS[name]
+    model = classifier.build(Model(preset=name), preset.clip, 2)
+    known = {"demo": 0.105e9, "small": 0.670e9, "base": 1.314e9, "article": 17.48e9}
+    assert cost.flops(model) == pytest.approx(known[name], rel=0.01)
+
+
 def test_the_articles_case_ten_frames_of_256() -> None:
-    """10 frames of 256x256 → 256-vectors → one 256x256 matrix (its upper triangle) → a class."""
-    config = Model(low_filters=(16,), high_filters=(256,), key_frames=10, fusion="gram", gram_width=256)
-    model = classifier.build(config, ClipSpec(frames=10, height=256, width=256), 2)
-    assert model.get_layer("gram").output.shape == (None, 256 * 257 // 2)
-    assert model.get_layer("high").output.shape == (None, 10, 256)
+    """10 frames of 256x256 → ten 256-vectors → one 256x256 matrix (its upper triangle) → "is it running?"."""
+    model = classifier.build(Model(preset="article"), PRESETS["article"].clip, 2)
+    assert model.input_shape == (None, 10, 256, 256, 3) and model.output_shape == (None, 2)
+    features = [*model.get_layer("low").output, *model.get_layer("high").output]
+    assert [tuple(x.shape[1:]) for x in features] == [(10, width) for width in (16, 32, 64, 64, 128, 256)]
+    gram = model.get_layer("gram")
+    assert gram.projections[0].compute_output_shape((None, 10, 560)) == (None, 10, 256)
+    assert gram.gram.compute_output_shape((None, 10, 256)) == (None, 256, 256)
+    assert gram.output.shape == (None, 256 * 257 // 2)
+
+
+def test_a_lateral_lets_the_high_network_see_motion() -> None:
+    """The same key frames, other frames between: only with laterals do the high network's features differ."""
+    one = _clips(1)
+    other = one.copy()
+    shown = streams.key_frames(8, 2)
+    other[:, [number for number in range(8) if number not in shown]] //= 2
+    for joined in (False, True):
+        model = classifier.build(Model(**SMALL, lateral=joined), SPEC, 2)
+        high = keras.Model(model.input, model.get_layer("high").output)
+        first, second = (keras.ops.convert_to_numpy(high(clips)[0]) for clips in (one, other))
+        assert np.allclose(first, second) != joined
 
 
 def test_half_precision_ends_in_float32_logits() -> None:
@@ -70,6 +106,8 @@ def test_wrong_numbers_are_refused() -> None:
         classifier.build(Model(**SMALL), SPEC, 1)
     with pytest.raises(ValueError, match="8 frames, received 9"):
         classifier.build(Model(**{**SMALL, "key_frames": 9}), SPEC, 2)
+    with pytest.raises(ValueError, match="binary head needs 2 classes, received 3"):
+        classifier.build(Model(**SMALL, head="binary"), SPEC, 3)
 
 
 def test_it_learns_the_direction_of_movement() -> None:

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 
-from sora.model import fusion, residual, streams
+from sora.model import fusion, head, lateral, residual, streams
 
 VIDEO = (4, 8, 8, 16)  # time, height, width, channels
 CLIP = (4, 8, 8, 3)
@@ -28,9 +28,33 @@ CASES: list[tuple[str, Callable[..., keras.layers.Layer], Any, Any]] = [
     ("motion", streams.Motion, CLIP, CLIP),
     ("key frames", lambda **o: streams.KeyFrames(2, **o), CLIP, (2, 8, 8, 3)),
     ("stream", lambda **o: streams.ResidualStream((16, 24), blocks=2, **o), CLIP, [(4, 16), (4, 24)]),
+    (
+        "stream with maps",
+        lambda **o: streams.ResidualStream((16, 24), maps=True, **o),
+        (4, 9, 8, 3),
+        [(4, 16), (4, 24), (4, 5, 4, 16), (4, 3, 2, 16), (4, 2, 1, 24)],
+    ),
+    (
+        "stream that maps join",
+        lambda **o: streams.ResidualStream((16, 24), blocks=2, **o),
+        [CLIP, (4, 4, 4, 8), (4, 2, 2, 8)],
+        [(4, 16), (4, 24)],
+    ),
+    (
+        "stream that one map joins",
+        lambda **o: streams.ResidualStream((16, 24), **o),
+        [CLIP, (4, 4, 4, 8)],
+        [(4, 16), (4, 24)],
+    ),
+    ("lateral", lambda **o: lateral.Lateral(24, 2, **o), VIDEO, (2, 8, 8, 24)),
+    ("lateral of one frame", lambda **o: lateral.Lateral(24, 1, span=3, **o), (1, 8, 8, 16), (1, 8, 8, 24)),
     ("concat", fusion.ConcatFusion, FEATURES, (33,)),
+    ("gated", lambda **o: fusion.GatedFusion(8, **o), FEATURES, (8,)),
+    ("gated of one level", lambda **o: fusion.GatedFusion(8, **o), FEATURES[:1], (8,)),
     ("gram matrix", fusion.GramMatrix, (4, 6), (6, 6)),
     ("gram", lambda **o: fusion.GramFusion(8, **o), FEATURES, (36,)),
+    ("gram of frames", lambda **o: fusion.GramFusion(8, vectors="frame", **o), [(4, 6), (4, 5)], (36,)),
+    ("binary logits", head.BinaryLogits, (1,), (2,)),
 ]
 parametrised = pytest.mark.parametrize(("make", "shape", "expected"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
 BATCH = 3
@@ -186,3 +210,66 @@ def test_concat_of_a_still_clip_has_no_deviation() -> None:
 def test_a_fraction_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match=r"received 0\.6"):
         residual.TemporalShift(0.6)
+
+
+def test_a_lateral_is_a_strided_convolution_over_time() -> None:
+    """Against Conv3D of 5x1x1 at the key frames; the ends repeat."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 8, 3, 3, 4)).astype(np.float32)
+    layer = lateral.Lateral(16, 3)
+    layer(x)
+    kernel = layer.convolution.convolution.kernel
+    slow = keras.layers.Conv3D(16, (5, 1, 1), use_bias=False)
+    padded = np.concatenate([x[:, :1], x[:, :1], x, x[:, -1:], x[:, -1:]], axis=1)
+    slow.build(padded.shape)
+    slow.kernel.assign(keras.ops.reshape(kernel, (5, 1, 1, 4, 16)))
+    everywhere = layer.convolution.normalisation(keras.ops.reshape(slow(padded), (-1, 3, 3, 16)), training=False)
+    expected = keras.ops.reshape(keras.ops.relu(everywhere), (2, 8, 3, 3, 16))
+    expected = keras.ops.convert_to_numpy(expected)[:, list(streams.key_frames(8, 3))]
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(layer(x)), expected, atol=1e-5)
+
+
+def test_gates_choose_between_levels() -> None:
+    """Gates pushed to one level: the fusion is that level's vector."""
+    features = [_some((4, 6)), _some((1, 5), 1)]
+    layer = fusion.GatedFusion(8)
+    layer(features)
+    bias = np.zeros((2, 8), np.float32)
+    bias[1] = 100
+    layer.gates.set_weights([np.zeros((8, 16), np.float32), bias.reshape(-1)])
+    # Of one frame: the mean, a deviation of sqrt(1e-6) and no change.
+    only = features[1][:, 0]
+    second = layer.projections[1](layer.normalisations[1](np.hstack([only, only * 0 + 1e-3, only * 0])))
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(layer(features)), keras.ops.convert_to_numpy(second), atol=1e-6
+    )
+
+
+def test_the_articles_ten_vectors_make_one_matrix() -> None:
+    """Ten frames, 560 channels of six levels each → ten 256-vectors → a 256x256 matrix → its upper triangle."""
+    features = [_some((10, channels), channels) for channels in (16, 32, 64, 64, 128, 256)]
+    layer = fusion.GramFusion(256, vectors="frame")
+    assert layer(features).shape == (BATCH, 256 * 257 // 2)
+    vectors = layer.projected(features)
+    assert tuple(vectors.shape) == (BATCH, 10, 256)
+    assert tuple(layer.gram(vectors).shape) == (BATCH, 256, 256)
+
+
+def test_vectors_of_frames_need_the_same_frames() -> None:
+    with pytest.raises(ValueError, match=r"received \[1, 4\] frames"):
+        fusion.GramFusion(8, vectors="frame")([_some(shape) for shape in FEATURES])
+    with pytest.raises(ValueError, match="received 'video'"):
+        fusion.GramFusion(8, vectors="video")
+
+
+def test_odd_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="odd, received 4"):
+        lateral.Lateral(16, 2, span=4)
+    with pytest.raises(ValueError, match="3 maps join a stream of 2 levels"):
+        streams.ResidualStream((16, 24))([_some(shape) for shape in (CLIP, (4, 4, 4, 8), (4, 2, 2, 8), (4, 1, 1, 8))])
+
+
+def test_binary_logits_are_a_sigmoid() -> None:
+    logit = np.array([[-2.0], [0.0], [3.0]], np.float32)
+    shares = keras.ops.convert_to_numpy(keras.ops.softmax(head.BinaryLogits()(logit)))
+    np.testing.assert_allclose(shares[:, 1:], 1 / (1 + np.exp(-logit)), atol=1e-6)

@@ -102,3 +102,16 @@ def test_smoke_in_a_child(models):
     assert smoke(models[0].file, models[0].recipe)["difference"] < 1e-4
     with pytest.raises(PromotionFailed, match="differs by"):
         smoke(models[0].file, other_golden(models[0].recipe))
+
+
+@pytest.mark.parametrize("count", [1, 5, 11])
+def test_embeddings_are_what_the_last_layer_sees(predictor, models, count):
+    import keras
+
+    clips = np.random.default_rng(count).integers(0, 256, (count, 4, 32, 32, 3), np.uint8)
+    vectors = predictor.embeddings(clips)
+    assert vectors.shape == (count, 8)
+    last = keras.saving.load_model(models[0].file, compile=False).get_layer("logits")
+    logits = np.asarray(last(vectors.astype(np.float32)), np.float64) / models[0].recipe.temperature
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    np.testing.assert_allclose(predictor.probabilities(clips), powers / powers.sum(axis=1, keepdims=True), atol=1e-4)

@@ -1,0 +1,82 @@
+"""What a model costs, counted from its layers' shapes: multiply-adds, and numbers that training keeps in memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+
+from sora.model.fusion import GramMatrix
+from sora.model.residual import FrameConv, ResidualBlock
+
+FLOAT = 4  # bytes
+_ADAM = 2  # moments that AdamW keeps of each trained weight
+
+
+def flops(layer: keras.layers.Layer) -> int:
+    """Floating-point operations that one clip costs in a built layer or model, 2 a multiply-add.
+
+    Counted are convolutions, dense layers and matrix products, as the literature does (He et al. 2016; Feichtenhofer
+    et al. 2019): normalisation, activation, pooling and statistics are left out.
+
+    Raises:
+        TypeError: a layer inside has a matrix of weights and is of a kind that this function can't count.
+    """
+    shape = _shape(layer)
+    if isinstance(layer, FrameConv):
+        return 2 * _numbers(layer.compute_output_shape(shape)) * layer.size**2 * shape[-1]
+    if isinstance(layer, keras.layers.Dense):
+        return 2 * _numbers(shape) * layer.units
+    if isinstance(layer, GramMatrix):
+        return 2 * _numbers(shape) * shape[-1]
+    inner = _inner(layer)
+    if not inner and any(len(weight.shape) > 1 for weight in layer.weights):
+        raise TypeError(f"can't count what {type(layer).__name__} {layer.name!r} costs")
+    return sum(flops(part) for part in inner)
+
+
+def kept(layer: keras.layers.Layer) -> int:
+    """Numbers of one clip that training keeps for the backward pass, about.
+
+    Every convolution keeps its input (for the gradient of its kernel) and its output (for the normalisation), every
+    residual block its sum. A compiler may keep fewer, a framework's own buffers come on top.
+    """
+    if isinstance(layer, FrameConv):
+        return _numbers(_shape(layer)) + _numbers(layer.compute_output_shape(_shape(layer)))
+    own = _numbers(layer.compute_output_shape(_shape(layer))) if isinstance(layer, ResidualBlock) else 0
+    return own + sum(kept(part) for part in _inner(layer))
+
+
+def memory(model: keras.Model, batch: int) -> dict[str, int]:
+    """Bytes that training in float32 with AdamW takes at a batch, an estimate (see `kept`).
+
+    Returns {"batch", "weights", "gradients", "optimizer", "activations", "total"}.
+    """
+    trained = FLOAT * sum(math.prod(weight.shape) for weight in model.trainable_weights)
+    parts = {
+        "weights": FLOAT * parameters(model),
+        "gradients": trained,
+        "optimizer": _ADAM * trained,
+        "activations": FLOAT * batch * kept(model),
+    }
+    return {"batch": batch, **parts, "total": sum(parts.values())}
+
+
+def parameters(layer: keras.layers.Layer) -> int:
+    """Numbers in the layer's weights, the statistics of normalisations included."""
+    return sum(math.prod(weight.shape) for weight in layer.weights)
+
+
+def _inner(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    return list(layer._flatten_layers(include_self=False, recursive=False))
+
+
+def _shape(layer: keras.layers.Layer) -> Any:
+    """That the layer was built for; the first dimension is the batch."""
+    return (layer.get_build_config() or {}).get("input_shape")
+
+
+def _numbers(shape: Any) -> int:
+    """In a tensor of this shape, of one clip."""
+    return math.prod(shape[1:])

@@ -1,0 +1,132 @@
+"""A model in words and figures, for `sora model describe`: levels, shapes, parameters, FLOPs, memory."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from sora.errors import InputError
+from sora.presets import PRESETS
+from sora.settings import Clip, Model, Settings
+
+if TYPE_CHECKING:
+    import keras
+
+
+def of_preset(name: str) -> Settings:
+    """Settings with the preset's model, and clips as it was made for.
+
+    Raises:
+        InputError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise InputError(f"there is no preset {name!r}", mend=f"choose one of {', '.join(PRESETS)}")
+    return Settings(model=Model(preset=name), clip=Clip(**PRESETS[name].clip.to_dict()))
+
+
+def describe(settings: Settings, *, classes: int | None = None, batch: int | None = None) -> dict[str, Any]:
+    """Builds the model of the settings and counts.
+
+    Arguments:
+        classes: None: those of the settings, or 2 where they name none.
+        batch: that the memory is told for; None: `train.batch`.
+
+    Returns {"preset", "settings", "clip": [frames, height, width, 3], "classes", "parameters", "flops" (a clip),
+    "memory" (see `cost.memory`), "layers": [{"name", "output": [shape a clip], "parameters", "flops"}]}. Names of a
+    network's parts are "low/stem", "low/level 1", …; a level's output is its maps, before they are averaged.
+
+    Raises:
+        InputError: a binary head for another number of classes than 2.
+    """
+    config, classes = settings.model, classes or len(settings.classes) or 2
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from sora.model import classifier, cost
+
+    try:
+        model = classifier.build(config, settings.clip.spec(), classes)
+    except ValueError as error:
+        raise InputError(str(error), mend="correct the section `model` of params.yaml, or --classes") from error
+    return {
+        "preset": config.preset,
+        "settings": config.model_dump(mode="json", exclude={"preset"}),
+        "clip": list(model.input_shape[1:]),
+        "classes": classes,
+        "parameters": cost.parameters(model),
+        "flops": cost.flops(model),
+        "memory": cost.memory(model, batch or settings.train.batch),
+        "layers": [row for layer in model.layers for row in _rows(layer)],
+    }
+
+
+def _rows(layer: keras.layers.Layer) -> list[dict[str, Any]]:
+    import keras
+
+    from sora.model import streams
+
+    if isinstance(layer, keras.layers.Dropout | keras.layers.InputLayer):
+        return []
+    if not isinstance(layer, streams.ResidualStream):
+        return [_row(layer.name, layer.output.shape[1:], [layer])]
+    rows = []
+    stem = layer.stem.compute_output_shape(layer.stem.get_build_config()["input_shape"])
+    rows.append(_row(f"{layer.name}/stem", stem[1:], [layer.stem]))
+    for level in range(len(layer.filters)):
+        blocks = layer.levels[level * layer.blocks : (level + 1) * layer.blocks]
+        output = blocks[-1].compute_output_shape(blocks[-1].get_build_config()["input_shape"])
+        rows.append(_row(f"{layer.name}/level {level + 1}", output[1:], blocks))
+    return rows
+
+
+def _row(name: str, output: Any, layers: list[keras.layers.Layer]) -> dict[str, Any]:
+    from sora.model import cost
+
+    return {
+        "name": name,
+        "output": list(output),
+        "parameters": sum(cost.parameters(layer) for layer in layers),
+        "flops": sum(cost.flops(layer) for layer in layers),
+    }
+
+
+def draw(found: dict[str, Any]) -> str:
+    """The text of what `describe` found."""
+    lines = [f"{found['preset']}: clips of {_size(found['clip'])}, {found['classes']} classes", ""]
+    columns = [("", "output", "parameters", "MFLOP")]
+    streams = {"motion": "low", "key_frames": "high"}
+    for row in found["layers"]:
+        name, _, part = row["name"].rpartition("/")
+        if row["name"] in streams:
+            label = f"┌ clip → {row['name'].replace('_', ' ')}"
+        elif name in streams.values():
+            label = f"│ {name} {part}" + (" ─▶ a vector a frame" if part.startswith("level") else "")
+        elif row["name"].startswith("lateral"):
+            label = f"├ low ─▶ high: {row['name'].replace('_', ' ')}"
+        else:
+            label = f"▼ {row['name']}"
+        figures = [f"{row[key] / scale:,.{digits}f}" if row[key] else "" for key, scale, digits in _FIGURES]
+        columns.append((label, _size(row["output"]), *figures))
+    widths = [max(len(cells[column]) for cells in columns) for column in range(4)]
+    lines += [
+        f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}".rstrip() for a, b, c, d in columns
+    ]
+    memory = found["memory"]
+    shares = ", ".join(f"{name} {_megabytes(memory[name])}" for name in ("weights", "optimizer", "activations"))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{found['parameters']:,} parameters · {found['flops'] / 1e9:.3f} GFLOP a clip (2 a multiply-add)",
+            f"training at batch {memory['batch']}: about {_megabytes(memory['total'])} ({shares})",
+        ]
+    )
+
+
+_FIGURES = (("parameters", 1, 0), ("flops", 1e6, 1))
+
+
+def _size(shape: list[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
