@@ -82,6 +82,11 @@ class KeyFrames(keras.layers.Layer):
         return {**super().get_config(), "count": self.count}
 
 
+def pooled(maps: Any) -> Any:
+    """The mean over the picture: `(batch, time, height, width, channels)` → `(batch, time, channels)`."""
+    return ops.mean(maps, axis=(2, 3))
+
+
 def key_frames(time: int, count: int) -> tuple[int, ...]:
     """Indices of `count` of `time` frames: the middles of `count` equal parts.
 
@@ -129,13 +134,17 @@ class ResidualStream(keras.layers.Layer):
             shape = block.compute_output_shape(shape)
 
     def call(self, x: Any, training: bool | None = None) -> list[Any]:
+        return [pooled(level) for level in self.maps(x, training=training)]
+
+    def maps(self, x: Any, training: bool | None = None) -> list[Any]:
+        """Each level's features before they are averaged: `(batch, time, height, width, filters[level])`."""
         x = self.stem(x, training=training)
-        features = []
+        maps = []
         for number, block in enumerate(self.levels, 1):
             x = block(x, training=training)
             if number % self.blocks == 0:
-                features.append(ops.mean(x, axis=(2, 3)))
-        return features
+                maps.append(x)
+        return maps
 
     def compute_output_shape(self, input_shape: tuple) -> list[tuple]:
         return [(*input_shape[:2], width) for width in self.filters]

@@ -18,8 +18,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from sora import __version__
+from sora.data.inbox import Inbox
 from sora.errors import ServiceError, VideoError
-from sora.serving import problems, uploads
+from sora.serving import card, explain, problems, uploads
+from sora.serving import inbox as corrections
 from sora.serving.batcher import Batcher
 from sora.serving.decoding import DecodePool
 from sora.serving.follow import Follower, Refusal, Served
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
     from sora.settings import Project
 
 PAGE = Path(__file__).parent / "page"
-_PAGE_FILES = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+_PAGE_FILES = {"page.css": "text/css", "icon.svg": "image/svg+xml"} | dict.fromkeys(
+    ("page.js", "dom.js", "model.js", "video.js", "answer.js", "review.js"), "text/javascript"
+)
 T = TypeVar("T")
 
 
@@ -253,7 +257,14 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def create_app(settings: Serve, source: ModelSource, cache: ModelCache, *, tokens: Sequence[str] = ()) -> FastAPI:
+def create_app(
+    settings: Serve,
+    source: ModelSource,
+    cache: ModelCache,
+    *,
+    tokens: Sequence[str] = (),
+    inbox: Inbox | None = None,
+) -> FastAPI:
     """The application; its `state.service` is the `Service`.
 
     Arguments:
@@ -261,6 +272,7 @@ def create_app(settings: Serve, source: ModelSource, cache: ModelCache, *, token
         source: where the champion is asked for.
         cache: where models are kept, and what is served when `source` can't answer.
         tokens: bearer tokens; none: only loopback requests are answered.
+        inbox: takes corrections; none: there are no such addresses.
     """
     service = Service(settings, source, cache)
 
@@ -281,6 +293,11 @@ def create_app(settings: Serve, source: ModelSource, cache: ModelCache, *, token
     )
     _add_errors(app)
     _add_routes(app, service)
+    uploaded = _problem_answers(400, 401, 408, 413, 415, 422, 429, 503, 507)
+    explain.add_routes(app, service, uploaded)
+    card.add_routes(app, service, source, _problem_answers(401, 503))
+    if inbox is not None:
+        corrections.add_routes(app, service, inbox, uploaded, _problem_answers(401, 404, 409, 422, 503, 507))
     return app
 
 

@@ -16,12 +16,12 @@ from typing import Protocol
 
 from sora.errors import ServiceError
 from sora.files import atomic
-from sora.records import Recipe
+from sora.records import ModelVersion, Recipe
 from sora.registry import ChampionRef, Registry
 
 
 class ModelSource(Protocol):
-    """The port. Both calls block; the follower makes them off the event loop."""
+    """The port. Its calls block; they are made off the event loop."""
 
     def champion(self) -> ChampionRef | None:
         """The version that the alias names, or None if it names none.
@@ -35,6 +35,13 @@ class ModelSource(Protocol):
 
         Raises:
             ServiceError: not to be had now; a later call may work.
+        """
+
+    def decision(self, champion: ChampionRef) -> ModelVersion | None:
+        """What was decided about the version and why; None where this source does not keep it.
+
+        Raises:
+            ServiceError: it can't be told now.
         """
 
 
@@ -65,6 +72,9 @@ class ModelCache:
                 f"version {champion.version} is not in the cache {self.folder}", mend="start MLflow (`sora up`)"
             ) from error
         return folder / "model.keras", recipe
+
+    def decision(self, champion: ChampionRef) -> ModelVersion | None:
+        return None
 
     def remember(self, champion: ChampionRef) -> None:
         """Makes `champion` the one that a restart without a registry serves."""
@@ -105,6 +115,9 @@ class RegistrySource:
 
     def fetch(self, champion: ChampionRef) -> tuple[Path, Recipe]:
         return self._connected().fetch(champion.version, self._cache.models)
+
+    def decision(self, champion: ChampionRef) -> ModelVersion | None:
+        return self._connected().get(champion.version)
 
     def _connected(self) -> Registry:
         """One client an address: making one costs more than a question does."""
