@@ -392,6 +392,49 @@ def doctor(as_json: bool) -> None:
                 click.echo(f"       → {found['mend']}")
 
 
+@cli.group()
+def data() -> None:
+    """What data/ is made of."""
+
+
+@data.command()
+@click.option("--accept", metavar="ID", help="Take this clip into data/ (its id, or the first 8 digits of it).")
+@click.option("--reject", metavar="ID", help="Remove this clip.")
+@click.option("--label", help="With --accept: the right class, where it is not what was said.")
+@json_option
+@_common
+def review(accept: str | None, reject: str | None, label: str | None, as_json: bool) -> None:
+    """The inbox of corrections: list it, accept into data/, or reject."""
+    from sora.data.inbox import NEXT, Inbox
+
+    if (accept and reject) or (label and not accept):
+        raise click.UsageError("give --accept ID [--label CLASS], or --reject ID, or neither to list")
+    project = _project()
+    limits = project.settings().serve
+    inbox = Inbox(project, limits.inbox_files, limits.inbox_bytes)
+    if accept or reject:
+        entry = inbox.find(accept or reject or "")
+        answer = {"id": entry.id}
+        if accept:
+            answer |= {"path": inbox.accept(entry.id, label).as_posix(), "next": NEXT}
+        else:
+            inbox.reject(entry.id)
+        if as_json:
+            _print_json(answer)
+        else:
+            click.echo(f"data/{answer['path']}: {NEXT}" if accept else f"rejected: {entry.filename} is removed")
+        return
+    entries = inbox.entries()
+    if as_json:
+        _print_json([entry.to_dict() for entry in entries])
+        return
+    for entry in entries:
+        click.echo(f"{entry.id[:12]}  {entry.label}  (version {entry.version}: {entry.predicted})  {entry.filename}")
+        click.echo(f"              {inbox.file(entry)}", err=True)
+    if not entries:
+        click.echo("nothing waits for review")
+
+
 @cli.command()
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @click.option("--keep", default=10, show_default=True, type=click.IntRange(min=1), help="Versions to keep whole.")

@@ -167,6 +167,8 @@ class Serve(_Section):
     decode_memory: int = Field(2_000_000_000, ge=100_000_000)  # bytes
     queue: int = Field(64, ge=1)
     poll_seconds: float = Field(2, gt=0)
+    inbox_files: int = Field(1000, ge=0)  # corrections that may wait for review
+    inbox_bytes: int = Field(2_000_000_000, ge=0)  # of all of them together
 
     def file_limits(self) -> dict[str, Any]:
         """The fields of `sora.video.decode.Limits`."""

@@ -83,6 +83,11 @@ class KeyFrames(keras.layers.Layer):
         return {**super().get_config(), "count": self.count}
 
 
+def pooled(maps: Any) -> Any:
+    """The mean over the picture: `(batch, time, height, width, channels)` → `(batch, time, channels)`."""
+    return ops.mean(maps, axis=(2, 3))
+
+
 def key_frames(time: int, count: int) -> tuple[int, ...]:
     """Indices of `count` of `time` frames: the middles of `count` equal parts.
 
@@ -140,17 +145,22 @@ class ResidualStream(keras.layers.Layer):
             shape = block.compute_output_shape(shape)
 
     def call(self, inputs: Any, training: bool | None = None) -> list[Any]:
+        maps = self.feature_maps(inputs, training=training)
+        features = [pooled(level) for level in maps[1:]]
+        return features + maps if self.maps else features
+
+    def feature_maps(self, inputs: Any, training: bool | None = None) -> list[Any]:
+        """The stem's and each level's features before they are averaged: `(batch, time, height, width, channels)`."""
         x, *joining = inputs if isinstance(inputs, list | tuple) else [inputs]
         x = self.stem(x, training=training)
-        features, maps = [], [x]
+        maps = [x]
         for number, block in enumerate(self.levels):
             if number % self.blocks == 0 and joining:
                 x = ops.concatenate([x, joining.pop(0)], axis=-1)
             x = block(x, training=training)
             if (number + 1) % self.blocks == 0:
-                features.append(ops.mean(x, axis=(2, 3)))
                 maps.append(x)
-        return features + maps if self.maps else features
+        return maps
 
     def compute_output_shape(self, input_shape: Any) -> list[tuple]:
         own = _with_maps(input_shape)[0]

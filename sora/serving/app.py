@@ -13,10 +13,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from sora import __version__
+from sora.data.inbox import Inbox
 from sora.errors import ServiceError
-from sora.serving import problems, routes
+from sora.serving import card, explain, problems, routes
+from sora.serving import inbox as corrections
 from sora.serving.guard import Guard
 from sora.serving.problems import Problem
+from sora.serving.schemas import problem_answers
 from sora.serving.service import Service
 from sora.serving.source import ModelCache, ModelSource
 from sora.serving.tokens import Tokens
@@ -27,7 +30,12 @@ if TYPE_CHECKING:
 
 
 def create_app(
-    settings: Serve, source: ModelSource, cache: ModelCache, *, tokens: Tokens | Sequence[str] = ()
+    settings: Serve,
+    source: ModelSource,
+    cache: ModelCache,
+    *,
+    tokens: Tokens | Sequence[str] = (),
+    inbox: Inbox | None = None,
 ) -> FastAPI:
     """The application; its `state.service` is the `Service`.
 
@@ -36,6 +44,7 @@ def create_app(
         source: where the champion is asked for.
         cache: where models are kept, and what is served when `source` can't answer.
         tokens: who may call; where none is required, only requests to this machine by its own name are answered.
+        inbox: takes corrections; none: there are no such addresses.
     """
     service = Service(settings, source, cache)
 
@@ -56,6 +65,11 @@ def create_app(
     )
     _add_errors(app)
     routes.add_routes(app, service)
+    uploaded = problem_answers(400, 401, 403, 408, 413, 415, 422, 429, 503, 504, 507)
+    explain.add_routes(app, service, uploaded)
+    card.add_routes(app, service, source, problem_answers(401, 403, 503))
+    if inbox is not None:
+        corrections.add_routes(app, service, inbox, uploaded, problem_answers(401, 403, 404, 409, 422, 503, 507))
     return app
 
 

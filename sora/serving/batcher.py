@@ -11,10 +11,13 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from sora.serving.predictor import MAX_BATCH, Predictor
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +48,7 @@ class Batcher:
         self._waiting: deque[_Item] = deque()
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._turn = asyncio.Lock()
         self._task: asyncio.Task | None = None
         self._on_batch = on_batch
 
@@ -84,6 +88,11 @@ class Batcher:
             seconds += ended - began
             rows.append(probabilities)
         return Answered(np.concatenate(rows), queued, seconds)
+
+    async def between(self, function: Callable[[], T]) -> T:
+        """Runs `function` in the model thread, after the batch that is in it. One at a time: the next batch is next."""
+        async with self._turn:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from sora.errors import InputError, PromotionFailed, ServiceError
 from sora.processes import run_child
 from sora.records import Prediction, Recipe
 from sora.settings import Serve
+
+if TYPE_CHECKING:
+    import keras
 
 BATCH_SIZES = (1, 2, 4, 8)  # compiled calls are warmed at these, and clips are padded to the next
 MAX_BATCH = BATCH_SIZES[-1]
@@ -59,6 +62,7 @@ class Predictor:
         with _load:
             self._model = _loaded(model_file, recipe, version)
             self._call = _compiled(self._model)
+        self._attribute: Callable[[np.ndarray, int], tuple[np.ndarray, float]] | None = None
         for size in BATCH_SIZES:
             logits = self._call(np.zeros((size, *self.clip_shape), np.uint8))
             if logits.shape != (size, len(self.classes)):
@@ -126,6 +130,20 @@ class Predictor:
         named = {name: float(value) for name, value in zip(self.classes, mean, strict=True)}
         return Prediction(self.classes[int(mean.argmax())], named, self.version)
 
+    def attribution(self) -> Callable[[np.ndarray, int], tuple[np.ndarray, float]]:
+        """What tells where a class was seen: `(time, height, width, rgb) uint8` and a class's index → the evidence,
+        `(time, rows, columns) float32` as in `sora.model.attribution.evidence`, and the class's calibrated log-odds.
+
+        Made at the first call, which takes a second or two: ask for it outside the thread that predicts.
+
+        Raises:
+            ServiceError: not with this backend, or not with this model.
+        """
+        if self._attribute is None:
+            with _load:
+                self._attribute = self._attribute or _attributing(self._model, self.recipe.temperature)
+        return self._attribute
+
     def check_golden(self) -> float:
         """Answers the recipe's made-up clips again; the largest difference from the stored probabilities.
 
@@ -164,7 +182,7 @@ def _verified(model_file: Path, recipe: Recipe, version: int) -> str:
     return digest
 
 
-def _loaded(model_file: Path, recipe: Recipe, version: int) -> Any:
+def _loaded(model_file: Path, recipe: Recipe, version: int) -> keras.Model:
     prepare_backend()
     import keras
 
@@ -184,7 +202,7 @@ def _loaded(model_file: Path, recipe: Recipe, version: int) -> Any:
     return model
 
 
-def _compiled(model: Any) -> Any:
+def _compiled(model: keras.Model) -> Any:
     """A function `(n, time, height, width, rgb) uint8 → (n, width of the model's output) float`, for any n."""
     import keras
 
@@ -199,6 +217,38 @@ def _compiled(model: Any) -> Any:
 
     function = call.get_concrete_function()
     return lambda clips: function(tf.constant(clips)).numpy()
+
+
+def _attributing(model: keras.Model, temperature: float) -> Callable[[np.ndarray, int], tuple[np.ndarray, float]]:
+    import keras
+
+    from sora.model import attribution
+
+    if keras.config.backend() != "tensorflow":  # Keras itself has no gradients
+        raise ServiceError("explanations need the TensorFlow backend", mend="serve without KERAS_BACKEND")
+    import tensorflow as tf
+
+    shape = model.input_shape[1:]
+    parts = attribution.split(model)
+    signature = [tf.TensorSpec((1, *shape), tf.uint8), tf.TensorSpec((), tf.int32)]
+
+    @tf.function(input_signature=signature, autograph=False)
+    def call(clip: Any, label: Any) -> Any:
+        maps = parts.maps(clip)
+        features = attribution.pooled(maps)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(features)
+            odds = attribution.log_odds(parts.head(features, training=False) / temperature, label)
+        return attribution.evidence(maps, tape.gradient(odds, features), parts.key_frames), odds
+
+    function = call.get_concrete_function()
+
+    def attribute(clip: np.ndarray, label: int) -> tuple[np.ndarray, float]:
+        found, odds = function(tf.constant(clip[None]), tf.constant(label, tf.int32))
+        return found.numpy(), float(odds)
+
+    attribute(np.zeros(shape, np.uint8), 0)  # the first call plans kernels and buffers
+    return attribute
 
 
 def prepare_backend() -> None:

@@ -20,6 +20,7 @@ TITLES = {
     404: "No such address",
     405: "Not with this method",
     408: "The upload took too long",
+    409: "Not as things stand",
     411: "The length is missing",
     413: "Too large",
     415: "Not a multipart upload",

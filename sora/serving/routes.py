@@ -22,7 +22,9 @@ from sora.serving.schemas import (
 from sora.serving.service import Service
 
 PAGE = Path(__file__).parent / "page"
-_PAGE_FILES = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+_PAGE_FILES = {"page.css": "text/css", "icon.svg": "image/svg+xml"} | dict.fromkeys(
+    ("page.js", "dom.js", "model.js", "video.js", "answer.js", "review.js"), "text/javascript"
+)
 
 
 def add_routes(app: FastAPI, service: Service) -> None:

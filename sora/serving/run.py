@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from sora import services
+from sora.data.inbox import Inbox
 from sora.errors import InputError, ServiceError, SoraError
 from sora.serving.app import create_app
 from sora.serving.guard import names_this_machine
@@ -47,7 +48,13 @@ def run(project: Project, host: str | None = None, port: int | None = None) -> N
     _log_to_stderr()
     cache = ModelCache(project.state / "cache")
     mlflow = Mlflow(project)
-    app = create_app(settings.serve, RegistrySource(mlflow.address, settings.name, cache), cache, tokens=tokens)
+    app = create_app(
+        settings.serve,
+        RegistrySource(mlflow.address, settings.name, cache),
+        cache,
+        tokens=tokens,
+        inbox=Inbox(project, settings.serve.inbox_files, settings.serve.inbox_bytes),
+    )
     listener = _listen(host, settings.serve.port if port is None else port)
     config = uvicorn.Config(
         app,

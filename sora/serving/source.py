@@ -16,12 +16,12 @@ from typing import Protocol
 
 from sora.errors import ServiceError
 from sora.files import atomic
-from sora.records import Recipe
+from sora.records import ModelVersion, Recipe
 from sora.registry import ChampionRef, Registry
 
 
 class ModelSource(Protocol):
-    """The port. All calls block; the follower makes them off the event loop."""
+    """The port. Its calls block; they are made off the event loop."""
 
     def champion(self) -> ChampionRef | None:
         """The version that the alias names, or None if it names none.
@@ -42,6 +42,13 @@ class ModelSource(Protocol):
 
         Raises:
             ServiceError: it can't be kept now.
+        """
+
+    def decision(self, champion: ChampionRef) -> ModelVersion | None:
+        """What was decided about the version and why; None where this source does not keep it.
+
+        Raises:
+            ServiceError: it can't be told now.
         """
 
 
@@ -77,6 +84,9 @@ class ModelCache:
         """In `refused.txt` beside the model."""
         with atomic(self.model_folder(champion.digest) / "refused.txt", shared=True) as file:
             file.write(reason.encode())
+
+    def decision(self, champion: ChampionRef) -> ModelVersion | None:
+        return None
 
     def remember(self, champion: ChampionRef) -> None:
         """Makes `champion` the one that a restart without a registry serves."""
@@ -120,6 +130,9 @@ class RegistrySource:
 
     def refused(self, champion: ChampionRef, reason: str) -> None:
         self._connected().note_refusal(champion.version, reason)
+
+    def decision(self, champion: ChampionRef) -> ModelVersion | None:
+        return self._connected().get(champion.version)
 
     def _connected(self) -> Registry:
         """One client an address: making one costs more than a question does."""

@@ -1,7 +1,7 @@
 """A real server for tests: `python -m tests.serving.standing FOLDER '{"port": …, …}'` (keys of the section `serve`).
 
 Its registry is the folder FOLDER/registry (a `ModelCache`), so a test moves the champion by writing there. Its tokens
-are those of SORA_API_TOKEN and of FOLDER/tokens.json.
+are those of SORA_API_TOKEN and of FOLDER/tokens.json. Where FOLDER/project is a project, it takes corrections for it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from pathlib import Path
 
 import httpx
 
+from sora.data.inbox import Inbox
 from sora.processes import start_child
 from sora.serving.source import ModelCache
-from sora.settings import Serve
+from sora.settings import Project, Serve
 
 
 def main() -> None:
@@ -35,7 +36,10 @@ def main() -> None:
     folder = Path(sys.argv[1])
     settings = Serve(**json.loads(sys.argv[2]))
     tokens = Tokens(os.environ.get("SORA_API_TOKEN", "").split(), TokenFile(folder / "tokens.json"))
-    app = create_app(settings, ModelCache(folder / "registry"), ModelCache(folder / "cache"), tokens=tokens)
+    project = Project(folder / "project")
+    inbox = Inbox(project, settings.inbox_files, settings.inbox_bytes) if project.params_file.is_file() else None
+    registry, cache = ModelCache(folder / "registry"), ModelCache(folder / "cache")
+    app = create_app(settings, registry, cache, tokens=tokens, inbox=inbox)
     uvicorn.run(app, host="127.0.0.1", port=settings.port, log_config=None)
 
 

@@ -1,0 +1,109 @@
+"""Which moments and which regions speak for a class: Grad-CAM on both networks, at every level.
+
+Selvaraju et al. 2017, "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization": feature maps,
+weighted by the gradient of the class's score with respect to their mean over the picture. Both networks of the
+classifier end in such means (`streams.pooled`), a vector a frame and a level, so the gradient needs no way back through
+the convolutions: a call costs one pass of the model and a gradient of its small head.
+
+Departs: maps of every level are summed, since the fusion reads them all; a frame has weights of its own; and the score
+is the class's log-odds, not its logit, since a number added to all logits changes no answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+from keras import ops
+
+from sora.errors import ServiceError
+from sora.model import streams
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A classifier cut in two where its feature maps are averaged over the picture.
+
+    `maps` takes clips, `(batch, time, height, width, rgb)`, and gives each level's maps, `(batch, time_i, height_i,
+    width_i, channels_i)`: the low network's levels, then the high one's. `head` takes as many `(batch, time_i,
+    channels_i)` and gives logits. `key_frames` is how many frames the high network sees; 0: there is none.
+    """
+
+    maps: Callable[[Any], list[Any]]
+    head: keras.Model
+    key_frames: int
+
+
+def split(model: keras.Model) -> Parts:
+    """The two parts of a model made by `classifier.build`. They share its weights.
+
+    Raises:
+        ServiceError: the model has no low network.
+    """
+    layers = {layer.name: layer for layer in model.layers}
+    if "low" not in layers:
+        raise ServiceError(
+            "this model has no network that sees every frame, so no moments to tell apart",
+            mend="explain a model with `model.streams: both` or `low`",
+        )
+    low, high = layers["low"], layers.get("high")
+    joining = [layer for name, layer in layers.items() if name.startswith("lateral_")]
+
+    def maps(clips: Any) -> list[Any]:
+        stem, *found = low.feature_maps(layers["motion"](clips), training=False)
+        if high is None:
+            return found
+        seen = layers["key_frames"](clips)
+        if joining:
+            seen = [seen, *(join(each) for join, each in zip(joining, [stem, *found], strict=False))]
+        return [*found, *high.feature_maps(seen, training=False)[1:]]
+
+    # A network of one level has no list; one that others join hands out its maps after its levels.
+    levels = keras.tree.flatten(low.output)[: len(low.filters)]
+    if high is not None:
+        levels += keras.tree.flatten(high.output)
+    return Parts(maps, keras.Model(levels, model.output), layers["key_frames"].count if high is not None else 0)
+
+
+def pooled(maps: Sequence[Any]) -> list[Any]:
+    """What the head reads of each level's maps."""
+    return [streams.pooled(level) for level in maps]
+
+
+def log_odds(logits: Any, label: Any) -> Any:
+    """log(p / (1 - p)) of one class, from the `(1, classes)` logits of one clip."""
+    own = ops.one_hot(label, logits.shape[-1], dtype="float32")
+    others = ops.logsumexp(ops.where(own > 0, -1e30, logits[0]))
+    return ops.sum(own * logits[0]) - others
+
+
+def evidence(maps: Sequence[Any], gradients: Sequence[Any], key_frames: int) -> Any:
+    """How much each place of each frame speaks for the class (above 0) or against it (below 0).
+
+    Each level's maps times its gradients, resized to the finest level and summed. All levels are in units of the score,
+    so that they can be: the mean over the picture, summed over frames, is the level's first-order share of it. What a
+    key frame says is shared out evenly among the frames that it stands for.
+
+    Input: of one clip, a list of `(1, time_i, height_i, width_i, channels_i)` and one of `(1, time_i, channels_i)`.
+    Output shape: `(time, height, width)` of the first, finest level of the low network, float32.
+    """
+    time, rows, columns = maps[0].shape[1:4]
+    total = ops.zeros((time, rows, columns), "float32")
+    for level, gradient in zip(maps, gradients, strict=True):
+        found = ops.einsum("thwc,tc->thw", ops.cast(level[0], "float32"), ops.cast(gradient[0], "float32"))
+        if found.shape[1:] != (rows, columns):
+            found = ops.image.resize(found[..., None], (rows, columns), interpolation="bilinear")[..., 0]
+        if found.shape[0] != time:
+            lengths = part_lengths(time, key_frames)
+            found = ops.concatenate(
+                [ops.repeat(found[part : part + 1] / length, length, axis=0) for part, length in enumerate(lengths)]
+            )
+        total = total + found
+    return total
+
+
+def part_lengths(time: int, count: int) -> list[int]:
+    """How many frames each of `count` key frames stands for: the parts that `streams.key_frames` has the middles of."""
+    return [(part + 1) * time // count - part * time // count for part in range(count)]

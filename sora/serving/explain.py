@@ -1,0 +1,148 @@
+"""`POST /v1/explain`: which moments and which regions of a video decided (see `sora.model.attribution`)."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
+
+from sora.serving import forms
+from sora.serving.problems import Problem
+
+if TYPE_CHECKING:
+    from sora.serving.predictor import Predictor
+    from sora.serving.service import Service
+
+METHOD = "Grad-CAM (Selvaraju et al. 2017) on every level of both networks, of the class's log-odds"
+GRID = 16  # rows and columns of the heat maps in an answer, at most
+
+
+class ExplainAnswer(BaseModel):
+    """What decided for a class, in the clip of the video that speaks most for it."""
+
+    filename: str
+    label: str = Field(description="the class that is explained: the answer, or the one asked for")
+    probabilities: dict[str, float]
+    version: int
+    data_version: str
+    method: str
+    clips: int
+    clip: int = Field(description="the clip that is explained, from 0: the one most probably of the class")
+    log_odds: float = Field(description="of the class in that clip: log(p / (1 - p)), calibrated")
+    weights: list[float] = Field(description="each frame's share of the evidence; their sum is 1, or 0")
+    heat: list[list[list[float]]] = Field(description="frame, row, column: evidence from 0 to 1, the clip's hottest")
+    strip: str = Field(description="PNG in base64: frames, the same with heat maps, bars of the frames' weights")
+    strip_frames: list[int] = Field(description="the frames in the strip, from 0")
+    seconds: dict[str, float] = Field(description="by stage: upload, wait, decode, queue, model, explain")
+
+
+def add_routes(app: FastAPI, service: Service, responses: dict[int | str, dict[str, Any]]) -> None:
+    """Adds the route. `responses`: the problems that it may answer with, in OpenAPI's words."""
+
+    @app.post(
+        "/v1/explain",
+        response_model=ExplainAnswer,
+        openapi_extra=forms.body({"label": {"type": "string", "description": "the class to explain"}}, ()),
+        responses={**responses, 200: {"content": {"image/png": {}}}},
+        summary="Which moments and regions of one video decided; a PNG alone with `Accept: image/png`",
+    )
+    async def explain(request: Request) -> Response:
+        image, answer = await _explain(service, request)
+        if _wants_image(request.headers.get("accept", "")):
+            return Response(image, media_type="image/png")
+        return JSONResponse(answer)
+
+
+async def _explain(service: Service, request: Request) -> tuple[bytes, dict[str, Any]]:
+    service.served()  # fail before the upload is read
+    start = time.perf_counter()
+    async with forms.received(service, request, ("label",)) as form:
+        uploaded = time.perf_counter() - start
+        served = service.served()
+        predictor = served.predictor
+        asked = form.fields.get("label")
+        if asked is not None and asked not in predictor.classes:
+            raise unknown_class(asked, predictor)
+        decoded = await forms.decoded(service, form.upload, predictor)
+        answered = await service.batcher.answer(predictor, decoded.clips)
+        prediction = predictor.answer(answered.probabilities)
+        label = predictor.classes.index(asked if asked is not None else prediction.label)
+        which = int(answered.probabilities[:, label].argmax())
+        clip = decoded.clips[which]
+        attribute = await asyncio.to_thread(predictor.attribution)  # the first time it is made; not in the model thread
+        start = time.perf_counter()
+        evidence, odds = await service.batcher.between(lambda: attribute(clip, label))
+        explained = time.perf_counter() - start
+        image, shown, heat, weights = await asyncio.to_thread(_drawn, clip, evidence)
+    seconds = {
+        "upload": uploaded,
+        "wait": decoded.waited,
+        "decode": decoded.seconds,
+        "queue": answered.queued,
+        "model": answered.seconds,
+        "explain": explained,
+    }
+    service.metrics.stage.labels("explain").observe(explained)
+    request.state.log = {"version": prediction.version, "bytes": form.upload.bytes, "clips": len(decoded.clips)}
+    return image, {
+        "filename": form.upload.name,
+        "label": predictor.classes[label],
+        "probabilities": prediction.probabilities,
+        "version": prediction.version,
+        "data_version": served.champion.data_version,
+        "method": METHOD,
+        "clips": len(decoded.clips),
+        "clip": which,
+        "log_odds": round(odds, 4),
+        "weights": weights,
+        "heat": heat,
+        "strip": base64.b64encode(image).decode("ascii"),
+        "strip_frames": shown,
+        "seconds": {name: round(value, 6) for name, value in seconds.items()},
+    }
+
+
+def weighed(evidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Evidence for the class alone, `(time, rows, columns)` 0 and above, and each frame's share of it, `(time,)`."""
+    heat = np.maximum(evidence, 0)
+    weights = heat.mean(axis=(1, 2))
+    return heat, weights / (weights.sum() or 1.0)
+
+
+def _drawn(clip: np.ndarray, evidence: np.ndarray) -> tuple[bytes, list[int], list[list[list[float]]], list[float]]:
+    from sora.video.strip import strip  # OpenCV: not before the server is ready
+
+    heat, weights = weighed(evidence)
+    image, shown = strip(clip, heat, weights)
+    grid = np.round(_coarse(heat) / (heat.max() or 1.0), 3)
+    return image, shown, grid.tolist(), [round(float(weight), 5) for weight in weights]
+
+
+def _coarse(heat: np.ndarray) -> np.ndarray:
+    """At most `GRID` rows and columns: means over blocks, the last of which may be smaller."""
+    for axis in (1, 2):
+        step = -(-heat.shape[axis] // GRID)
+        starts = np.arange(0, heat.shape[axis], step)
+        sizes = np.diff([*starts, heat.shape[axis]])
+        sums = np.add.reduceat(heat, starts, axis=axis)
+        heat = sums / (sizes[:, None] if axis == 1 else sizes)
+    return heat
+
+
+def unknown_class(label: str, predictor: Predictor) -> Problem:
+    """422: a label that the model does not know."""
+    names = ", ".join(predictor.classes[:20]) + (", …" if len(predictor.classes) > 20 else "")
+    return Problem(
+        422, f"version {predictor.version} knows no class {label[:100]!r}", mend=f"use one of: {names}", kind="no-class"
+    )
+
+
+def _wants_image(accept: str) -> bool:
+    kinds = [part.split(";")[0].strip().lower() for part in accept.split(",")]
+    return "image/png" in kinds and "application/json" not in kinds and "*/*" not in kinds

@@ -1,0 +1,170 @@
+"""`/v1/corrections`: "this is wrong, it is …", and the review of what was said (see `sora.data.inbox`).
+
+Whoever may ask for predictions may correct and review: a token where the server has tokens, this machine where not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse, Response
+from pydantic import BaseModel, Field
+
+from sora.data.inbox import MEDIA_TYPES, NEXT, Entry, Inbox, InboxFull, NoEntry
+from sora.errors import DiskFull, InputError
+from sora.serving import forms
+from sora.serving.explain import unknown_class
+from sora.serving.problems import Problem
+
+if TYPE_CHECKING:
+    from sora.serving.predictor import Predictor
+    from sora.serving.service import Service
+
+T = TypeVar("T")
+_TEXT = {"type": "string", "minLength": 1}
+_FIELDS = {"label": _TEXT, "predicted": _TEXT, "version": {"type": "integer", "minimum": 1}}
+
+
+class Correction(BaseModel):
+    """A clip that waits for review."""
+
+    id: str = Field(description="sha256 of the clip")
+    filename: str
+    label: str = Field(description="what it is, by the last who said so")
+    said: dict[str, int] = Field(description="label → how often it was said")
+    predicted: str
+    version: int
+    bytes: int
+    received: str
+
+
+class Corrections(BaseModel):
+    """The inbox, the newest last, and its quota."""
+
+    entries: list[Correction]
+    max_files: int
+    max_bytes: int
+
+
+class Accepted(BaseModel):
+    """`path` is below data/; `next` says what makes it count."""
+
+    id: str
+    path: str
+    next: str
+
+
+class Rejected(BaseModel):
+    id: str
+
+
+def add_routes(
+    app: FastAPI,
+    service: Service,
+    inbox: Inbox,
+    responses: dict[int | str, dict[str, Any]],
+    reviewed: dict[int | str, dict[str, Any]],
+) -> None:
+    """Adds the routes. `responses`, `reviewed`: the problems that sending and reviewing may answer with, in OpenAPI's
+    words."""
+
+    @app.post(
+        "/v1/corrections",
+        status_code=201,
+        response_model=Correction,
+        openapi_extra=forms.body(_FIELDS, tuple(_FIELDS)),
+        responses=responses,
+        summary="This video was answered wrongly: it is …",
+    )
+    async def correct(request: Request) -> Response:
+        return JSONResponse(_shown(await _correct(service, inbox, request)), status_code=201)
+
+    @app.get("/v1/corrections", response_model=Corrections, responses=reviewed, summary="What waits for review")
+    async def listed() -> Response:
+        entries = await asyncio.to_thread(inbox.entries)
+        limits = {"max_files": inbox.max_files, "max_bytes": inbox.max_bytes}
+        return JSONResponse({"entries": [_shown(entry) for entry in entries], **limits})
+
+    @app.get(
+        "/v1/corrections/{ident}/video",
+        response_class=FileResponse,
+        responses=reviewed,
+        summary="The clip itself",
+    )
+    async def video(ident: str) -> Response:
+        entry = await _in_inbox(lambda: inbox.find(ident))
+        kind = MEDIA_TYPES.get(entry.suffix, "application/octet-stream")
+        return FileResponse(inbox.file(entry), media_type=kind, filename=f"{entry.id[:12]}{entry.suffix}")
+
+    @app.post(
+        "/v1/corrections/{ident}/accept",
+        response_model=Accepted,
+        responses=reviewed,
+        summary="Into data/, under its label or another",
+    )
+    async def accept(ident: str, label: str | None = None) -> Response:
+        entry = await _in_inbox(lambda: inbox.find(ident))
+        path = await _in_inbox(lambda: inbox.accept(entry.id, label))
+        return JSONResponse({"id": entry.id, "path": path.as_posix(), "next": NEXT})
+
+    @app.post(
+        "/v1/corrections/{ident}/reject",
+        response_model=Rejected,
+        responses=reviewed,
+        summary="Out of the inbox, for good",
+    )
+    async def reject(ident: str) -> Response:
+        return JSONResponse({"id": (await _in_inbox(lambda: inbox.reject(ident))).id})
+
+
+async def _correct(service: Service, inbox: Inbox, request: Request) -> Entry:
+    service.served()  # fail before the upload is read
+    async with forms.received(service, request, tuple(_FIELDS)) as form:
+        predictor = service.served().predictor
+        label, predicted, version = _checked(form.fields, predictor)
+        await forms.decoded(service, form.upload, predictor)  # nobody reviews what can't be played
+        entry = await _in_inbox(
+            lambda: inbox.add(
+                form.upload.path, filename=form.upload.name, label=label, predicted=predicted, version=version
+            )
+        )
+        request.state.log = {"version": version, "bytes": form.upload.bytes, "correction": entry.id[:12]}
+        return entry
+
+
+def _checked(fields: dict[str, str], predictor: Predictor) -> tuple[str, str, int]:
+    missing = [name for name in _FIELDS if name not in fields]
+    if missing:
+        raise Problem(422, f"the form lacks {', '.join(missing)}", mend="send file, label, predicted and version")
+    for name in ("label", "predicted"):
+        if fields[name] not in predictor.classes:
+            raise unknown_class(fields[name], predictor)
+    version = fields["version"]
+    if not (version.isascii() and version.isdigit() and len(version) <= 9 and int(version) > 0):
+        raise Problem(422, f"the version is no number, received {version[:100]!r}", mend="send the answer's `version`")
+    return fields["label"], fields["predicted"], int(version)
+
+
+async def _in_inbox(function: Callable[[], T]) -> T:
+    """Runs `function` in a thread: it waits for a lock and the disk.
+
+    Raises:
+        Problem: 404 no such entry, 409 it can't be accepted so, 507 the inbox or the disk is full.
+    """
+    try:
+        return await asyncio.to_thread(function)
+    except NoEntry as error:
+        raise Problem(404, error.message, mend="GET /v1/corrections lists what waits", kind="no-entry") from error
+    except InputError as error:
+        raise Problem(409, error.message, mend=error.mend, kind="not-acceptable") from error
+    except InboxFull as error:
+        raise Problem(507, error.message, mend=error.mend, kind="inbox-full") from error
+    except DiskFull as error:
+        raise Problem(507, "no space left for the clip", mend="the server's operator must make room") from error
+
+
+def _shown(entry: Entry) -> dict[str, Any]:
+    return {name: value for name, value in entry.to_dict().items() if name in Correction.model_fields}
