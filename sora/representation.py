@@ -184,7 +184,8 @@ def _learned(project: Project, state: dict[str, Any]) -> pd.DataFrame:
 
 
 def _computed(project: Project, predictor: Predictor, table: pd.DataFrame, progress: Progress) -> Vectors:
-    parts, done = [], set()
+    parts: list[Vectors] = []
+    done: set[str] = set()
     for sha256, clip, clips in _chunks(project, predictor.recipe, table):
         parts.append(Vectors(sha256, clip, predictor.embeddings(clips).astype(np.float32)))
         done.update(sha256)

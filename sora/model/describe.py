@@ -91,7 +91,7 @@ def _row(name: str, output: Any, layers: list[keras.layers.Layer]) -> dict[str, 
 def draw(found: dict[str, Any]) -> str:
     """The text of what `describe` found."""
     lines = [f"{found['preset']}: clips of {_size(found['clip'])}, {found['classes']} classes", ""]
-    columns = [("", "output", "parameters", "MFLOP")]
+    table: list[tuple[str, ...]] = [("", "output", "parameters", "MFLOP")]
     streams = {"motion": "low", "key_frames": "high"}
     for row in found["layers"]:
         name, _, part = row["name"].rpartition("/")
@@ -104,10 +104,10 @@ def draw(found: dict[str, Any]) -> str:
         else:
             label = f"▼ {row['name']}"
         figures = [f"{row[key] / scale:,.{digits}f}" if row[key] else "" for key, scale, digits in _FIGURES]
-        columns.append((label, _size(row["output"]), *figures))
-    widths = [max(len(cells[column]) for cells in columns) for column in range(4)]
+        table.append((label, _size(row["output"]), *figures))
+    widths = [max(len(cells[column]) for cells in table) for column in range(4)]
     lines += [
-        f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}".rstrip() for a, b, c, d in columns
+        f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}".rstrip() for a, b, c, d in table
     ]
     memory = found["memory"]
     shares = ", ".join(f"{name} {_megabytes(memory[name])}" for name in ("weights", "optimizer", "activations"))
