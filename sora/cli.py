@@ -236,6 +236,57 @@ def serve(host: str | None, port: int | None) -> None:
     serve_project(_project(), host, port)
 
 
+@cli.group()
+def token() -> None:
+    """Bearer tokens of the API; a running server follows them."""
+
+
+@token.command("add")
+@click.argument("name")
+@json_option
+@_common
+def token_add(name: str, as_json: bool) -> None:
+    """Make a token for NAME and print it: once, since only its hash is kept."""
+    from sora.serving.tokens import TokenFile
+
+    made = TokenFile(_project().tokens).add(name)
+    if as_json:
+        _print_json({"name": name, "token": made})
+    else:
+        click.echo(made)
+
+
+@token.command("list")
+@json_option
+@_common
+def token_list(as_json: bool) -> None:
+    """The tokens' names, and when they were made."""
+    from sora.serving.tokens import TokenFile
+
+    known = TokenFile(_project().tokens).tokens()
+    if as_json:
+        _print_json([{"name": one.name, "created": one.created} for one in known])
+        return
+    for one in known:
+        click.echo(f"{one.created[:16].replace('T', ' ')}  {one.name}")
+
+
+@token.command("revoke")
+@click.argument("name")
+@json_option
+@_common
+def token_revoke(name: str, as_json: bool) -> None:
+    """Take the rights of NAME's token."""
+    from sora.serving.tokens import TokenFile
+
+    file = TokenFile(_project().tokens)
+    left = file.revoke(name)
+    if as_json:
+        _print_json({"name": name, "left": left})
+    elif not left:
+        click.echo(f"no token is left, so nobody may call; remove {file.path} to serve this machine without tokens")
+
+
 @cli.command()
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--prefect-port", type=click.IntRange(0, 65535), default=4200, show_default=True)

@@ -40,13 +40,16 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[IO[bytes]]:
+def atomic(path: Path, *, shared: bool = False) -> Iterator[IO[bytes]]:
     """A binary file that takes `path`'s place once it is complete and on the disk; nothing changes when that fails.
+
+    Args:
+        shared: processes that hold no common lock may write it at once; the last one counts.
 
     Raises:
         DiskFull, ServiceError: see `writing`.
     """
-    draft = path.with_name(f".{path.name}.part")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part" if shared else f".{path.name}.part")
     with writing(path):
         try:
             with draft.open("wb") as file:

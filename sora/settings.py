@@ -128,13 +128,15 @@ class Gate(_Section):
 class Serve(_Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
-    max_bytes: int = Field(200_000_000, ge=1)
+    max_bytes: int = Field(200_000_000, ge=1)  # of one call: of its file, or of all its files together
+    max_files: int = Field(16, ge=1, le=1000)  # in one call
     max_seconds: float = Field(600, gt=0)
     max_pixels: int = Field(4096 * 2304, ge=1)  # a frame
     max_frames: int = Field(40_000, ge=1)
     decode_workers: int = Field(2, ge=1, le=64)
     decode_timeout: float = Field(30, gt=0)  # seconds
     upload_timeout: float = Field(120, gt=0)  # seconds from the first byte to the last
+    request_timeout: float = Field(180, gt=0)  # seconds from the first byte to the answer, the upload included
     decode_memory: int = Field(2_000_000_000, ge=100_000_000)  # bytes
     queue: int = Field(64, ge=1)
     poll_seconds: float = Field(2, gt=0)
@@ -298,6 +300,11 @@ class Project:
     def state(self) -> Path:
         """Everything that is not versioned: servers' homes, locks, logs, caches."""
         return self.root / ".sora"
+
+    @property
+    def tokens(self) -> Path:
+        """Bearer tokens of the API, hashed; see `sora token`."""
+        return self.state / "tokens.json"
 
     @property
     def docs(self) -> Path:

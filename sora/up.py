@@ -6,8 +6,8 @@ On another address than loopback both servers must ask who is there, by these en
     MLFLOW_FLASK_SERVER_SECRET_KEY   signs MLflow's forms; any long random text
     MLFLOW_AUTH_ADMIN_PASSWORD       of MLflow's first user, `admin` or MLFLOW_AUTH_ADMIN_USERNAME
 
-and the API needs SORA_API_TOKEN. MLflow answers only to names that it knows itself by: this machine's, the given
-address and private networks; MLFLOW_SERVER_ALLOWED_HOSTS replaces that list.
+and the API needs SORA_API_TOKEN or a token of `sora token add`. MLflow answers only to names that it knows itself by:
+this machine's, the given address and private networks; MLFLOW_SERVER_ALLOWED_HOSTS replaces that list.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from sora.errors import InputError, RunActive, ServiceError
 from sora.files import writing
 from sora.processes import quiet_environment, start_child
 from sora.services import Addresses, Running, Server
+from sora.serving.tokens import ENVIRONMENT, TokenFile
 from sora.settings import Project, Settings
 
 _LOOK = 0.3  # seconds between two looks at the parts
@@ -43,7 +44,7 @@ _SECRETS = {
     "PREFECT_SERVER_API_AUTH_STRING": "user:password for Prefect",
     "MLFLOW_FLASK_SERVER_SECRET_KEY": "a long random text for MLflow",
     "MLFLOW_AUTH_ADMIN_PASSWORD": "the password of MLflow's user admin, at least 12 characters",
-    "SORA_API_TOKEN": "the API's bearer token",
+    ENVIRONMENT: "the API's bearer token; or `sora token add NAME`",
 }
 
 
@@ -92,7 +93,7 @@ def up(
         KeyboardInterrupt: Ctrl-C, after all has ended.
     """
     settings = project.settings()
-    secrets = _secrets(host)
+    secrets = _secrets(project, host)
     with writing(project.state):
         project.state.mkdir(parents=True, exist_ok=True)
     with _only_one(project), _terminable():
@@ -115,15 +116,18 @@ def up(
             services.forget(project, [part.name for part in parts])
 
 
-def _secrets(host: str) -> dict[str, str]:
+def _secrets(project: Project, host: str) -> dict[str, str]:
     """The environment that makes the servers ask who is there; empty on loopback.
 
     Raises:
         InputError: something is missing.
+        ServiceError: the file of tokens is damaged.
     """
     if host in _LOOPBACK_NAMES:
         return {}
     missing = [f"{name} ({what})" for name, what in _SECRETS.items() if not os.environ.get(name)]
+    if TokenFile(project.tokens).tokens():
+        missing = [one for one in missing if not one.startswith(f"{ENVIRONMENT} ")]
     if missing:
         raise InputError(
             f"{host} can be reached by others, and nothing asks who they are: not set are {', '.join(missing)}",

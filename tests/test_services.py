@@ -16,6 +16,7 @@ import pytest
 from sora import services
 from sora.errors import InputError, RunActive, ServiceError
 from sora.services import Addresses, Running
+from sora.serving.tokens import TokenFile
 from sora.settings import Project
 from sora.up import up
 from tests.servers import make_project
@@ -198,6 +199,10 @@ def test_up_off_loopback_needs_authentication(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(InputError) as failure:
         up(project, host="0.0.0.0")
     assert all(name in failure.value.message for name in secrets)
+    TokenFile(project.tokens).add("phone")
+    with pytest.raises(InputError) as failure:
+        up(project, host="0.0.0.0")
+    assert "SORA_API_TOKEN" not in failure.value.message and "MLFLOW_AUTH_ADMIN_PASSWORD" in failure.value.message
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="12 characters"):

@@ -23,6 +23,9 @@ from sora.registry.runs import Runs, tags_of
 CHAMPION = "champion"
 PREVIOUS = "previous"
 JUDGED = ("promoted", "refused")
+REFUSED_BY_SERVER = "serving/refused"  # tag of a version
+_REASON_CHARS = 2000  # a tag holds 5000
+_NOTE_SECONDS = 5.0
 _LARGEST = 2**31 - 1  # version that a database column of MLflow's takes
 
 
@@ -103,6 +106,17 @@ class Versions(Runs):
             self._tag_version(version, key, value)
         if decision in JUDGED and found.get("run_id"):
             self.set_tags(found["run_id"], {"decision": decision, "judged": "true"})
+
+    def note_refusal(self, version: int, reason: str) -> None:
+        """Writes with the version that a server could not serve it, and why: its tag `serving/refused`, which
+        `versions` and `get` show as its last reason.
+
+        Asked once and briefly, since a server calls it beside its requests.
+
+        Raises:
+            ServiceError: MLflow does not take it.
+        """
+        self._tag_version(version, REFUSED_BY_SERVER, reason[:_REASON_CHARS], timeout=_NOTE_SECONDS)
 
     def versions(self) -> list[ModelVersion]:
         """Every version, the newest first."""
@@ -303,9 +317,9 @@ class Versions(Runs):
     def _aliases(self) -> dict[str, int]:
         return {item["alias"]: int(item["version"]) for item in self._model().get("aliases", [])}
 
-    def _tag_version(self, version: int, key: str, value: str) -> None:
+    def _tag_version(self, version: int, key: str, value: str, *, timeout: float | None = None) -> None:
         body = {"name": self.name, "version": str(version), "key": key, "value": value}
-        self._rest.post("model-versions/set-tag", body)
+        self._rest.post("model-versions/set-tag", body, timeout=timeout)
 
     def _untag_version(self, version: int, key: str) -> None:
         self._rest.delete("model-versions/delete-tag", {"name": self.name, "version": str(version), "key": key})
@@ -327,6 +341,7 @@ def _metrics(reports: EvalReport | Mapping[str, EvalReport]) -> dict[str, float]
 
 def _model_version(item: Mapping[str, Any], aliases: Mapping[str, int]) -> ModelVersion:
     tags, number = tags_of(item), int(item["version"])
+    refused = [f"a server refused it: {tags[REFUSED_BY_SERVER]}"] if REFUSED_BY_SERVER in tags else []
     created = datetime.fromtimestamp(int(item["creation_timestamp"]) / 1000, UTC)
     return ModelVersion(
         version=number,
@@ -335,6 +350,6 @@ def _model_version(item: Mapping[str, Any], aliases: Mapping[str, int]) -> Model
         data_version=tags.get("sora.data_version", ""),
         created=created.isoformat(timespec="seconds"),
         decision=tags.get("sora.decision", "pending"),
-        reasons=tuple(json.loads(tags.get("sora.reasons", "[]"))),
+        reasons=(*json.loads(tags.get("sora.reasons", "[]")), *refused),
         run_id=str(item.get("run_id", "")),
     )

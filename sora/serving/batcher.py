@@ -37,7 +37,8 @@ class Answered:
 class Batcher:
     """One model thread and the queue before it. `await start()`, then `answer` from any task, then `await close()`.
 
-    How many wait is bounded where requests are admitted (`app`), not here: each admitted one has at most one entry.
+    How many wait is bounded where requests are admitted (`service`), not here: each admitted one has at most as many
+    entries as there are decoders.
     """
 
     def __init__(self, on_batch: Callable[[int], None] = lambda size: None) -> None:

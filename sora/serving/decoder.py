@@ -5,9 +5,9 @@ bare), can't write a file, and has hard limits on memory, open files and time. I
 and is killed with its parent.
 
 Protocol, on standard input and output: a job is one JSON line `{"path", "spec"}`; an answer is a 4-byte big-endian
-length, so many bytes of JSON `{"shape", "seconds"}` or `{"rule", "message", "mend"}`, then the clips' bytes in C order.
-The first answer, `{"ready": true}`, comes unasked, and each job's is preceded by `{"taken": true}`: a child that ends
-before that was not ended by the job's file. One with `"last": true` is followed by the end of the process.
+length, so many bytes of JSON `{"shape", "spans", "seconds"}` or `{"rule", "message", "mend"}`, then the clips' bytes in
+C order. The first answer, `{"ready": true}`, comes unasked, and each job's is preceded by `{"taken": true}`: a child
+that ends before that was not ended by the job's file. One with `"last": true` is followed by the end of the process.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _work(options: dict[str, Any], answers: Any) -> None:
 
     from sora.records import ClipSpec
     from sora.video.decode import Limits
-    from sora.video.transform import prepare_clips
+    from sora.video.spans import prepare_with_spans
 
     limits = Limits(**options["limits"])
     _answer(answers, {"ready": True})
@@ -70,7 +70,7 @@ def _work(options: dict[str, Any], answers: Any) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
         start = time.perf_counter()
         try:
-            clips = prepare_clips(Path(job["path"]), ClipSpec.from_dict(job["spec"]), limits=limits)
+            clips, spans = prepare_with_spans(Path(job["path"]), ClipSpec.from_dict(job["spec"]), limits=limits)
         except VideoError as error:
             _answer(answers, {"rule": error.rule, "message": error.message, "mend": error.mend})
         except SoraError as error:
@@ -88,7 +88,7 @@ def _work(options: dict[str, Any], answers: Any) -> None:
             return  # what a failed allocation left behind is not trusted: a fresh process takes over
         else:
             clips = np.ascontiguousarray(clips)
-            header = {"shape": clips.shape, "seconds": time.perf_counter() - start}
+            header = {"shape": clips.shape, "spans": spans, "seconds": time.perf_counter() - start}
             _answer(answers, header, clips.data.cast("B"))
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import struct
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,16 @@ BOOT_SECONDS = 60.0  # imports of PyAV and OpenCV on a busy machine
 GRACE_SECONDS = 0.5  # a client hung up: so long may its decoder go on before it is killed
 _PIPE_BYTES = 4 * 2**20
 
+Spans = list[tuple[float, float]]  # as `sora.video.spans` makes them; importing that would load FFmpeg here
+_Answer = tuple[np.ndarray, Spans | None, float]  # clips, their spans, seconds that it took
+
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
     """The clips of one video, `(clips, frames, height, width, rgb) uint8`, and what they cost."""
 
     clips: np.ndarray
+    spans: Spans | None  # of the clips; None where the video says nothing of time
     waited: float  # seconds until a decoder was free
     seconds: float  # seconds that decoding took
 
@@ -67,8 +72,8 @@ class DecodePool:
     def pids(self) -> list[int]:
         return [worker.process.pid for worker in self._workers if worker.process is not None]
 
-    async def decode(self, path: Path, spec: ClipSpec) -> Decoded:
-        """All clips of one file.
+    async def decode(self, path: Path, spec: ClipSpec, *, on_taken: Callable[[], None] = lambda: None) -> Decoded:
+        """All clips of one file. `on_taken` is called when a decoder is free and takes it.
 
         Raises:
             VideoError: the file is no usable video, is beyond a limit, or its decoder died or took too long.
@@ -79,14 +84,14 @@ class DecodePool:
             worker = await self._idle.get()
             waited = asyncio.get_running_loop().time() - start
             try:
-                clips, seconds = await self._with(worker, path, spec)
+                clips, spans, seconds = await self._with(worker, path, spec, on_taken)
             except _DiedIdle:
                 continue
-            return Decoded(clips, waited, seconds)
+            return Decoded(clips, spans, waited, seconds)
 
-    async def _with(self, worker: _Worker, path: Path, spec: ClipSpec) -> tuple[np.ndarray, float]:
+    async def _with(self, worker: _Worker, path: Path, spec: ClipSpec, on_taken: Callable[[], None]) -> _Answer:
         # A task of its own, so that a client that hangs up frees its place at once while the decoder is brought back.
-        task = asyncio.create_task(self._exchange(worker, path, spec))
+        task = asyncio.create_task(self._exchange(worker, path, spec, on_taken))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
@@ -96,11 +101,12 @@ class DecodePool:
             asyncio.get_running_loop().call_later(GRACE_SECONDS, lambda: None if task.done() else worker.kill())
             raise
 
-    async def _exchange(self, worker: _Worker, path: Path, spec: ClipSpec) -> tuple[np.ndarray, float]:
+    async def _exchange(self, worker: _Worker, path: Path, spec: ClipSpec, on_taken: Callable[[], None]) -> _Answer:
         timeout = self._settings.decode_timeout
         healthy = False
         try:
             await worker.ready()
+            on_taken()
             try:
                 answer = await asyncio.wait_for(worker.ask({"path": str(path), "spec": spec.to_dict()}), timeout)
             except TimeoutError:
@@ -183,7 +189,7 @@ class _Worker:
         return not self._booted.done() if self.process is None else self.process.returncode is None
 
     async def ask(self, job: dict[str, Any]) -> Any:
-        """The error as a dict, or `(clips, seconds)`.
+        """The error as a dict, or an `_Answer`.
 
         Raises:
             _DiedIdle: it ended before it took the job.
@@ -206,7 +212,8 @@ class _Worker:
             return header
         shape = tuple(header["shape"])
         data = await self.process.stdout.readexactly(int(np.prod(shape)))
-        return np.frombuffer(data, np.uint8).reshape(shape), float(header["seconds"])
+        spans = header["spans"] and [(start, end) for start, end in header["spans"]]
+        return np.frombuffer(data, np.uint8).reshape(shape), spans, float(header["seconds"])
 
     def kill(self) -> None:
         if self.process is not None and self.process.returncode is None:

@@ -1,14 +1,15 @@
 """The server follows the champion: fetched, verified, loaded, warmed and tried off the request path, then one reference
 changes. The one before stays warm, so that a rollback is a pointer move.
 
-A version that fails is refused, and the one that serves goes on. When the registry can't be asked, what serves goes on
-too; after a restart it is the cache's last good champion.
+A version that fails is refused, which is written down where the versions are kept too, and the one that serves goes on.
+When the registry can't be asked, what serves goes on too; after a restart it is the cache's last good champion.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -25,6 +26,7 @@ from sora.serving.source import ModelCache, ModelSource
 log = logging.getLogger("sora.serving")
 T = TypeVar("T")
 ASK_SECONDS = 5.0
+NOTE_ATTEMPTS = 5  # to write a refusal down
 LONGEST_WAIT = 10.0  # seconds between attempts on a registry or a version that keeps failing
 
 
@@ -43,6 +45,11 @@ class Refusal:
     reason: str
     mend: str
     at: str
+
+    @property
+    def note(self) -> str:
+        """What is written down with the version: it says where, since another machine may serve it well."""
+        return f"{self.reason} (on {socket.gethostname()}, {self.at}; mend: {self.mend})"
 
 
 class Follower:
@@ -70,6 +77,7 @@ class Follower:
         self._on_refusal = on_refusal
         self._task: asyncio.Task | None = None
         self._asking: asyncio.Future[ChampionRef | None] | None = None
+        self._notes = _Notes(source.refused)
         self.current: Served | None = None
         self.previous: Served | None = None
         self.refused: Refusal | None = None
@@ -111,6 +119,8 @@ class Follower:
             if self.refused and not _same(self.refused.champion, champion):
                 self.refused = None  # the alias moved on; should it come back, the version gets another chance
             await self._follow(champion)
+        if self.problem is None:
+            self._notes.go_on()
         if self.current is None and not self.none:
             await self._fall_back()
 
@@ -160,6 +170,7 @@ class Follower:
         except ModelRefused as error:
             self.refused = Refusal(champion, error.message, error.mend, _now())
             log.error("refused version %s: %s", champion.version, error.message)
+            self._notes.add(self.refused)
             self._on_refusal(self.refused)
         except (SoraError, OSError, MemoryError) as error:  # may pass: asked again with the next poll
             self._report(f"version {champion.version} can't be fetched: {getattr(error, 'message', error)}")
@@ -174,7 +185,7 @@ class Follower:
         self._on_change(served)
         try:
             self._cache.remember(champion)
-        except OSError as error:  # served all the same; only a restart without a registry would miss it
+        except (SoraError, OSError) as error:  # served all the same; only a restart without a registry would miss it
             log.warning("the cache can't remember version %s: %s", champion.version, error)
 
     def _report(self, problem: str) -> None:
@@ -197,6 +208,36 @@ class Follower:
             "refused": refused,
             "previous": self.previous.champion.version if self.previous else None,
         }
+
+
+class _Notes:
+    """Writes the last refusal down, beside everything else: one attempt at a time, and not for ever."""
+
+    def __init__(self, write: Callable[[ChampionRef, str], None]) -> None:
+        self._write = write
+        self._refusal: Refusal | None = None  # not written down yet
+        self._attempts = 0
+        self._writing: tuple[Refusal, Future[None]] | None = None
+
+    def add(self, refusal: Refusal) -> None:
+        self._refusal, self._attempts = refusal, 0
+
+    def go_on(self) -> None:
+        """Sees how the last attempt went and begins the next. Called with each poll that was answered."""
+        if self._writing is not None:
+            refusal, writing = self._writing
+            if not writing.done():
+                return
+            self._writing = None
+            error = writing.exception()
+            if refusal is self._refusal and (error is None or self._attempts >= NOTE_ATTEMPTS):
+                self._refusal = None
+                if error is not None:
+                    log.warning("the refusal can't be written down: %s", getattr(error, "message", error))
+        if self._refusal is not None:
+            refusal = self._refusal
+            self._attempts += 1
+            self._writing = (refusal, in_thread(lambda: self._write(refusal.champion, refusal.note)))
 
 
 def _same(one: ChampionRef, other: ChampionRef) -> bool:

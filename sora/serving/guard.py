@@ -5,20 +5,19 @@ Plain ASGI: Starlette's `BaseHTTPMiddleware` would put a task and a queue around
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import ipaddress
 import json
 import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sora.serving.problems import Problem
+from sora.serving.tokens import Tokens
 
 access = logging.getLogger("sora.serving.access")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -34,36 +33,19 @@ _HEADERS = {
 }
 
 
-class Tokens:
-    """Bearer tokens that may call. Kept as digests; comparison takes the same time wherever they differ."""
-
-    def __init__(self, tokens: Sequence[str] = ()) -> None:
-        self._digests = [_digest(token) for token in tokens]
-
-    def __bool__(self) -> bool:
-        return bool(self._digests)
-
-    def allow(self, authorization: str | None) -> bool:
-        scheme, _, token = (authorization or "").partition(" ")
-        given = _digest(token.strip())
-        matches = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them, always
-        return scheme.lower() == "bearer" and any(matches)
-
-
-def _digest(token: str) -> bytes:
-    return hashlib.sha256(token.encode()).digest()
-
-
 class Guard:
     """ASGI middleware.
 
     Arguments:
-        tokens: any given: `/v1/*` and `/metrics` need one. None given: only requests that name this machine as their
-            host are answered, since a page on the internet can have a browser ask any address, by a name of its own.
-        on_request: called with (route, method, status, seconds).
+        tokens: where they are required, `/v1/*` and `/metrics` need one. Where not, only requests that name this
+            machine as their host are answered, since a page on the internet can have a browser ask any address, by a
+            name of its own. The token's name is in `request.state.token` ("" without one) and in the log.
+        on_request: called with (route, method, status, token's name, seconds).
     """
 
-    def __init__(self, app: ASGIApp, *, tokens: Tokens, on_request: Callable[[str, str, int, float], None]) -> None:
+    def __init__(
+        self, app: ASGIApp, *, tokens: Tokens, on_request: Callable[[str, str, int, str, float], None]
+    ) -> None:
         self._app = app
         self._tokens = tokens
         self._on_request = on_request
@@ -75,7 +57,8 @@ class Guard:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        token = self._tokens.name(headers.get("authorization"))
+        scope.setdefault("state", {}).update(request_id=request_id, token=token or "")
         start = time.perf_counter()
         status = 499  # the client went away before an answer
 
@@ -91,14 +74,14 @@ class Guard:
             await send(message)
 
         try:
-            problem = self._refusal(scope, headers)
+            problem = self._refusal(scope, headers, token is not None)
             await (problem.response() if problem else self._app)(scope, receive, answer)
         finally:
             seconds = time.perf_counter() - start
             # The template of the route, never the path: names of metrics and logs are bounded.
             route = getattr(scope.get("route"), "path", None) or ("/page" if "/page/" in scope["path"] else "other")
             method = scope["method"] if scope["method"] in ("GET", "POST", "HEAD") else "other"
-            self._on_request(route, method, status, seconds)
+            self._on_request(route, method, status, token or "", seconds)
             line = {
                 "event": "request",
                 "id": request_id,
@@ -107,29 +90,26 @@ class Guard:
                 "status": status,
                 "ms": round(seconds * 1000, 1),
                 "client": (scope.get("client") or ("",))[0],
+                **({"token": token} if token else {}),
                 **scope["state"].get("log", {}),
             }
             access.info(json.dumps(line))
 
-    def _refusal(self, scope: Scope, headers: Headers) -> Problem | None:
+    def _refusal(self, scope: Scope, headers: Headers, allowed: bool) -> Problem | None:
         path = scope["path"]
-        if self._tokens:
-            if (
-                path not in _OPEN
-                and not path.startswith("/page/")
-                and not self._tokens.allow(headers.get("authorization"))
-            ):
+        if self._tokens.required:
+            if path not in _OPEN and not path.startswith("/page/") and not allowed:
                 return Problem(
                     401,
                     "this server needs a bearer token",
-                    mend="send the header `Authorization: Bearer …` with a token of this server's SORA_API_TOKEN",
+                    mend="send the header `Authorization: Bearer …` with a token that `sora token add NAME` made there",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
         elif not names_this_machine(headers.get("host", "")):
             return Problem(
                 403,
                 "without tokens, only requests to this machine by its own name are answered",
-                mend="call http://127.0.0.1:… or http://localhost:…, or start the server with SORA_API_TOKEN set",
+                mend="call http://127.0.0.1:… or http://localhost:…, or make a token (`sora token add NAME`)",
             )
         if scope["method"] == "POST" and headers.get("sec-fetch-site", "same-origin") in ("cross-site", "same-site"):
             return Problem(403, "a page of another site sent this", mend="use this server's own page, or a program")

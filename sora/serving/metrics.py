@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from sora.serving.tokens import MAX_TOKENS
+
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STAGES = ("upload", "wait", "decode", "queue", "model")
@@ -14,9 +16,13 @@ STAGES = ("upload", "wait", "decode", "queue", "model")
 class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._tokens: set[str] = set()
         r = self.registry
         self.requests = Counter(
-            "sora_requests_total", "Requests by route, method and status", ["route", "method", "status"], registry=r
+            "sora_requests_total",
+            "Requests by route, method, status and name of the token",
+            ["route", "method", "status", "token"],
+            registry=r,
         )
         self.latency = Histogram(
             "sora_request_seconds", "From the first byte to the last", ["route"], buckets=_SECONDS, registry=r
@@ -33,6 +39,14 @@ class Metrics:
         self.refusals = Counter("sora_model_refusals_total", "Versions refused since the start", registry=r)
         for stage in STAGES:
             self.stage.labels(stage)
+
+    def count(self, route: str, method: str, status: int, token: str, seconds: float) -> None:
+        """One request. Names of tokens come and go while a server runs: beyond `MAX_TOKENS` they count as "other"."""
+        if token not in self._tokens and len(self._tokens) < MAX_TOKENS:
+            self._tokens.add(token)
+        shown = token if token in self._tokens else "other"
+        self.requests.labels(route, method, str(status), shown).inc()
+        self.latency.labels(route).observe(seconds)
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
         """A gauge that is read when it is asked for."""

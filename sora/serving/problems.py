@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from sora.errors import VideoError
+from sora.errors import ServiceError, VideoError
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -27,6 +27,7 @@ TITLES = {
     429: "Too many requests at once",
     500: "The server failed",
     503: "Not ready",
+    504: "It took too long",
     507: "No room on the server's disk",
 }
 
@@ -83,3 +84,33 @@ def of_video(error: VideoError, name: str) -> Problem:
     status = 413 if error.rule == "too_large" else 422
     mend = _MENDS.get(error.rule) or error.mend or "send another video file"
     return Problem(status, error.message, mend=mend, kind=error.rule.replace("_", "-"), rule=error.rule, filename=name)
+
+
+def of_service(error: ServiceError) -> Problem:
+    """The problem of what may work later."""
+    return Problem(503, error.message, mend=error.mend or "try again", headers={"Retry-After": "5"})
+
+
+def of_deadline(seconds: float, stage: str) -> Problem:
+    """The problem of a request whose time is up: 504 where its own video took the time, else 503: the server is busy.
+
+    Arguments:
+        seconds: that a request gets.
+        stage: that it was in, one of `metrics.STAGES`.
+    """
+    if stage == "decode":
+        return Problem(
+            504,
+            f"the request's {seconds:g} s were over while its video was being decoded",
+            mend="cut the video or scale it down, or have serve.request_timeout raised",
+            kind="deadline",
+            stage=stage,
+        )
+    return Problem(
+        503,
+        f"the request's {seconds:g} s were over while it waited for {'a decoder' if stage == 'wait' else 'the model'}",
+        mend="try again when the server is less busy, or have serve.request_timeout raised",
+        kind="deadline",
+        headers={"Retry-After": "5"},
+        stage=stage,
+    )

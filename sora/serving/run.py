@@ -16,6 +16,7 @@ from sora.errors import InputError, ServiceError, SoraError
 from sora.serving.app import create_app
 from sora.serving.guard import names_this_machine
 from sora.serving.source import ModelCache, RegistrySource
+from sora.serving.tokens import ENVIRONMENT, TokenFile, Tokens
 from sora.settings import Project
 
 log = logging.getLogger("sora.serving")
@@ -29,18 +30,20 @@ def run(project: Project, host: str | None = None, port: int | None = None) -> N
 
     Raises:
         InputError: an address other than loopback without tokens, or a token that is too short.
-        ServiceError: the address is taken or not of this machine.
+        ServiceError: the address is taken or not of this machine, or the file of tokens is damaged.
     """
     import uvicorn
 
     settings = project.settings()
     host = host or settings.serve.host
-    tokens = read_tokens(os.environ.get("SORA_API_TOKEN", ""))
-    if not names_this_machine(host) and not tokens:
+    given, file = read_tokens(os.environ.get(ENVIRONMENT, "")), TokenFile(project.tokens)
+    strangers = not names_this_machine(host)
+    if not given and not file.tokens() and strangers:
         raise InputError(
             f"serving on {host} lets others call, and there is no token",
-            mend="set SORA_API_TOKEN to one or several random tokens (`openssl rand -hex 24`), or serve on 127.0.0.1",
+            mend="make one (`sora token add NAME`), or set SORA_API_TOKEN, or serve on 127.0.0.1",
         )
+    tokens = Tokens(given, file, always=strangers)
     _log_to_stderr()
     cache = ModelCache(project.state / "cache")
     mlflow = Mlflow(project)

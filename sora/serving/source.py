@@ -1,4 +1,4 @@
-"""Where the champion comes from: a port, and its two adapters.
+"""Where the champion comes from, and hears that it was refused: a port, and its two adapters.
 
 `ModelCache` is a folder, complete in itself: what was served last can be served again without any server. It is also
 the cache that `RegistrySource` fills from MLflow's REST interface (no MLflow import: five seconds before ready).
@@ -21,7 +21,7 @@ from sora.registry import ChampionRef, Registry
 
 
 class ModelSource(Protocol):
-    """The port. Both calls block; the follower makes them off the event loop."""
+    """The port. All calls block; the follower makes them off the event loop."""
 
     def champion(self) -> ChampionRef | None:
         """The version that the alias names, or None if it names none.
@@ -37,11 +37,18 @@ class ModelSource(Protocol):
             ServiceError: not to be had now; a later call may work.
         """
 
+    def refused(self, champion: ChampionRef, reason: str) -> None:
+        """Keeps with the version why a server could not serve it.
+
+        Raises:
+            ServiceError: it can't be kept now.
+        """
+
 
 class ModelCache:
     """`<folder>/models/<digest>/{model.keras, recipe.json}`, and `<folder>/champion.json`: the last that served well.
 
-    A `ModelSource` of its own: the one that is left when the registry is down.
+    A `ModelSource` of its own: the one that is left when the registry is down. Several servers may share one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,10 +73,15 @@ class ModelCache:
             ) from error
         return folder / "model.keras", recipe
 
+    def refused(self, champion: ChampionRef, reason: str) -> None:
+        """In `refused.txt` beside the model."""
+        with atomic(self.model_folder(champion.digest) / "refused.txt", shared=True) as file:
+            file.write(reason.encode())
+
     def remember(self, champion: ChampionRef) -> None:
         """Makes `champion` the one that a restart without a registry serves."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic(self.folder / "champion.json") as file:
+        with atomic(self.folder / "champion.json", shared=True) as file:
             file.write(json.dumps(asdict(champion), indent=1).encode())
 
     @property
@@ -105,6 +117,9 @@ class RegistrySource:
 
     def fetch(self, champion: ChampionRef) -> tuple[Path, Recipe]:
         return self._connected().fetch(champion.version, self._cache.models)
+
+    def refused(self, champion: ChampionRef, reason: str) -> None:
+        self._connected().note_refusal(champion.version, reason)
 
     def _connected(self) -> Registry:
         """One client an address: making one costs more than a question does."""

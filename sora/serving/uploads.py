@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 OVERHEAD = 64 * 1024  # bytes that a body may have beyond its file: boundaries and part headers
 MAX_NAME = 255  # characters of the client's file name that are echoed
-_MEND = "send multipart/form-data with one part named `file`, as in: curl -F file=@video.mp4 …/v1/predict"
+_MEND = "send multipart/form-data with parts named `file`, as in: curl -F file=@video.mp4 …/v1/predict"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,63 +65,83 @@ def too_large(max_bytes: int, received: int | None = None) -> Problem:
     was = f"{received:,} bytes" if received is not None else "more"
     return Problem(
         413,
-        f"a file may have {max_bytes:,} bytes, received {was}",
-        mend="send a smaller file, or have serve.max_bytes raised",
+        f"a call may bring {max_bytes:,} bytes, received {was}",
+        mend="send a smaller file or several files in several calls, or have serve.max_bytes raised",
         kind="too-large",
         max_bytes=max_bytes,
     )
 
 
-async def receive(stream: AsyncIterator[bytes], boundary: bytes, folder: Path, max_bytes: int) -> Upload:
-    """Reads the body of one request: exactly one part, named `file`, into a new file in `folder`.
+async def receive(
+    stream: AsyncIterator[bytes], boundary: bytes, folder: Path, max_bytes: int, max_files: int = 1
+) -> list[Upload]:
+    """Reads the body of one request: parts named `file`, each into a new file in `folder`.
 
     Arguments:
         stream: the body's chunks.
         boundary: from `check_headers`.
-        folder: a private folder; the file's name in it is random.
-        max_bytes: of the file; one more is a 413 and the rest is not read.
+        folder: a private folder; the files' names in it are random.
+        max_bytes: of all files together; one more is a 413 and the rest is not read.
+        max_files: one more is a 400.
+
+    Returns:
+        One upload or more, in the order of the parts.
 
     Raises:
         Problem: 400 the body is no such multipart, 413 too large, 507 the disk is full. No file is left behind then.
     """
-    path = folder / f"{secrets.token_hex(16)}.upload"
+    reader = _Reader(folder, max_bytes, max_files)
     try:
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as sink:
-            reader = _Reader(sink, max_bytes)
-            parser = MultipartParser(boundary, reader.callbacks())  # bounds count and size of part headers
-            total = 0
-            async for chunk in stream:
-                total += len(chunk)
-                if total > max_bytes + OVERHEAD:
-                    raise too_large(max_bytes)
-                parser.write(chunk)
-                reader.flush()
-            parser.finalize()
-        if reader.name is None or not reader.complete:
+        parser = MultipartParser(boundary, reader.callbacks())  # bounds count and size of part headers
+        total = 0
+        async for chunk in stream:
+            total += len(chunk)
+            if total > max_bytes + OVERHEAD:
+                raise too_large(max_bytes)
+            parser.write(chunk)
+            reader.flush()
+        parser.finalize()
+        if not reader.complete:
             raise Problem(400, "the body has no complete part named `file`", mend=_MEND)
-        return Upload(path, reader.name, reader.bytes)
+        return reader.uploads()
     except BaseException as error:
-        path.unlink(missing_ok=True)
+        for part in reader.parts:
+            part.path.unlink(missing_ok=True)
         if isinstance(error, FormParserError):
             raise Problem(400, "the body is no well-formed multipart/form-data", mend=_MEND) from error
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise Problem(507, "no space left for the upload", mend="try later; the server's operator must make room",
                           headers={"Retry-After": "60"}) from error  # fmt: skip
         raise
+    finally:
+        for part in reader.parts:
+            part.sink.close()
+
+
+class _Part:
+    """One file of the body, while it comes."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name = name
+        self.path = folder / f"{secrets.token_hex(16)}.upload"
+        # Unbuffered: what a full disk refuses shows in `write`, not again in `close`.
+        self.sink: BinaryIO = open(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0)  # noqa: SIM115
+        self.pending: list[bytes] = []
+        self.bytes = 0
 
 
 class _Reader:
-    """The callbacks of the parser: state of the one part that may come."""
+    """The callbacks of the parser. Data is kept until `flush`, at most one chunk of the body."""
 
-    def __init__(self, sink: BinaryIO, max_bytes: int) -> None:
-        self._sink = sink
-        self._max = max_bytes
+    def __init__(self, folder: Path, max_bytes: int, max_files: int) -> None:
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._max_files = max_files
         self._header = (bytearray(), bytearray())
         self._disposition = b""
-        self._pending: list[bytes] = []
-        self.name: str | None = None
-        self.bytes = 0
-        self.complete = False
+        self._bytes = 0
+        self.parts: list[_Part] = []
+        self.complete = False  # the last part that began has ended
 
     def callbacks(self) -> MultipartCallbacks:
         return {
@@ -133,6 +153,9 @@ class _Reader:
             "on_part_end": self._on_part_end,
         }
 
+    def uploads(self) -> list[Upload]:
+        return [Upload(part.path, part.name, part.bytes) for part in self.parts]
+
     def _on_header_end(self) -> None:
         field, value = (bytes(part) for part in self._header)
         self._header = (bytearray(), bytearray())
@@ -140,26 +163,40 @@ class _Reader:
             self._disposition = value
 
     def _on_headers_finished(self) -> None:
-        if self.name is not None:
-            raise Problem(400, "one call takes one file, received a second part", mend=_MEND)
+        if len(self.parts) == self._max_files:
+            most = f"{self._max_files} files" if self._max_files > 1 else "one file"
+            raise Problem(
+                400, f"one call takes {most}, received more", mend="send the others in another call", kind="many-files"
+            )
         kind, options = parse_options_header(self._disposition.decode("latin-1"))
+        self._disposition = b""
         if kind != b"form-data" or options.get(b"name") != b"file" or b"filename" not in options:
             received = options.get(b"name", b"")[:100].decode("utf-8", "replace")
-            raise Problem(400, f"the one part must be a file named `file`, received {received!r}", mend=_MEND)
-        self.name = shown_name(options[b"filename"])
+            raise Problem(400, f"each part must be a file named `file`, received {received!r}", mend=_MEND)
+        self.complete = False
+        self.parts.append(_Part(self._folder, shown_name(options[b"filename"])))
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
-        self.bytes += end - start
-        if self.bytes > self._max:
-            raise too_large(self._max)
-        self._pending.append(data[start:end])
+        self._bytes += end - start
+        if self._bytes > self._max_bytes:
+            raise too_large(self._max_bytes)
+        part = self.parts[-1]
+        part.bytes += end - start
+        part.pending.append(data[start:end])
 
     def _on_part_end(self) -> None:
+        self.flush()
+        self.parts[-1].sink.close()  # one open file a request, however many parts it has
         self.complete = True
 
     def flush(self) -> None:
-        self._sink.writelines(self._pending)
-        self._pending.clear()
+        """Writes what came of the part under way."""
+        part = self.parts[-1] if self.parts else None
+        if part is not None and part.pending:
+            rest = memoryview(b"".join(part.pending))
+            part.pending.clear()
+            while rest:
+                rest = rest[part.sink.write(rest) :]
 
 
 def shown_name(raw: bytes) -> str:

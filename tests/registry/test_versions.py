@@ -34,6 +34,20 @@ def test_register_stores_model_recipe_and_metrics(registry: Registry, tmp_path: 
     assert registry.versions() == [found]
 
 
+def test_a_servers_refusal_is_kept_with_the_version(
+    registry: Registry, server: SimpleNamespace, tmp_path: Path
+) -> None:
+    version = add_version(registry, tmp_path, b"weights")
+    registry.set_decision(version, "promoted", ["better"])
+    registry.note_refusal(version, "answers differ " + "x" * 10_000)
+    better, refused = registry.get(version).reasons
+    assert better == "better" and refused.startswith("a server refused it: answers differ") and len(refused) < 2100
+    registry.note_refusal(version, "now it does not load")
+    assert registry.versions()[0].reasons == ("better", "a server refused it: now it does not load")
+    with pytest.raises(ServiceError):
+        Registry("http://127.0.0.1:9", registry.name).note_refusal(version, "nobody hears it")
+
+
 def test_register_again_returns_the_same_version(registry: Registry, tmp_path: Path) -> None:
     file = tmp_path / "model.keras"
     file.write_bytes(b"once")

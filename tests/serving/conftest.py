@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from sora.records import ClipSpec, Recipe
 from sora.registry import ChampionRef
 from sora.serving.source import ModelCache
+from tests.serving.standing import Standing, standing
 from tests.videos import make_video
 
 SPEC = ClipSpec(frames=4, height=32, width=32)
@@ -78,3 +80,15 @@ def other_golden(recipe: Recipe) -> Recipe:
     """A recipe that promises answers which the model does not give."""
     wrong = tuple({**g, "probabilities": g["probabilities"][::-1]} for g in recipe.golden)
     return replace(recipe, golden=wrong)
+
+
+@pytest.fixture(scope="session")
+def api(models, tmp_path_factory) -> Iterator[Standing]:
+    """A real server of version 1 for all tests that leave it as it was."""
+    folder = tmp_path_factory.mktemp("api")
+    models[0].promote(ModelCache(folder / "registry"))
+    with standing(folder, max_bytes=2_000_000, max_files=4, poll_seconds=0.1) as it:
+        it.until_ready()
+        yield it
+        assert it.process.poll() is None, it.log()
+        assert not it.leftovers()

@@ -1,6 +1,7 @@
 """A real server for tests: `python -m tests.serving.standing FOLDER '{"port": …, …}'` (keys of the section `serve`).
 
-Its registry is the folder FOLDER/registry (a `ModelCache`), so a test moves the champion by writing there.
+Its registry is the folder FOLDER/registry (a `ModelCache`), so a test moves the champion by writing there. Its tokens
+are those of SORA_API_TOKEN and of FOLDER/tokens.json.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ def main() -> None:
     import uvicorn
 
     from sora.serving.app import create_app
+    from sora.serving.tokens import TokenFile, Tokens
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO)
     folder = Path(sys.argv[1])
     settings = Serve(**json.loads(sys.argv[2]))
-    tokens = os.environ.get("SORA_API_TOKEN", "").split()
+    tokens = Tokens(os.environ.get("SORA_API_TOKEN", "").split(), TokenFile(folder / "tokens.json"))
     app = create_app(settings, ModelCache(folder / "registry"), ModelCache(folder / "cache"), tokens=tokens)
     uvicorn.run(app, host="127.0.0.1", port=settings.port, log_config=None)
 

@@ -7,17 +7,16 @@ import errno
 import os
 import re
 import signal
+import socket
 import threading
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import httpx
 import numpy as np
 import psutil
 import pytest
 
-from sora.errors import VideoError
+from sora.errors import ServiceError, VideoError
 from sora.serving import follow, uploads
 from sora.serving.app import create_app
 from sora.serving.batcher import Batcher
@@ -26,44 +25,13 @@ from sora.serving.predictor import Predictor
 from sora.serving.source import ModelCache
 from sora.settings import Serve
 from tests.serving.conftest import SPEC, other_golden
-
-
-@asynccontextmanager
-async def running(folder: Path, *, tokens=(), headers=None, **settings):
-    """(client, service) of an application over FOLDER/registry and FOLDER/cache."""
-    options = {"poll_seconds": 0.05, "decode_workers": 1, **settings}
-    app = create_app(Serve(**options), ModelCache(folder / "registry"), ModelCache(folder / "cache"), tokens=tokens)
-    service = app.state.service
-    transport = httpx.ASGITransport(app)
-    async with (
-        service.running(),
-        httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60, headers=headers) as client,
-    ):
-        yield client, service
-
-
-async def until(condition, seconds=60.0):
-    async with asyncio.timeout(seconds):
-        while not await condition():
-            await asyncio.sleep(0.02)
-
-
-def ready(client, version=None):
-    async def condition():
-        answer = await client.get("/readyz")
-        return answer.status_code == 200 and version in (None, answer.json()["version"])
-
-    return condition
-
-
-async def send(client, video: Path):
-    return await client.post("/v1/predict", files={"file": (video.name, video.read_bytes())})
+from tests.serving.inside import ready, running, send, true, until
 
 
 def test_no_champion_yet_and_then_the_first(models, video, tmp_path):
     async def story():
         async with running(tmp_path) as (client, service):
-            await until(_true(lambda: service.follower.none))
+            await until(true(lambda: service.follower.none))
             for answer in (await client.get("/readyz"), await send(client, video)):
                 assert answer.status_code == 503 and answer.headers["retry-after"]
                 assert "sora run" in answer.json()["mend"]
@@ -87,7 +55,7 @@ def test_without_a_registry_the_cache_serves_also_after_a_restart(models, video,
         async with running(tmp_path) as (client, service):
             await until(ready(client))
             (registry.folder / "champion.json").write_text("{broken", encoding="utf-8")
-            await until(_true(lambda: service.follower.problem))
+            await until(true(lambda: service.follower.problem))
             assert (await send(client, video)).status_code == 200
             following = (await client.get("/v1/model")).json()["following"]
             assert following["registry"] == "unreachable" and "broken" not in following["problem"][:20]
@@ -109,7 +77,7 @@ def test_nothing_in_the_cache_and_no_registry(tmp_path):
 
     async def story():
         async with running(tmp_path) as (client, service):
-            await until(_true(lambda: service.follower.problem))
+            await until(true(lambda: service.follower.problem))
             answer = await client.get("/readyz")
             assert answer.status_code == 503 and "champion.json" in answer.json()["detail"]
 
@@ -132,6 +100,44 @@ def test_a_refused_champion_at_the_start_leaves_the_last_good_one(models, video,
     asyncio.run(story())
 
 
+def test_a_refusal_is_written_down_with_the_version(models, tmp_path, monkeypatch):
+    """Also where that fails at first, and not for ever."""
+    models[0].promote(ModelCache(tmp_path / "cache"))
+    registry = ModelCache(tmp_path / "registry")
+    models[1].put(registry, other_golden(models[1].recipe))
+    registry.remember(models[1].champion)
+    write = ModelCache.refused
+    tried, failures = 0, 2
+
+    def failing(self, champion, reason):
+        nonlocal tried
+        tried += 1
+        if tried <= failures:
+            raise ServiceError("the registry is read-only", mend="")
+        write(self, champion, reason)
+
+    monkeypatch.setattr(ModelCache, "refused", failing)
+    note = registry.model_folder(models[1].champion.digest) / "refused.txt"
+
+    async def story():
+        nonlocal tried, failures
+        async with running(tmp_path) as (_, service):
+            await until(true(note.exists))
+            text = note.read_text()
+            assert "differs" in text and socket.gethostname() in text
+            await asyncio.sleep(0.3)
+            assert tried == 3 and service.follower.current.champion.version == 1
+            tried, failures = 0, 100
+            models[0].promote(registry)
+            await until(true(lambda: service.follower.refused is None))
+            registry.remember(models[1].champion)
+            await until(true(lambda: tried == follow.NOTE_ATTEMPTS))
+            await asyncio.sleep(0.3)
+            assert tried == follow.NOTE_ATTEMPTS
+
+    asyncio.run(story())
+
+
 def test_a_damaged_cache_is_refused(models, tmp_path):
     cache = ModelCache(tmp_path / "cache")
     models[0].promote(cache)
@@ -142,7 +148,7 @@ def test_a_damaged_cache_is_refused(models, tmp_path):
 
     async def story():
         async with running(tmp_path) as (client, service):
-            await until(_true(lambda: service.follower.refused))
+            await until(true(lambda: service.follower.refused))
             answer = await client.get("/readyz")
             assert answer.status_code == 503 and "sha256" in answer.json()["detail"]
 
@@ -167,7 +173,7 @@ def test_a_registry_that_hangs_does_not_hold_the_start_up(models, tmp_path, monk
         app = create_app(Serve(poll_seconds=0.05, decode_workers=1), source, ModelCache(tmp_path / "cache"))
         service = app.state.service
         async with service.running():
-            await until(_true(lambda: service.follower.current))
+            await until(true(lambda: service.follower.current))
             assert "has not answered" in service.follower.problem and source.asked == 1
             release.set()
 
@@ -184,7 +190,7 @@ def test_beyond_the_queue_is_429(models, video, tmp_path):
             (stopped,) = service.pool.pids
             os.kill(stopped, signal.SIGSTOP)
             under_way = [asyncio.create_task(send(client, video)) for _ in range(2)]
-            await until(_true(lambda: service.active == 2))
+            await until(true(lambda: service.active == 2))
             answer = await send(client, video)
             assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
             assert answer.json()["type"].endswith("queue-full")
@@ -339,10 +345,3 @@ def test_an_unexpected_failure_is_a_problem_without_insides(models, video, tmp_p
             assert service.active == 0 and not list(service.folder.iterdir())
 
     asyncio.run(story())
-
-
-def _true(function):
-    async def condition():
-        return bool(function())
-
-    return condition

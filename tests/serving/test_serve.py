@@ -16,13 +16,14 @@ import psutil
 import pytest
 
 from sora import services
-from sora.errors import InputError
+from sora.errors import InputError, ServiceError
 from sora.processes import start_child
 from sora.records import EvalReport
 from sora.registry import Registry
 from sora.serving.run import read_tokens, run
+from sora.serving.tokens import TokenFile
 from sora.settings import Project
-from tests.serving.conftest import CLASSES, Made
+from tests.serving.conftest import CLASSES, Made, other_golden
 from tests.serving.standing import Standing
 
 
@@ -96,6 +97,14 @@ def test_it_follows_the_champion_of_a_real_registry(models, video, tmp_path):
         it.until(lambda: it.client.get("/v1/model").json()["following"]["registry"] == "ok")
         promote(project, 2)
         it.until(serves(it, 2))
+        # A version that it can't serve: refused, and MLflow knows it.
+        registry = Registry(services.mlflow_address(project), "tested")
+        bad = register(registry, Made(models[0].file, other_golden(models[0].recipe), 3))
+        promote(project, bad)
+        it.until(lambda: it.client.get("/v1/model").json()["following"]["refused"], 20)
+        it.until(lambda: any("differs" in reason for reason in registry.get(bad).reasons), 20)
+        assert it.send(video).json()["version"] == 2
+        promote(project, 2)
         children = psutil.Process(it.process.pid).children(recursive=True)
         it.process.send_signal(signal.SIGTERM)
         assert it.process.wait(30) == 0
@@ -124,12 +133,21 @@ def test_strangers_need_a_token(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="16"):
         read_tokens("short")
     assert read_tokens("a" * 16 + "," + "b" * 20) == ["a" * 16, "b" * 20]
+    tokens = TokenFile(Project(tmp_path).tokens)
+    tokens.add("phone")
+    tokens.revoke("phone")
+    with pytest.raises(InputError, match="token add"):  # a file of tokens that holds none
+        run(Project(tmp_path), "0.0.0.0", 0)
+    tokens.add("phone")
+    with pytest.raises(ServiceError, match="can't listen"):  # with one it goes on, to an address of another machine
+        run(Project(tmp_path), "192.0.2.1", 0)
+    Project(tmp_path).tokens.write_text("{")
+    with pytest.raises(ServiceError, match="can't be read"):
+        run(Project(tmp_path), "0.0.0.0", 0)
 
 
 def test_a_taken_port_says_so(tmp_path, monkeypatch):
     import socket
-
-    from sora.errors import ServiceError
 
     (tmp_path / "params.yaml").write_text("name: tested\n", encoding="utf-8")
     with socket.socket() as taken:

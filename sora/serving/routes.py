@@ -1,0 +1,71 @@
+"""The addresses of the API and of the page's own files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import FileResponse, JSONResponse, Response
+
+from sora.serving.metrics import CONTENT_TYPE
+from sora.serving.problems import Problem
+from sora.serving.schemas import (
+    UPLOAD_BODY,
+    Alive,
+    ModelAnswer,
+    PredictAnswer,
+    PredictAnswers,
+    Ready,
+    problem_answers,
+)
+from sora.serving.service import Service
+
+PAGE = Path(__file__).parent / "page"
+_PAGE_FILES = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    @app.post(
+        "/v1/predict",
+        response_model=PredictAnswer | PredictAnswers,
+        openapi_extra={"requestBody": UPLOAD_BODY},
+        responses=problem_answers(400, 401, 403, 408, 413, 415, 422, 429, 503, 504, 507),
+        summary="The answer for one video file, or for each of several",
+    )
+    async def predict(
+        request: Request,
+        timeline: Annotated[bool, Query(description="the answer by clip, also of a video that is one clip")] = False,
+    ) -> Response:
+        return JSONResponse(await service.predict(request, timeline=timeline))
+
+    @app.get("/v1/model", response_model=ModelAnswer, responses=problem_answers(401, 403), summary="What serves now")
+    async def model() -> Response:
+        return JSONResponse(service.model())
+
+    @app.get("/healthz", response_model=Alive, responses=problem_answers(403), summary="Is the process alive?")
+    async def healthz() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/readyz", response_model=Ready, responses=problem_answers(403, 503), summary="Can it predict?")
+    async def readyz() -> dict[str, Any]:
+        return {"status": "ready", "version": service.served().champion.version}
+
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problem_answers(401, 403)},
+        summary="For Prometheus",
+    )
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(PAGE / "index.html", media_type="text/html", headers={"cache-control": "no-cache"})
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def page_file(name: str) -> Response:
+        if name not in _PAGE_FILES:
+            raise Problem(404, "no such file", mend="open /")
+        return FileResponse(PAGE / name, media_type=_PAGE_FILES[name], headers={"cache-control": "no-cache"})

@@ -1,0 +1,309 @@
+"""What the routes share: one model reference, one pool of decoders, one batcher, one folder for uploads; and the way of
+a prediction through them."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+
+from sora.errors import ServiceError, VideoError
+from sora.serving import problems, uploads
+from sora.serving import timeline as timelines
+from sora.serving.batcher import Batcher
+from sora.serving.decoding import DecodePool
+from sora.serving.follow import Follower, Refusal, Served
+from sora.serving.metrics import Metrics
+from sora.serving.problems import Problem
+from sora.serving.source import ModelCache, ModelSource
+from sora.settings import Serve
+
+T = TypeVar("T")
+
+
+class Service:
+    """The state behind the routes.
+
+    Arguments:
+        settings: the section `serve` of params.yaml.
+        source: where the champion is asked for.
+        cache: where models are kept, and what is served when `source` can't answer.
+    """
+
+    def __init__(self, settings: Serve, source: ModelSource, cache: ModelCache) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.follower = Follower(
+            source, cache, settings.poll_seconds, on_change=self._changed, on_refusal=self._refused
+        )
+        self.batcher = Batcher(self.metrics.batch.observe)
+        self.folder = Path()
+        self.pool: DecodePool | None = None
+        self.active = 0  # calls for predictions under way, from their first byte to their answer
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        self.folder = Path(tempfile.mkdtemp(prefix="sora-serve-"))
+        self.pool = pool = DecodePool(self.settings, self.folder)
+        self.metrics.watch("sora_predictions_active", "Predictions under way", lambda: self.active)
+        self.metrics.watch("sora_queue_clips", "Portions of clips that wait for the model", lambda: len(self.batcher))
+        self.metrics.watch("sora_decoders_replaced", "Decoders that died or were killed", lambda: pool.replaced)
+        try:
+            await self.pool.start()
+            await self.batcher.start()
+            await self.follower.start()
+            yield
+        finally:
+            await self.follower.close()
+            await self.batcher.close()
+            await self.pool.close()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _changed(self, served: Served) -> None:
+        self.metrics.version.set(served.champion.version)
+        self.metrics.changes.inc()
+
+    def _refused(self, refusal: Refusal) -> None:
+        self.metrics.refusals.inc()
+
+    def served(self) -> Served:
+        """What serves now.
+
+        Raises:
+            Problem: 503, nothing does yet.
+        """
+        current = self.follower.current
+        if current is not None:
+            return current
+        follower = self.follower
+        if follower.none:
+            detail, mend = "there is no champion yet", "run `sora run`: the first version that passes its gate serves"
+        elif follower.refused is not None:
+            detail, mend = follower.refused.reason, follower.refused.mend
+        elif follower.problem is not None:
+            detail, mend = follower.problem, "start MLflow (`sora up`); this server asks again by itself"
+        else:
+            detail, mend = "the model is being loaded", "ask again in a few seconds"
+        raise Problem(503, detail, mend=mend, kind="no-model", headers={"Retry-After": "5"})
+
+    async def predict(self, request: Request, *, timeline: bool = False) -> dict[str, Any]:
+        """One call, from its bytes to its answer: of the one file that it brings, or `{"answers": […]}` of several.
+
+        Raises:
+            Problem: see `problems`.
+        """
+        self.served()  # fail before the upload is read
+        if self.active >= self.settings.queue:
+            raise Problem(
+                429,
+                f"{self.settings.queue} predictions are under way, the most that this server takes",
+                mend="try again after the seconds in Retry-After",
+                kind="queue-full",
+                headers={"Retry-After": "1"},
+            )
+        deadline = asyncio.get_running_loop().time() + self.settings.request_timeout
+        self.active += 1
+        received: list[uploads.Upload] = []
+        try:
+            start = time.perf_counter()
+            received = await self._receive_all(request)
+            uploaded = round(time.perf_counter() - start, 6)
+            served = self.served()  # one version for all of the call, whatever changes meanwhile
+            if len(received) == 1:
+                answers = [await _unless_gone(request, self._in_time(received[0], served, deadline, timeline))]
+            else:
+                answers = await _unless_gone(request, self._each(received, served, deadline, timeline))
+        finally:
+            self.active -= 1
+            for upload in received:
+                upload.remove()
+        for answer in answers:
+            if "label" in answer:
+                self._count(answer, uploaded)
+        request.state.log = {
+            "version": served.champion.version,
+            "bytes": sum(upload.bytes for upload in received),
+            "clips": sum(answer.get("clips", 0) for answer in answers),
+        }
+        if len(received) == 1:
+            return answers[0]
+        request.state.log |= {"files": len(received), "refused": sum("label" not in answer for answer in answers)}
+        return {"answers": answers}
+
+    def _count(self, answer: dict[str, Any], uploaded: float) -> None:
+        answer["seconds"] = {"upload": uploaded, **answer["seconds"]}
+        for stage, seconds in answer["seconds"].items():
+            self.metrics.stage.labels(stage).observe(seconds)
+        self.metrics.predictions.labels(str(answer["version"])).inc()
+
+    async def _receive(self, request: Request) -> uploads.Upload:
+        """The one file that a call brings; see `_receive_all`."""
+        (upload,) = await self._receive_all(request, max_files=1)
+        return upload
+
+    async def _receive_all(self, request: Request, max_files: int | None = None) -> list[uploads.Upload]:
+        """The files that a call brings, at most `max_files` (`serve.max_files`). Who calls removes them.
+
+        Raises:
+            Problem: 408 too slow, and what `uploads` says.
+        """
+        headers, settings = request.headers, self.settings
+        most = settings.max_bytes
+        boundary = uploads.check_headers(headers.get("content-type"), headers.get("content-length"), most)
+        limit = min(settings.upload_timeout, settings.request_timeout)
+        try:
+            async with asyncio.timeout(limit):
+                return await uploads.receive(
+                    request.stream(), boundary, self.folder, most, max_files or settings.max_files
+                )
+        except TimeoutError:
+            raise Problem(
+                408,
+                f"the upload took longer than {limit:g} s",
+                mend="send a smaller file or use a faster line",
+                headers={"Connection": "close"},
+            ) from None
+
+    async def _each(
+        self, received: Sequence[uploads.Upload], served: Served, deadline: float, timeline: bool
+    ) -> list[dict[str, Any]]:
+        """An answer or a problem document for each file. As many at a time as there are decoders: a call with many
+        files takes its turns among the others."""
+        turns = asyncio.Semaphore(self.settings.decode_workers)
+
+        async def one(upload: uploads.Upload) -> dict[str, Any]:
+            async with turns:
+                try:
+                    return await self._in_time(upload, served, deadline, timeline)
+                except Problem as problem:
+                    return {**problem.document(), "filename": upload.name}
+                except ServiceError as error:
+                    return {**problems.of_service(error).document(), "filename": upload.name}
+                finally:
+                    upload.remove()
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(upload)) for upload in received]
+        except ExceptionGroup as failed:  # the server's own failure: one for the log, as with one file
+            raise failed.exceptions[0] from failed
+        return [task.result() for task in tasks]
+
+    async def _in_time(
+        self, upload: uploads.Upload, served: Served, deadline: float, timeline: bool = False
+    ) -> dict[str, Any]:
+        """`_answer` until `deadline` (the loop's clock). What was begun for it is cancelled then: its place is free.
+
+        Raises:
+            Problem: 504 the time was spent on this video; 503 it was spent waiting behind others.
+        """
+        stage = Stage()
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await self._answer(upload, served, timeline=timeline, stage=stage)
+        except TimeoutError:
+            raise problems.of_deadline(self.settings.request_timeout, stage.name) from None
+
+    async def _answer(
+        self,
+        upload: uploads.Upload,
+        served: Served | None = None,
+        *,
+        timeline: bool = False,
+        stage: Stage | None = None,
+    ) -> dict[str, Any]:
+        assert self.pool is not None
+        served = served or self.served()
+        stage = stage or Stage()
+        predictor = served.predictor
+        try:
+            decoded = await self.pool.decode(upload.path, predictor.recipe.clip, on_taken=lambda: stage.enter("decode"))
+        except VideoError as error:
+            error.message = error.message.replace(str(upload.path), upload.name).replace(upload.path.name, upload.name)
+            raise problems.of_video(error, upload.name) from error
+        stage.enter("queue")
+        answered = await self.batcher.answer(predictor, decoded.clips)
+        prediction = predictor.answer(answered.probabilities)
+        answer: dict[str, Any] = {
+            "filename": upload.name,
+            "label": prediction.label,
+            "probabilities": prediction.probabilities,
+            "version": prediction.version,
+            "data_version": served.champion.data_version,
+            "clips": len(decoded.clips),
+            "seconds": {
+                "wait": round(decoded.waited, 6),
+                "decode": round(decoded.seconds, 6),
+                "queue": round(answered.queued, 6),
+                "model": round(answered.seconds, 6),
+            },
+        }
+        if decoded.spans is not None and (timeline or len(decoded.spans) > 1):
+            rows = answered.probabilities
+            first, last = timelines.deciding(rows, predictor.classes.index(prediction.label))
+            answer["timeline"] = timelines.timeline(decoded.spans, predictor.classes, rows)
+            answer["span"] = {"start": decoded.spans[first][0], "end": decoded.spans[last][1]}
+        return answer
+
+    def model(self) -> dict[str, Any]:
+        """The body of `/v1/model`; it answers before a model is loaded too, since it says why there is none."""
+        current = self.follower.current
+        champion = current.champion if current else None
+        recipe = current.predictor.recipe if current else None
+        limits = self.settings
+        return {
+            "version": champion.version if champion else None,
+            "classes": list(recipe.classes) if recipe else [],
+            "clip": recipe.clip.to_dict() if recipe else None,
+            "data_version": champion.data_version if champion else None,
+            "run_id": champion.run_id if champion else None,
+            "digest": champion.digest if champion else None,
+            "temperature": recipe.temperature if recipe else None,
+            "metrics": champion.metrics if champion else {},
+            "since": current.since if current else None,
+            "following": self.follower.state(),
+            "limits": {
+                "bytes": limits.max_bytes,
+                "files": limits.max_files,
+                "seconds": limits.max_seconds,
+                "pixels": limits.max_pixels,
+                "frames": limits.max_frames,
+            },
+        }
+
+
+class Stage:
+    """Where one prediction is: `name` is one of `metrics.STAGES`."""
+
+    def __init__(self) -> None:
+        self.name = "wait"
+
+    def enter(self, name: str) -> None:
+        self.name = name
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled as soon as the client hangs up (raises ClientDisconnect then)."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

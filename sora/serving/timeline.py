@@ -1,0 +1,49 @@
+"""What a longer video shows when: its clips' answers in the order of time, and the span that decided. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def timeline(
+    spans: Sequence[tuple[float, float]], classes: Sequence[str], probabilities: np.ndarray
+) -> list[dict[str, Any]]:
+    """One entry a clip: `{"start", "end", "label", "probabilities"}`.
+
+    Arguments:
+        spans: seconds, one a clip. A long video's clips lie apart: what is between them was not looked at.
+        probabilities: `(clips, classes)`.
+    """
+    return [
+        {
+            "start": start,
+            "end": end,
+            "label": classes[int(row.argmax())],
+            "probabilities": {name: float(value) for name, value in zip(classes, row, strict=True)},
+        }
+        for (start, end), row in zip(spans, probabilities, strict=True)
+    ]
+
+
+def deciding(probabilities: np.ndarray, label: int) -> tuple[int, int]:
+    """The run of clips that speaks most for class `label`: first and last, both included.
+
+    A clip speaks with its margin, the probability of the label less that of the best other class, so one that sees
+    something else speaks against. The run with the largest sum is found in one pass (Bentley, "Programming pearls:
+    algorithm design techniques", 1984); of equals the first, and the shortest. There is always one: where no clip
+    speaks for the label, it is the clip that speaks least against it.
+    """
+    others = np.delete(probabilities, label, axis=1)
+    margins = probabilities[:, label] - (others.max(axis=1) if others.shape[1] else 0.0)
+    best, best_run = -np.inf, (0, 0)
+    total, first = 0.0, 0
+    for index, margin in enumerate(margins):
+        if total <= 0:
+            total, first = 0.0, index
+        total += float(margin)
+        if total > best:
+            best, best_run = total, (first, index)
+    return best_run

@@ -1,0 +1,181 @@
+"""Bearer tokens: made, listed and revoked by `sora token`, kept hashed in `.sora/tokens.json`, followed by a server.
+
+A token is 32 random bytes: a plain SHA-256 of it can't be guessed back, so no slow hash is needed. It is shown once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import os
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sora.errors import InputError, ServiceError
+from sora.files import atomic
+
+log = logging.getLogger("sora.serving")
+MAX_TOKENS = 100
+ENVIRONMENT = "SORA_API_TOKEN"  # the name that tokens of this variable go by
+_PREFIX = "sora_"  # so that scanners for leaked secrets know one
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """What is kept of a token."""
+
+    name: str
+    sha256: str
+    created: str  # ISO 8601, UTC
+
+
+class TokenFile:
+    """The tokens of a project. No file: there never were any."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def tokens(self) -> list[Token]:
+        """In the order in which they were added.
+
+        Raises:
+            ServiceError: the file can't be read, or is damaged.
+        """
+        try:
+            value = json.loads(self.path.read_text(encoding="utf-8"))
+            found = [Token(**item) for item in value]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, TypeError) as error:
+            raise ServiceError(
+                f"{self.path} can't be read: {error}", mend="remove it, and add the tokens that are needed again"
+            ) from error
+        if not all(isinstance(one.name, str) and re.fullmatch(r"[0-9a-f]{64}", str(one.sha256)) for one in found):
+            raise ServiceError(f"{self.path} holds something else", mend="remove it, and add the tokens again")
+        return found
+
+    def add(self, name: str) -> str:
+        """Makes a token and returns it: it can't be told again.
+
+        Raises:
+            InputError: the name is taken or no name, or there are `MAX_TOKENS`.
+            ServiceError: the file can't be read or written.
+        """
+        if not _NAME.fullmatch(name) or name == ENVIRONMENT:
+            raise InputError(
+                f"{name!r} is no name for a token", mend="use 1 to 32 letters, digits, dots, dashes and underscores"
+            )
+        with self._locked():
+            known = self.tokens()
+            if any(one.name == name for one in known):
+                raise InputError(
+                    f"there is a token {name!r}", mend=f"choose another name, or `sora token revoke {name}`"
+                )
+            if len(known) >= MAX_TOKENS:
+                raise InputError(f"there are {MAX_TOKENS} tokens, the most", mend="`sora token revoke` unused ones")
+            token = _PREFIX + secrets.token_urlsafe(32)
+            self._write([*known, Token(name, _digest(token).hex(), _now())])
+        return token
+
+    def revoke(self, name: str) -> int:
+        """Takes a token's rights; a running server sees it with its next request. Returns how many are left.
+
+        Raises:
+            InputError: there is none of this name.
+            ServiceError: the file can't be read or written.
+        """
+        with self._locked():
+            known = self.tokens()
+            left = [one for one in known if one.name != name]
+            if len(left) == len(known):
+                raise InputError(f"there is no token {name!r}", mend="`sora token list` shows the names")
+            self._write(left)
+        return len(left)
+
+    def _write(self, tokens: Sequence[Token]) -> None:
+        with atomic(self.path) as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(json.dumps([asdict(token) for token in tokens], indent=1).encode())
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        from filelock import FileLock, Timeout
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.path.with_suffix(".lock"), timeout=10):
+                yield
+        except Timeout as error:
+            raise ServiceError("another `sora token` has been at work for 10 s", mend="try again") from error
+
+
+class Tokens:
+    """Who may call: tokens given at the start, and those of a file as they are now.
+
+    Tokens are asked for (`required`) where any was given, where the file exists, and where `always`. Revoking the last
+    one therefore shuts everybody out; removing the file lets this machine in again. A file that can't be read lets
+    nobody in by its tokens.
+    """
+
+    def __init__(self, given: Sequence[str] = (), file: TokenFile | None = None, *, always: bool = False) -> None:
+        self._given = [(_digest(token), ENVIRONMENT) for token in given]
+        self._file = file
+        self._always = always
+        self._seen: tuple[int, int, int] | None = None  # the file, when `_kept` was read
+        self._kept: list[tuple[bytes, str]] = []
+        self._follow()
+
+    @property
+    def required(self) -> bool:
+        self._follow()
+        return self._always or bool(self._given) or self._seen is not None
+
+    def name(self, authorization: str | None) -> str | None:
+        """The name of the token that an Authorization header carries; None: it carries none that may call.
+
+        Comparison takes the same time wherever digests differ.
+        """
+        self._follow()
+        scheme, _, token = (authorization or "").partition(" ")
+        given = _digest(token.strip())
+        names = [name for digest, name in (*self._given, *self._kept) if hmac.compare_digest(given, digest)]
+        return names[0] if names and scheme.lower() == "bearer" else None
+
+    def _follow(self) -> None:
+        """Reads the file again if it is another one than before: a look at its facts, microseconds a request."""
+        if self._file is None:
+            return
+        try:
+            facts = os.stat(self._file.path)
+        except FileNotFoundError:
+            self._seen, self._kept = None, []
+            return
+        except OSError as error:
+            self._seen, self._kept = (0, 0, 0), []
+            log.error("%s can't be looked at: %s", self._file.path, error)
+            return
+        seen = (facts.st_ino, facts.st_mtime_ns, facts.st_size)
+        if seen == self._seen:
+            return
+        self._seen = seen
+        try:
+            self._kept = [(bytes.fromhex(token.sha256), token.name) for token in self._file.tokens()]
+        except ServiceError as error:
+            self._kept = []
+            log.error("no token of the file may call: %s", error.message)
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,58 @@
+"""Which stretch of a video each of its clips stands for, in seconds."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+
+import numpy as np
+
+from sora.records import ClipSpec
+from sora.video import decode
+from sora.video.clips import windows
+from sora.video.transform import finish, fitted
+
+Spans = list[tuple[float, float]]  # seconds from the first frame: start and end of each clip, in the order of time
+
+
+def spans(frames: int, fps: float, spec: ClipSpec) -> Spans | None:
+    """The stretches that `clips.windows` takes its frames from; None where no frame rate is known.
+
+    Frames count as evenly spaced: with a variable frame rate the seconds are those of its mean.
+    """
+    if fps <= 0:
+        return None
+    # Asked for at least as many frames as a window holds, `windows` names its first and its last one.
+    every = frames if spec.sampling == "uniform" else min(frames, math.ceil(spec.window_seconds * fps) + 1)
+    dense = windows(frames, fps, replace(spec, frames=every))
+    return [(round(w.indices[0] / fps, 3), round((w.indices[-1] + 1) / fps, 3)) for w in dense]
+
+
+def prepare_with_spans(
+    path: str | os.PathLike[str], spec: ClipSpec, *, limits: decode.Limits | None = None
+) -> tuple[np.ndarray, Spans | None]:
+    """`transform.prepare_clips`, and the span of each clip, of one decoding.
+
+    Not a part of `prepare_clips`, since training needs no seconds and its code is hashed into every project's shards; a
+    test holds the clips of both equal, byte for byte.
+
+    Returns:
+        (clips, spec.frames, spec.height, spec.width, 3) uint8 rgb, and `spans`.
+
+    Raises:
+        VideoError: not_a_video, unreadable, too_large.
+    """
+    pictures, count, rate = decode.read_chosen(
+        path,
+        lambda count, rate: {index for window in windows(count, rate, spec) for index in window.indices},
+        fit=lambda width, height: fitted(width, height, spec),
+        limits=limits,
+    )
+    chosen = windows(count, rate, spec)
+    clips = np.empty((len(chosen), spec.frames, spec.height, spec.width, 3), np.uint8)
+    done = {index: finish(picture, spec) for index, picture in pictures.items()}
+    for window in chosen:
+        for position, index in enumerate(window.indices):
+            clips[window.clip, position] = done[index]
+    return clips, spans(count, rate, spec)
