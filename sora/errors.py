@@ -13,10 +13,13 @@ Foreign exceptions are translated at the seam of the module that calls the forei
     │   ├── RunActive          another run holds the project
     │   └── PromotionFailed    smoke test failed, nothing to go back to
     └── ServiceError        3  a server, disk or child process failed
-        └── DiskFull
+        ├── DiskFull
+        └── ApiProblem         Sora's API answered with a problem document
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class SoraError(Exception):
@@ -83,6 +86,20 @@ class ServiceError(SoraError):
     """A server, a disk or a child process failed; the same call may work later."""
 
     exit_code = 3
+
+
+class ApiProblem(ServiceError):
+    """The API said no. `status` is the answer's, `problem` its document (RFC 9457)."""
+
+    def __init__(self, message: str, *, mend: str = "", status: int, problem: dict[str, Any]) -> None:
+        super().__init__(message, mend=mend)
+        self.status = status
+        self.problem = problem
+
+    @property
+    def kind(self) -> str:
+        """The last part of the document's `type`: `too-large`, `not-a-video`, `queue-full`, `deadline`, …"""
+        return str(self.problem.get("type", "")).rpartition(":")[2]
 
 
 class DiskFull(ServiceError):
