@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from flows.slots import LEASE_STORAGE
+from sora.settings import Serve
 
 SECRETS = ("PASSWORD", "SECRET", "TOKEN", "ACCESS_KEY", "AUTH_STRING")
 
@@ -148,3 +150,20 @@ def _pins(text: str) -> dict[str, str]:
 
 def test_the_init_script_is_shell_that_parses(infra: Path) -> None:
     assert subprocess.run(["sh", "-n", str(infra / "postgres-init.sh")]).returncode == 0
+
+
+def test_the_proxy_asks_what_the_api_answers(infra: Path) -> None:
+    text = (infra / "haproxy.cfg").read_text()
+    assert re.findall(r"^\s+(?:bind|server \w+) (\S+):\d+$", text, re.MULTILINE) == ["127.0.0.1"] * 3
+    serve = Serve()
+    seconds = {name: int(value) for name, value in re.findall(r"timeout (client|server) (\d+)s", text)}
+    assert seconds["client"] > serve.upload_timeout and seconds["server"] > serve.request_timeout
+    assert "uri /readyz hdr Host localhost" in text
+
+
+def test_the_proxy_takes_its_configuration(infra: Path) -> None:
+    haproxy = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin:/usr/local/sbin")
+    if haproxy is None:
+        pytest.skip("HAProxy is not installed (Debian: apt install haproxy)")
+    done = subprocess.run([haproxy, "-c", "-f", str(infra / "haproxy.cfg")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
