@@ -170,7 +170,7 @@ def test_by_keyboard_alone(page, server, video):
     said = page.js("document.activeElement.value")
     page.tab_to("it.textContent === 'Send'")
     page.press("Enter")
-    page.until("document.querySelector('.done')")
+    page.until("Boolean(document.querySelector('.done'))")
     (entry,) = _inbox(server).entries()
     assert (entry.label, entry.predicted) == (said, answered)
     assert said == [name for name in CLASSES if name != answered][1]
@@ -190,7 +190,7 @@ def test_narrow_and_dark(page, video, width, dark):
     _press(page, "Show what decided")
     page.until("document.querySelector('.strip img')?.naturalHeight > 100")
     _press(page, "This is wrong…")
-    page.until("document.querySelector('.correction')")
+    page.until("Boolean(document.querySelector('.correction'))")
     _press(page, "Send")
     page.until("document.querySelectorAll('#inbox li').length === 1")
     assert page.js(OVERFLOW) <= 0

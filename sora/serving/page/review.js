@@ -13,7 +13,7 @@ export async function refreshInbox() {
   }
   $("inbox-card").hidden = false;
   $("inbox").replaceChildren(...found.entries.map(row));
-  if (!found.entries.length && !$("inbox-said").textContent) say($("inbox-said"), "Nothing waits.");
+  $("inbox-nothing").hidden = found.entries.length > 0;
 }
 
 function row(entry) {
