@@ -47,6 +47,7 @@ class PredictAnswer(BaseModel):
     data_version: str
     clips: int
     seconds: dict[str, float] = Field(description="by stage: upload, wait, decode, queue, model")
+    unsure: bool | None = Field(None, description="below the model's threshold; absent where it has none")
 
 
 class ModelAnswer(BaseModel):
@@ -194,9 +195,7 @@ class Service:
         prediction = predictor.answer(answered.probabilities)
         return {
             "filename": upload.name,
-            "label": prediction.label,
-            "probabilities": prediction.probabilities,
-            "version": prediction.version,
+            **prediction.to_dict(),
             "data_version": served.champion.data_version,
             "clips": len(decoded.clips),
             "seconds": {
