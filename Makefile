@@ -8,7 +8,7 @@ JOBS ?= 2
 # Python compiles what it imports, once; compiling all that lies in the packages took longer than copying them.
 INSTALL = $(BIN)/python -m pip install --quiet --no-deps --no-compile
 
-.PHONY: setup setup-dev run test lint up clean
+.PHONY: setup setup-dev run test lint up clean bench-accuracy
 
 setup: $(RUNS)
 
@@ -39,6 +39,10 @@ lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Hours; a run that was stopped goes on. Options: make bench-accuracy ARGS="--set steps27"
+bench-accuracy: setup
+	$(BIN)/python -m benchmarks.accuracy $(ARGS)
 
 clean:
 	rm -rf $(VENV) .sora prepared data
