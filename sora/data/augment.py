@@ -126,7 +126,7 @@ def mixed(
     other = rng.permutation(len(x))
     share = rng.beta(alpha, alpha, len(x)).astype(np.float32)
     levels = np.round(share * _FRACTION).astype(np.uint16)
-    share = levels.astype(np.float32) / _FRACTION
+    share = (levels / _FRACTION).astype(np.float32)
     result = np.empty_like(x)
     for number, level in enumerate(levels):
         blend = x[number].astype(np.uint16) * level

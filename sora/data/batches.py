@@ -128,8 +128,9 @@ class Batches:
     def _augmented(
         self, x: np.ndarray, y: np.ndarray, w: np.ndarray, epoch: int, number: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        assert self.shuffle_seed is not None
         draws = {
-            kind: np.random.default_rng([self.shuffle_seed, epoch, number, *stream])  # type: ignore[list-item]
+            kind: np.random.default_rng([self.shuffle_seed, epoch, number, *stream])
             for kind, stream in _STREAMS.items()
         }
         result, y, w = np.empty_like(x), y.copy(), w.copy()
