@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -99,8 +100,21 @@ def table(title: str, rows: list[dict[str, Any]]) -> None:
         print("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
 
 
-def write(name: str, value: Any) -> None:
-    """benchmarks/results/NAME.json, with the machine in words."""
-    RESULTS.mkdir(exist_ok=True)
+def write(name: str, value: Any, folder: Path = RESULTS) -> None:
+    """FOLDER/NAME.json, with the machine in words."""
+    folder.mkdir(parents=True, exist_ok=True)
     machine = {"cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
-    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine, "result": value}, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps({"machine": machine, "result": value}, indent=1) + "\n")
+
+
+def commit(repository: Path) -> str:
+    """HEAD; with `+` and a digest of the package's code where that differs from HEAD's, or where there is no git."""
+    git = ["git", "-C", str(repository)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "status", "--porcelain", "--", "sora"], capture_output=True, text=True)
+    if not head.returncode and not changed.stdout.strip():
+        return head.stdout.strip()
+    code = hashlib.sha256()
+    for file in sorted((repository / "sora").rglob("*.py")):
+        code.update(f"\0{file.relative_to(repository)}\0".encode() + file.read_bytes())
+    return f"{head.stdout.strip() or 'no-git'}+{code.hexdigest()[:12]}"

@@ -318,6 +318,8 @@ def _evaluate(
         classes=list(settings.classes),
         data=str(project.data),
         out=str(work.folder / "evaluation"),
+        views=list(settings.eval.views),
+        unsure_precision=settings.unsure.precision,
     )
     with bar("Evaluating") as update:
         found = evaluation.run(job, show.evaluating(update), log=project.state / "logs" / "evaluation.log")

@@ -36,7 +36,10 @@ HANDBACK = "handback"  # … and back: model.keras, result.json
 # Of a project's state what the worker needs. The splits' ledger is not among it: the table holds what is used of it.
 STATE = ("data.dvc", "dvc.yaml", "dvc.lock", "preprocessing.lock", "params.yaml")
 # Code that both machines must have alike, below sora/.
-CODE = ("model", "data/batches.py", "data/shards.py", "training.py", "files.py", "records.py", "settings.py")
+CODE = (
+    "model", "data/augment.py", "data/batches.py", "data/shards.py", "training.py", "files.py", "records.py",
+    "settings.py",
+)  # fmt: skip
 
 BEAT_SECONDS = 10.0
 SILENCE_SECONDS = 120.0  # without a beat: the worker is lost

@@ -244,7 +244,8 @@ def predict(files: tuple[Path, ...], as_json: bool) -> None:
             click.echo(f"{answer['path']}: {answer['error']}", err=True)
         elif not as_json:
             share = answer["probabilities"][answer["label"]]
-            click.echo(f"{answer['path']}: {answer['label']} ({share:.0%}, version {answer['version']})")
+            word = "unsure, at best " if answer.get("unsure") else ""
+            click.echo(f"{answer['path']}: {word}{answer['label']} ({share:.0%}, version {answer['version']})")
     if any("error" in answer for answer in answers):
         sys.exit(2)
 
@@ -394,7 +395,7 @@ def doctor(as_json: bool) -> None:
 
 @cli.group()
 def data() -> None:
-    """What data/ is made of."""
+    """What data/ is made of: corrections of labels, and labels that look wrong."""
 
 
 @data.command()
@@ -433,6 +434,38 @@ def review(accept: str | None, reject: str | None, label: str | None, as_json: b
         click.echo(f"              {inbox.file(entry)}", err=True)
     if not entries:
         click.echo("nothing waits for review")
+
+
+@data.command()
+@click.option("--folds", default=5, show_default=True, type=click.IntRange(2, 100), help="Models to train.")
+@json_option
+@_common
+def audit(folds: int, as_json: bool) -> None:
+    """Rank videos that are probably mislabelled, by models that have not seen them."""
+    from sora import audit as auditing
+    from sora.progress import bar
+
+    with bar("Auditing") as update:
+        result = auditing.audit(_project(), folds=folds, progress=update)
+    if as_json:
+        _print_json(result)
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    suspects = [found for found in result["findings"] if found["suspect"]]
+    table = Table("video", "label", "looks like", "margin")
+    for found in suspects[:20]:
+        looks = f"{found['suggested']} ({found['suggested_probability']:.0%})"
+        label = f"{found['label']} ({found['probability']:.0%})"
+        table.add_row(escape(found["path"]), escape(label), escape(looks), f"{found['margin']:.2f}")
+    if suspects:
+        Console().print(table)
+    click.echo(
+        f"{result['suspects']} of {result['videos']} labels are suspect; out-of-fold accuracy {result['accuracy']:.0%}"
+    )
+    click.echo(f"  {result['page']}", err=True)
 
 
 @cli.command()

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 
+from sora.data import augment
 from sora.errors import InputError, ServiceError
 from sora.files import atomic
 from sora.processes import child_main, run_child
@@ -57,6 +58,8 @@ class EvalJob:
     out: str
     batch: int = 16
     title: str = ""  # of the page
+    views: list[str] = field(default_factory=list)  # of a fresh model, see `data.augment.views`
+    unsure_precision: float | None = None  # of a fresh model: wanted of the answers that are not unsure
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ def _evaluate_one(
     """(recipe, reports, probabilities of the test split before calibration)."""
     digest = file_digest(Path(model["file"]))
     if model["recipe"] is None:
-        recipe = Recipe(clip=shards.spec, classes=tuple(job.classes), model_sha256=digest)
+        recipe = Recipe(clip=shards.spec, classes=tuple(job.classes), model_sha256=digest, views=tuple(job.views))
     else:
         recipe = Recipe.from_dict(model["recipe"])
         if recipe.model_sha256 and recipe.model_sha256 != digest:
@@ -163,7 +166,7 @@ def _evaluate_one(
     # Of a class that the model never heard of it can't be right; the gate reports such classes apart.
     known = table[table["label"].isin(recipe.classes)].reset_index(drop=True)
     logits, owner = _logits(
-        network, _clips(known, shards, recipe.clip, Path(job.data)), len(known), job.batch, model["name"], emit
+        network, _clips(known, shards, recipe, Path(job.data)), len(known), job.batch, model["name"], emit
     )
     if not np.isfinite(logits).all():
         raise ServiceError(
@@ -178,8 +181,10 @@ def _evaluate_one(
         parts[split] = logits[clips], np.searchsorted(chosen, owner[clips]), labels[chosen], known.iloc[chosen]
     if model["recipe"] is None:
         recipe = replace(recipe, temperature=measure.fit_temperature(*parts["val"][:3]))
+        if job.unsure_precision is not None:
+            recipe = replace(recipe, unsure_below=_unsure_below(parts["val"], recipe, job.unsure_precision))
         recipe = replace(recipe, golden=tuple(_golden(network, recipe, seed) for seed in GOLDEN_SEEDS))
-    latency = _latency(network, recipe.clip)
+    latency = _latency(network, recipe)
     reports: dict[str, EvalReport] = {}
     for split in JUDGED:
         some, whose, truth, rows = parts[split]
@@ -187,11 +192,15 @@ def _evaluate_one(
         extra = {"latency_ms": latency}
         if len(truth):
             extra["ece_uncalibrated"] = measure.expected_calibration_error(raw.max(axis=1), raw.argmax(axis=1) == truth)
+        served = measure.video_probabilities(some, whose, len(truth), recipe.temperature)
+        if recipe.unsure_below is not None:
+            extra |= {"unsure_below": recipe.unsure_below}
+            extra |= measure.selective(served.max(axis=1), served.argmax(axis=1) == truth, recipe.unsure_below)
         reports[split] = measure.report(
             split,
             recipe.classes,
             truth,
-            measure.video_probabilities(some, whose, len(truth), recipe.temperature),
+            served,
             sha256=rows["sha256"].tolist(),
             paths=rows["path"].tolist(),
             facts={name: rows[name].tolist() for name in ("brightness", "duration", "codec", "group") if name in rows},
@@ -199,6 +208,12 @@ def _evaluate_one(
             metrics=extra,
         )
     return recipe, reports, raw
+
+
+def _unsure_below(part: tuple[np.ndarray, np.ndarray, np.ndarray, Any], recipe: Recipe, precision: float) -> float:
+    logits, owner, truth, _ = part
+    served = measure.video_probabilities(logits, owner, len(truth), recipe.temperature)
+    return measure.unsure_below(served.max(axis=1, initial=0), served.argmax(axis=1) == truth, precision)
 
 
 def _load(path: Path, recipe: Recipe) -> Any:
@@ -223,13 +238,13 @@ def _load(path: Path, recipe: Recipe) -> Any:
     return model
 
 
-def _clips(table: pd.DataFrame, shards: ShardSet, spec: ClipSpec, data: Path) -> Iterator[np.ndarray]:
-    """The clips of one video after the other: from the shards, or prepared anew where the spec is another."""
-    if spec != shards.spec:
+def _clips(table: pd.DataFrame, shards: ShardSet, recipe: Recipe, data: Path) -> Iterator[np.ndarray]:
+    """The clips of one video after the other, in all views: from the shards, or prepared anew for another spec."""
+    if recipe.clip != shards.spec:
         from sora.video.transform import prepare_clips
 
         for path in table["path"]:
-            yield prepare_clips(data / path, spec)
+            yield augment.views(prepare_clips(data / path, recipe.clip), recipe.views)
         return
     rows = shards.index.groupby("sha256").indices
     missing = [row.path for row in table.itertuples() if row.sha256 not in rows]
@@ -239,7 +254,7 @@ def _clips(table: pd.DataFrame, shards: ShardSet, spec: ClipSpec, data: Path) ->
             mend="`sora run` prepares what is missing",
         )
     for sha256 in table["sha256"]:
-        yield shards.clips(rows[sha256])
+        yield augment.views(shards.clips(rows[sha256]), recipe.views)
 
 
 def _logits(
@@ -276,16 +291,17 @@ def _logits(
 
 
 def _golden(model: Any, recipe: Recipe, seed: int) -> dict[str, Any]:
-    logits = np.asarray(model.predict_on_batch(golden_clip(recipe.clip, seed)[None]), np.float32)
-    probabilities = measure.video_probabilities(logits, np.zeros(1, int), 1, recipe.temperature)[0]
+    clips = augment.views(golden_clip(recipe.clip, seed)[None], recipe.views)
+    logits = np.asarray(model.predict_on_batch(clips), np.float32)
+    probabilities = measure.video_probabilities(logits, np.zeros(len(clips), int), 1, recipe.temperature)[0]
     return {"seed": seed, "probabilities": [float(p) for p in probabilities]}
 
 
-def _latency(model: Any, spec: ClipSpec) -> float:
-    """Milliseconds of a warmed call for one clip, the median of 20."""
+def _latency(model: Any, recipe: Recipe) -> float:
+    """Milliseconds of a warmed call for one clip in its views, the median of 20."""
     import time
 
-    clip = golden_clip(spec, 0)[None]
+    clip = augment.views(golden_clip(recipe.clip, 0)[None], recipe.views)
     seconds = []
     for _ in range(LATENCY_CALLS + 2):
         started = time.perf_counter()

@@ -108,9 +108,12 @@ class Recipe:
     schema: int = 1
     golden: tuple[dict[str, Any], ...] = ()  # [{"seed": int, "probabilities": [...]}]: answers to made-up clips
     model_sha256: str = ""  # of the model file: loading verifies it
+    views: tuple[str, ...] = ()  # of each clip besides itself, averaged (see `sora.data.augment.views`)
+    unsure_below: float | None = None  # an answer of less confidence is unsure; None: no answer is
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "classes": list(self.classes), "golden": list(self.golden)}
+        lists = {"classes": list(self.classes), "golden": list(self.golden), "views": list(self.views)}
+        return {**asdict(self), **lists}
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Recipe:
@@ -121,6 +124,8 @@ class Recipe:
             schema=int(value["schema"]),
             golden=tuple(value.get("golden", ())),
             model_sha256=value.get("model_sha256", ""),
+            views=tuple(value.get("views", ())),
+            unsure_below=value.get("unsure_below"),
         )
 
 
@@ -182,3 +187,8 @@ class Prediction:
     label: str
     probabilities: dict[str, float]
     version: int
+    unsure: bool | None = None  # None: the model has no threshold
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the contract has it: `unsure` only where there is a threshold."""
+        return {name: value for name, value in asdict(self).items() if name != "unsure" or value is not None}

@@ -7,9 +7,10 @@ what was received and what is allowed. `DEFAULT_PARAMS` (made from the models) i
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -135,11 +136,67 @@ class Train(_Section):
     label_smoothing: float = Field(0.05, ge=0, lt=0.5)
     patience: int = Field(8, ge=1)  # epochs without a better validation loss
     class_weights: bool = True
-    flip: bool = True  # left-right flips as augmentation; switch off where the side is the class
+    # Left-right flips as augmentation. A list names the exceptions: a class that is never mirrored, or a pair of
+    # classes whose mirror images are each other's.
+    flip: bool | Annotated[tuple[str | tuple[str, str], ...], Field(min_length=1)] = True
     jitter: bool = True  # small moves, contrast and brightness as augmentation, the same for all frames of a clip
+    speed: float = Field(0, ge=0, le=4)  # slower motion, down to 1 / (1 + speed); 0: off
+    crop: float = Field(0, ge=0, lt=1)  # a random part of the picture, that lacks at most this share of its area
+    noise: float = Field(0, ge=0, le=64)  # deviation of pixel noise, at most, of 255 levels
+    mix_up: float = Field(0, ge=0, le=10)  # alpha of mix-up: clips and their labels blended in pairs
+    ema: float = Field(0, ge=0, lt=1)  # of the weights' average over epochs this share stays each epoch; 0: off
     seed: int = 0
     mixed_precision: Literal["auto", "on", "off"] = "auto"  # auto: on an accelerator only
     work_pool: str | None = None  # Prefect work pool of the GPU workers; none: train here
+
+    @field_validator("flip")
+    @classmethod
+    def _once(cls, value: bool | tuple) -> bool | tuple:
+        if not isinstance(value, bool):
+            names = [name for entry in value for name in ((entry,) if isinstance(entry, str) else entry)]
+            if len(set(names)) != len(names):
+                raise ValueError("names a class twice")
+        return value
+
+    def mirrors(self, classes: Sequence[str]) -> list[int] | None:
+        """For each class the number of its mirror image's class, -1 where it has none; None: each is its own.
+
+        Raises:
+            ValueError: `flip` names a class that is none of them.
+        """
+        if isinstance(self.flip, bool):
+            return None
+        result = list(range(len(classes)))
+        for entry in self.flip:
+            pair = (entry,) if isinstance(entry, str) else entry
+            unknown = [name for name in pair if name not in classes]
+            if unknown:
+                raise ValueError(f"train.flip names {unknown[0]!r}, which is none of the classes")
+            numbers = [list(classes).index(name) for name in pair]
+            if len(numbers) == 1:
+                result[numbers[0]] = -1
+            else:
+                result[numbers[0]], result[numbers[1]] = numbers[1], numbers[0]
+        return result
+
+
+class Eval(_Section):
+    """How a model is asked. Travels in its recipe, so that the server asks as the evaluation did."""
+
+    views: tuple[Literal["mirrored", "left", "right"], ...] = ()  # see `sora.data.augment.views`
+
+    @field_validator("views")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("names a view twice")
+        return value
+
+
+class Unsure(_Section):
+    """Below a confidence that is calibrated on validation an answer is marked as unsure."""
+
+    precision: float | None = Field(None, gt=0, lt=1)  # wanted of the other answers; none: no answer is marked
 
 
 class Gate(_Section):
@@ -230,6 +287,8 @@ class Settings(_Section):
     shards: Shards = Field(default_factory=Shards)
     model: Model = Field(default_factory=Model)
     train: Train = Field(default_factory=Train)
+    eval: Eval = Field(default_factory=Eval)
+    unsure: Unsure = Field(default_factory=Unsure)
     gate: Gate = Field(default_factory=Gate)
     serve: Serve = Field(default_factory=Serve)
     schedule: Schedule = Field(default_factory=Schedule)
@@ -258,6 +317,10 @@ class Settings(_Section):
             )
         if model.head == "binary" and self.classes and len(self.classes) != 2:
             raise ValueError(f"model.head binary needs 2 classes, but classes names {len(self.classes)}")
+        if self.classes:
+            self.train.mirrors(self.classes)
+        if "mirrored" in self.eval.views and self.train.flip is not True:
+            raise ValueError("eval.views has `mirrored`, which needs train.flip: true")
         if self.validate_.min_fps > self.validate_.max_fps:
             raise ValueError("validate.min_fps is above validate.max_fps")
         return self

@@ -114,8 +114,14 @@ def fit(job: TrainJob, emit: Emit = lambda event: None, *, devices: Sequence[str
         batch=train.batch,
         shuffle_seed=train.seed,
         min_batches=train.min_steps,
-        flip=train.flip,
+        flip=train.flip is not False,
+        mirror=train.mirrors(job.classes),
         jitter=train.jitter,
+        speed=train.speed,
+        crop=train.crop,
+        noise=train.noise,
+        mix_up=train.mix_up,
+        classes=len(job.classes),
         class_weights=train.class_weights,
     )
     validation = Batches(shards, table[table["split"] == "val"], batch=train.batch)

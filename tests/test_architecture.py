@@ -30,6 +30,8 @@ FLOORS: list[tuple[int, str]] = [
     (3, "sora.project"),
     (3, "sora.training"),
     (3, "sora.evaluation"),
+    (3, "sora.crossval"),
+    (3, "sora.audit"),
     (3, "sora.report"),
     (3, "sora.promotion"),
     (3, "sora.registry"),

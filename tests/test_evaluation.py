@@ -152,6 +152,41 @@ def evaluate(given: evaluation.EvalJob) -> dict[str, evaluation.EvalOutcome]:
     return {model["name"]: evaluation.read(Path(given.out) / model["name"]) for model in given.models}
 
 
+def test_unsure_answers_and_views_travel_in_the_recipe(
+    world: SimpleNamespace, both: SimpleNamespace, tmp_path: Path
+) -> None:
+    model = {"name": "m", "file": both.file}
+    given = replace(job(world, tmp_path, model), unsure_precision=0.7, views=["mirrored", "right"])
+    outcome = evaluate(given)["m"]
+    recipe = outcome.recipe
+    assert recipe.views == ("mirrored", "right") and recipe.unsure_below is not None
+    test = outcome.reports["test"]
+    confidence = np.array([max(video["probabilities"]) for video in test.videos])
+    assert test.metrics["coverage"] == pytest.approx((confidence >= recipe.unsure_below - 1e-6).mean())
+    assert (
+        test.metrics["unsure_below"] == recipe.unsure_below
+        and "sure answers" in (tmp_path / "m" / "index.html").read_text()
+    )
+    assert type(recipe).from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    # The videos are still pictures in their mean: other views change an answer by little, but they do change it.
+    ours = np.array([video["probabilities"] for video in test.videos])
+    plain = np.array([video["probabilities"] for video in both.candidate.reports["test"].videos])
+    assert 0 < np.abs(ours - plain).max() < 0.1
+    network = evaluation._load(Path(both.file), recipe)
+    for golden in recipe.golden:
+        np.testing.assert_allclose(
+            evaluation._golden(network, recipe, golden["seed"])["probabilities"], golden["probabilities"], atol=1e-6
+        )
+
+
+def test_a_recipe_of_an_older_release_has_no_threshold_and_no_views(both: SimpleNamespace) -> None:
+    stored = both.candidate.recipe.to_dict()
+    for name in ("views", "unsure_below"):
+        stored.pop(name)
+    assert type(both.candidate.recipe).from_dict(stored) == both.candidate.recipe
+    assert "coverage" not in both.candidate.reports["test"].metrics
+
+
 def subset(world: SimpleNamespace, path: Path, keep: pd.Series) -> Path:
     world.table[keep].to_csv(path, index=False)
     return path

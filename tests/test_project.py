@@ -14,7 +14,7 @@ import yaml
 
 from sora import project as projects
 from sora.data import version
-from sora.errors import DiskFull, InputError
+from sora.errors import DiskFull, InputError, SettingsError
 from sora.settings import Project, Settings, parse
 from tests.videos import make_folder, make_video
 
@@ -195,3 +195,26 @@ def test_a_disk_that_is_too_small_is_told_before_copying(tmp_path: Path) -> None
         assert not list((disk / "project").rglob("*.mp4"))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {flip: []}", "train.flip"),
+        ("train: {flip: [a, [a, b]]}", "names a class twice"),
+        ("{classes: [a, b], train: {flip: [c]}}", "'c', which is none of the classes"),
+        ("{train: {flip: [a]}, eval: {views: [mirrored]}}", "needs train.flip: true"),
+        ("eval: {views: [left, left]}", "names a view twice"),
+        ("unsure: {precision: 1.0}", "unsure.precision"),
+        ("train: {ema: 1.0}", "train.ema"),
+    ],
+)
+def test_settings_of_training_that_can_not_be(text: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        parse(text)
+
+
+def test_exceptions_from_flipping() -> None:
+    train = parse("{classes: [a, b, c, d], train: {flip: [b, [a, d]]}}").train
+    assert train.mirrors(["a", "b", "c", "d"]) == [3, -1, 2, 0]
+    assert parse("").train.mirrors(["a", "b"]) is None

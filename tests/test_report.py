@@ -107,6 +107,31 @@ def test_chance_alone_makes_a_calibration_error() -> None:
     assert measure.calibration_noise(np.ones(10)) == 0
 
 
+def test_a_threshold_for_a_wanted_precision() -> None:
+    confidence = np.linspace(0.99, 0.5, 50)
+    right = np.arange(50) < 40  # the forty most confident ones
+    below = measure.unsure_below(confidence, right, 0.9)
+    sure = confidence >= below
+    assert 40 <= sure.sum() <= 44 and right[sure].mean() >= 0.9
+    assert measure.unsure_below(confidence, right, 0.5) == confidence[-1]  # all of them: 41 of 52
+    found = measure.selective(confidence, right, below)
+    assert found == {"coverage": sure.mean(), "sure_precision": right[sure].mean()}
+    # Eight right answers in a row are the least evidence for nine in ten.
+    assert (
+        measure.unsure_below(confidence[:7], right[:7], 0.9) > 1 >= measure.unsure_below(confidence[:8], right[:8], 0.9)
+    )
+    never = measure.unsure_below(np.zeros(0), np.zeros(0, bool), 0.9)
+    assert never > 1 and json.loads(json.dumps(never)) == never
+    assert measure.selective(np.ones(3), np.ones(3, bool), never) == {"coverage": 0}
+    assert measure.selective(np.zeros(0), np.zeros(0, bool), 0.5) == {}
+
+
+def test_equal_confidences_are_never_divided() -> None:
+    confidence = np.array([0.9] * 10 + [0.6] * 10)
+    right = np.array([True] * 10 + [True] * 5 + [False] * 5)
+    assert measure.unsure_below(confidence, right, 0.85) == 0.9
+
+
 def test_the_report_by_hand() -> None:
     probabilities = np.array([[0.8, 0.2, 0], [0.6, 0.4, 0], [0.1, 0.9, 0], [0.3, 0.7, 0]])
     report = a_report([0, 0, 1, 0], probabilities, ("a", "b", "c"), temperature=2.0, metrics={"latency_ms": 3.0})

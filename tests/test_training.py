@@ -75,10 +75,16 @@ def kinds(events: Events, kind: str) -> Events:
     return [event for event in events if event["event"] == kind]
 
 
-def test_killed_and_run_again_it_ends_as_if_it_had_not_been(job: Callable[..., TrainJob], tmp_path: Path) -> None:
+ALL = {"speed": 0.5, "crop": 0.2, "noise": 4.0, "mix_up": 0.3, "ema": 0.7}
+
+
+@pytest.mark.parametrize("more", [{}, ALL], ids=["defaults", "all augmentations and averaged weights"])
+def test_killed_and_run_again_it_ends_as_if_it_had_not_been(
+    job: Callable[..., TrainJob], tmp_path: Path, more: dict[str, float]
+) -> None:
     """A real SIGKILL of the child after an epoch, then the same job again; dropout, flips and moves included."""
     whole: Events = []
-    uninterrupted = training.run(job(out="whole", epochs=4), whole.append)
+    uninterrupted = training.run(job(out="whole", epochs=4, **more), whole.append)
     assert [event["epoch"] for event in kinds(whole, "epoch")] == [1, 2, 3, 4]
     assert uninterrupted.epochs == 4 and uninterrupted.resumed_from == 0
     assert set(kinds(whole, "epoch")[0]["metrics"]) == {"loss", "accuracy", "val_loss", "val_accuracy"}
@@ -95,9 +101,9 @@ def test_killed_and_run_again_it_ends_as_if_it_had_not_been(job: Callable[..., T
                 os.kill(int(child), signal.SIGKILL)
 
     with pytest.raises(ServiceError, match="killed by signal 9"):
-        training.run(job(epochs=4), kill_after_two)
+        training.run(job(epochs=4, **more), kill_after_two)
     rest: Events = []
-    resumed = training.run(job(epochs=4), rest.append)
+    resumed = training.run(job(epochs=4, **more), rest.append)
     assert resumed.resumed_from in (2, 3)  # it may have finished another epoch before the signal came
     assert [event["epoch"] for event in kinds(rest, "epoch")] == list(range(resumed.resumed_from + 1, 5))
     for one, other in zip(uninterrupted.history, resumed.history, strict=True):
@@ -160,6 +166,34 @@ def test_early_stopping_gives_back_the_best_epoch(job: Callable[..., TrainJob], 
     assert result.epochs < 30 and result.epochs == result.best_epoch + 2
     assert losses[result.best_epoch - 1] == min(losses)
     assert _validation_loss(result.model, job(), table) == pytest.approx(min(losses), rel=1e-3)
+
+
+def test_averaged_weights_are_what_is_validated_and_kept(job: Callable[..., TrainJob], shard_folder: tuple) -> None:
+    result = training.fit(job(epochs=4, ema=0.5, learning_rate=0.01, mix_up=0.2))
+    losses = [epoch["val_loss"] for epoch in result.history]
+    assert _validation_loss(result.model, job(), shard_folder[1]) == pytest.approx(min(losses), rel=1e-3)
+    plain = training.fit(job(out="plain", epochs=4, learning_rate=0.01, mix_up=0.2))
+    # The weights that train are those of a training without the average: the same losses, other validations.
+    assert [epoch["loss"] for epoch in plain.history] == [epoch["loss"] for epoch in result.history]
+    assert plain.history[0]["val_loss"] == losses[0] and plain.history[2]["val_loss"] != losses[2]
+
+
+def test_the_average_by_hand() -> None:
+    import keras
+
+    from sora.model.loop import Average
+
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
+    average, seen = Average(0.75), []
+    for epoch, value in enumerate([8.0, 4.0, 0.0, 4.0, 4.0, 0.0], 1):
+        model.set_weights([np.full((1, 1), value)])
+        average.update(model, epoch)
+        seen.append(float(average.weights[0][0, 0]))
+    assert seen == [8, 6, 4, 4, 4, 3]  # the mean of four, then a quarter of each new one
+    average.swap_in(model)
+    assert model.get_weights()[0] == 3
+    average.swap_out(model)
+    assert model.get_weights()[0] == 0
 
 
 def _validation_loss(model: str, job: TrainJob, table: pd.DataFrame) -> float:
@@ -285,7 +319,7 @@ def test_two_devices_mirror_the_model(job: Callable[..., TrainJob], tmp_path: Pa
     """Two virtual devices of this CPU: the strategy's path, run for real, and its checkpoint."""
     file = tmp_path / "job.json"
     for epochs, resumed in ((2, 0), (2, 2)):
-        file.write_text(json.dumps(job(epochs=epochs).to_dict()))
+        file.write_text(json.dumps(job(epochs=epochs, ema=0.5).to_dict()))
         done = subprocess.run(
             [sys.executable, "-c", _MIRRORED, str(file)], capture_output=True, text=True, env=_quiet(), check=False
         )
@@ -305,7 +339,7 @@ def _quiet(**more: str) -> dict[str, str]:
 def test_jax_trains_from_shards_without_tensorflow(job: Callable[..., TrainJob], tmp_path: Path) -> None:
     pytest.importorskip("jax")
     file = tmp_path / "job.json"
-    file.write_text(json.dumps(job(epochs=2).to_dict()))
+    file.write_text(json.dumps(job(epochs=2, ema=0.5, mix_up=0.2).to_dict()))
     code = (
         "import json, sys; sys.modules['tensorflow'] = None\n"
         "from sora import training\n"

@@ -6,17 +6,17 @@ several threads, and a training that resumes at an epoch sees what the uninterru
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 import pandas as pd
 
+from sora.data import augment
 from sora.errors import InputError
 
-_SHIFT = 0.08  # of height and width, at most
-_CONTRAST = 0.25
-_BRIGHTNESS = 25.0  # of 255
+# Kind of augmentation → what its generator's seed has beside seed, epoch and number of the batch.
+_STREAMS: dict[str, tuple[int, ...]] = {"basic": (), "speed": (1,), "crop": (2,), "noise": (3,), "mix_up": (4,)}
 
 
 class ClipSource(Protocol):
@@ -32,7 +32,7 @@ class Batches:
     """The clips of the videos of a table, in batches `(x, y, w)`.
 
     - x `(batch, time, height, width, rgb) uint8`
-    - y `(batch,) int64`: index of the class
+    - y `(batch,) int64`: index of the class; with `mix_up` `(batch, classes) float32`, rows sum to 1
     - w `(batch,) float32`: weight of the clip in the loss
 
     Args:
@@ -43,8 +43,13 @@ class Batches:
             so that all have one shape. None, for evaluation: the table's order, the last batch may be smaller.
         min_batches: in training an epoch has at least so many; a small table is gone through as often as that takes.
         flip: training shows every second clip, at random, as its mirror image (left and right).
+        mirror: for each class that of its mirror image: itself, another one, or -1: such clips are never mirrored.
+            None: each class is its own.
         jitter: training moves every clip by up to 8 % of its sides and varies contrast and brightness, the same for
             all frames of the clip.
+        speed, crop, noise: see `augment.slower`, `augment.resized_crop` and `augment.noisy`; 0 is off.
+        mix_up: the alpha of `augment.mixed`; 0 is off.
+        classes: how many there are; `mix_up` needs it.
         class_weights: weights that make every class count alike; otherwise 1.
 
     Raises:
@@ -60,7 +65,13 @@ class Batches:
         shuffle_seed: int | None = None,
         min_batches: int = 1,
         flip: bool = False,
+        mirror: Sequence[int] | None = None,
         jitter: bool = False,
+        speed: float = 0.0,
+        crop: float = 0.0,
+        noise: float = 0.0,
+        mix_up: float = 0.0,
+        classes: int = 0,
         class_weights: bool = False,
     ) -> None:
         index = shards.index
@@ -73,9 +84,16 @@ class Batches:
                 mend="`sora run` prepares what is missing",
             )
         self.shards, self.batch, self.shuffle_seed, self.flip, self.jitter = shards, batch, shuffle_seed, flip, jitter
+        self.mirror, self.speed, self.crop, self.noise = mirror, speed, crop, noise
+        self.mix_up, self.classes = mix_up, classes
+        kinds = (flip, jitter, speed, crop, noise, mix_up)
+        self._augments = shuffle_seed is not None and any(kinds)
         self.rows = joined["row"].to_numpy(np.int64)
         self.labels = joined["label_index"].to_numpy(np.int64)
         self.weights = balanced(self.labels) if class_weights else np.ones(len(self.labels), np.float32)
+        # Of a class without clips the mirror image of another one is all that there is: it counts as the average.
+        self.class_weight = np.ones(max(self.labels.max(initial=-1) + 1, classes), np.float32)
+        self.class_weight[self.labels] = self.weights
         batches = -(-len(self.rows) // batch)
         self.batches = max(batches, min_batches) if batches and shuffle_seed is not None else batches
 
@@ -99,33 +117,42 @@ class Batches:
             order = np.concatenate([rng.permutation(order) for _ in range(times)])
         chosen = order[number * self.batch : (number + 1) * self.batch]
         x = self.shards.clips(self.rows[chosen])
-        if self.shuffle_seed is not None and (self.flip or self.jitter):
-            x = self._augmented(x, np.random.default_rng([self.shuffle_seed, epoch, number]))
-        return x, self.labels[chosen], self.weights[chosen]
+        y, w = self.labels[chosen], self.weights[chosen]
+        return self._augmented(x, y, w, epoch, number) if self._augments else (x, y, w)
 
     def epoch(self, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """All batches of `epoch`."""
         for number in range(len(self)):
             yield self.load(epoch, number)
 
-    def _augmented(self, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        result = np.empty_like(x)
-        for source, target in zip(x, result, strict=True):
-            # Drawn whether used or not: switching one kind of augmentation leaves the others' draws alone.
-            mirrored, vertical, horizontal = rng.random() < 0.5, *rng.uniform(-_SHIFT, _SHIFT, 2)
-            contrast, brightness = rng.uniform(1 - _CONTRAST, 1 + _CONTRAST), rng.uniform(-_BRIGHTNESS, _BRIGHTNESS)
-            if self.flip and mirrored:
-                source = source[:, :, ::-1]
-            if self.jitter:
-                height, width = source.shape[1:3]
-                levels = (np.arange(256) - 127.5) * contrast + 127.5 + brightness
-                source = levels.clip(0, 255).astype(np.uint8)[source]
-                # Moving by indices that stop at the border repeats the border's pixels.
-                rows = (np.arange(height) + round(vertical * height)).clip(0, height - 1)
-                columns = (np.arange(width) + round(horizontal * width)).clip(0, width - 1)
-                source = source[:, rows][:, :, columns]
-            target[...] = source
-        return result
+    def _augmented(
+        self, x: np.ndarray, y: np.ndarray, w: np.ndarray, epoch: int, number: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        assert self.shuffle_seed is not None
+        draws = {
+            kind: np.random.default_rng([self.shuffle_seed, epoch, number, *stream])
+            for kind, stream in _STREAMS.items()
+        }
+        result, y, w = np.empty_like(x), y.copy(), w.copy()
+        for place, source in enumerate(x):
+            clip, mirrored = source, False
+            if self.flip or self.jitter:
+                mirror = self.mirror[y[place]] if self.mirror is not None else y[place]
+                clip, mirrored = augment.flip_and_jitter(
+                    clip, draws["basic"], flip=self.flip and mirror >= 0, jitter=self.jitter
+                )
+                if mirrored and mirror != y[place]:
+                    y[place], w[place] = mirror, self.class_weight[mirror]
+            if self.speed:
+                clip = augment.slower(clip, draws["speed"], self.speed)
+            if self.crop:
+                clip = augment.resized_crop(clip, draws["crop"], self.crop)
+            if self.noise:
+                clip = augment.noisy(clip, draws["noise"], self.noise)
+            result[place] = clip
+        if not self.mix_up:
+            return result, y, w
+        return augment.mixed(result, np.eye(self.classes, dtype=np.float32)[y], w, draws["mix_up"], self.mix_up)
 
 
 def balanced(labels: np.ndarray) -> np.ndarray:

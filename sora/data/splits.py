@@ -27,7 +27,7 @@ from sora.files import atomic
 from sora.records import SPLITS, Rejection
 from sora.settings import Settings
 
-__all__ = ["COLUMNS", "Assignment", "append", "assign", "digest", "near_duplicates", "read"]
+__all__ = ["COLUMNS", "Assignment", "append", "assign", "digest", "near_duplicates", "read", "units"]
 
 COLUMNS = ("sha256", "split", "group")
 _TRAIN, _VAL, _TEST = (SPLITS.index(name) for name in ("train", "val", "test"))
@@ -129,8 +129,7 @@ def assign(accepted: pd.DataFrame, ledger: pd.DataFrame, settings: Settings) -> 
     videos = accepted.iloc[order].reset_index(drop=True)
     bits = settings.validate_.near_duplicate_bits if settings.validate_.duplicates else None
     bound = _Bindings(videos, ledger)
-    pairs = np.empty((0, 2), np.int64) if bits is None else near_duplicates(videos, bits)
-    unit = _components(len(videos), pairs, bound.group, bound.content)
+    unit = units(videos, bits)
     reasons = _untangle(videos, bound, unit, bits)
     kept = np.ones(len(videos), bool)
     kept[list(reasons)] = False
@@ -156,6 +155,19 @@ def assign(accepted: pd.DataFrame, ledger: pd.DataFrame, settings: Settings) -> 
         rejections=sorted(rejections, key=lambda rejection: rejection.path),
         notes=_notes(videos[kept], unit[kept], split[kept], bound) if len(rows) else [],
     )
+
+
+def units(videos: pd.DataFrame, bits: int | None) -> np.ndarray:
+    """Number of the unit of each video, `(videos,) int64`: what one of them is part of must not be divided.
+
+    Args:
+        videos: rows of the manifest (`sha256, group, signature` are read).
+        bits: two videos whose signatures differ in at most so many bits belong together; None: whatever they show.
+    """
+    names = videos["group"].fillna("")
+    pairs = np.empty((0, 2), np.int64) if bits is None else near_duplicates(videos, bits)
+    group, content = pd.factorize(names.where(names != ""))[0], pd.factorize(videos["sha256"])[0]
+    return _components(len(videos), pairs, group, content)
 
 
 class _Bindings:

@@ -18,8 +18,13 @@ class Unusable(Exception):
     """The file is damaged or of another training; its text says which."""
 
 
-def save(path: Path, model: keras.Model, best: list[np.ndarray], state: dict[str, Any]) -> None:
-    """Writes weights, optimiser, the best weights so far and `state` (JSON-able); replaces an earlier file at once.
+Kept = dict[str, list[np.ndarray]]
+
+
+def save(path: Path, model: keras.Model, kept: Kept, state: dict[str, Any]) -> None:
+    """Writes weights, optimiser and `state` (JSON-able); replaces an earlier file at once.
+
+    `kept` holds further sets of weights by name (letters only): the best so far, their average; a set may be empty.
 
     One file rather than a model and a state beside it: no crash can leave the two of different epochs.
 
@@ -29,14 +34,15 @@ def save(path: Path, model: keras.Model, best: list[np.ndarray], state: dict[str
     arrays = {f"weight{number:05}": value for number, value in enumerate(model.get_weights())}
     for number, variable in enumerate(model.optimizer.variables):
         arrays[f"optimizer{number:05}"] = keras.ops.convert_to_numpy(variable)
-    arrays |= {f"best{number:05}": value for number, value in enumerate(best)}
+    for name, values in kept.items():
+        arrays |= {f"{name}{number:05}": value for number, value in enumerate(values)}
     arrays["state"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
     with files.atomic(path) as file:
         np.savez(file, allow_pickle=False, **arrays)  # type: ignore[arg-type]
 
 
-def load(path: Path, model: keras.Model, fingerprint: str) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """Puts weights and optimiser into `model` (compiled); returns the best weights and the state.
+def load(path: Path, model: keras.Model, fingerprint: str) -> tuple[Kept, dict[str, Any]]:
+    """Puts weights and optimiser into `model` (compiled); returns the other sets of weights and the state.
 
     Raises:
         FileNotFoundError: there is none.
@@ -52,7 +58,7 @@ def load(path: Path, model: keras.Model, fingerprint: str) -> tuple[list[np.ndar
         raise Unusable(f"it is damaged ({error})") from error
     if state["fingerprint"] != fingerprint:
         raise Unusable("it belongs to a training with other data, settings or code")
-    groups: dict[str, list[np.ndarray]] = {"weight": [], "optimizer": [], "best": []}
+    groups: Kept = {"weight": [], "optimizer": [], "best": [], "average": []}
     for name in sorted(arrays):
         groups[name.rstrip("0123456789")].append(arrays[name])
     model.optimizer.build(model.trainable_variables)
@@ -63,4 +69,4 @@ def load(path: Path, model: keras.Model, fingerprint: str) -> tuple[list[np.ndar
     model.set_weights(groups["weight"])
     for variable, value in zip(variables, groups["optimizer"], strict=True):
         variable.assign(value)
-    return groups["best"], state
+    return groups, state

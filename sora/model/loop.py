@@ -21,7 +21,7 @@ _BATCH_EVENT_SECONDS = 0.5
 
 
 class ClipDataset(keras.utils.PyDataset):
-    """`Batches` for `fit`, labels one-hot (for label smoothing); two threads, at most 4 batches ahead.
+    """`Batches` for `fit`, labels one-hot (for label smoothing) or mixed; two threads, at most 4 batches ahead.
 
     The threads are its own: Keras's may begin with the next epoch before they are told that it is another. Batches made
     ahead are known by epoch and number, so what comes out depends on no timing.
@@ -51,7 +51,7 @@ class ClipDataset(keras.utils.PyDataset):
         except Exception as error:
             self.error = error  # a backend may tell it as the text of an error of its own
             raise
-        return x, np.eye(self.classes, dtype=np.float32)[y], w
+        return x, y if y.ndim == 2 else np.eye(self.classes, dtype=np.float32)[y], w
 
 
 def compile_model(model: keras.Model, train: Train, steps: int, *, jit: bool | str) -> None:
@@ -73,8 +73,47 @@ def compile_model(model: keras.Model, train: Train, steps: int, *, jit: bool | s
     model.compile(optimizer, loss, metrics=[keras.metrics.CategoricalAccuracy("accuracy")], jit_compile=jit)
 
 
+class Average:
+    """The average of a model's weights over epochs, which is validated and kept in the place of the weights.
+
+    After epoch n it moves towards the weights by max(1 - decay, 1 / n): at first the plain mean, as in stochastic
+    weight averaging (Izmailov et al. 2018), then an exponential one that forgets the early epochs. Departure: batch
+    normalisation's statistics are averaged too instead of measured anew, which would cost a pass over the clips.
+    Keras's own `use_ema` leaves them as they are, of other weights than those that they then serve.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.weights: list[np.ndarray] = []  # none: there was no epoch yet
+        self._aside: list[np.ndarray] = []
+
+    def update(self, model: keras.Model, epochs: int) -> None:
+        """Takes the weights of the epoch that ended, the `epochs`-th, into the average."""
+        step = max(1 - self.decay, 1 / epochs)
+        now = model.get_weights()
+        if not self.weights or epochs == 1:
+            self.weights = now
+            return
+        self.weights = [
+            (average + step * (value - average)).astype(value.dtype)
+            for average, value in zip(self.weights, now, strict=True)
+        ]
+
+    def swap_in(self, model: keras.Model) -> None:
+        """Gives the model the average; its own weights are kept aside."""
+        self._aside = model.get_weights()
+        model.set_weights(self.weights)
+
+    def swap_out(self, model: keras.Model) -> None:
+        """Gives the model its own weights back."""
+        model.set_weights(self._aside)
+        self._aside = []
+
+
 class EpochEnd(keras.callbacks.Callback):
     """After each epoch: finite? better? write the checkpoint, tell the parent, stop when patience is over.
+
+    With `train.ema` the weights' average is what validation sees and what the best epoch leaves.
 
     Before each: the epoch's number to the data, and the epoch's seed to every source of randomness in the model, which
     thus need no place in the checkpoint.
@@ -93,6 +132,8 @@ class EpochEnd(keras.callbacks.Callback):
         super().__init__()
         self.data, self.train, self.monitor, self.path, self.emit = data, train, monitor, path, emit
         self.best: list[np.ndarray] = []
+        self.average = Average(train.ema) if train.ema else None
+        self._averaged = 0  # the last epoch that is in the average
         self.state: dict[str, Any] = {
             "fingerprint": fingerprint,
             "epoch": 0,  # finished
@@ -109,12 +150,16 @@ class EpochEnd(keras.callbacks.Callback):
     def restore(self, model: keras.Model) -> int:
         """Goes on from the checkpoint, if there is a usable one. Returns the epochs that are done."""
         try:
-            self.best, self.state = checkpoint.load(self.path, model, self.state["fingerprint"])
+            kept, self.state = checkpoint.load(self.path, model, self.state["fingerprint"])
         except FileNotFoundError:
             return 0
         except checkpoint.Unusable as reason:
             self.emit({"event": "note", "message": f"the checkpoint {self.path.name} is not used: {reason}"})
             return 0
+        self.best = kept["best"]
+        if self.average is not None:
+            self.average.weights = kept["average"]
+            self._averaged = self.state["epoch"]
         return self.state["epoch"]
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
@@ -132,6 +177,20 @@ class EpochEnd(keras.callbacks.Callback):
             count = {"epoch": self.data.epoch + 1, "batch": batch + 1, "batches": len(self.data.batches)}
             self.emit({"event": "batch", **count})
 
+    def on_test_begin(self, logs: dict[str, float] | None = None) -> None:
+        if self.average is not None:  # validation is of what would be kept
+            self._take(self.data.epoch + 1)
+            self.average.swap_in(self.model)
+
+    def on_test_end(self, logs: dict[str, float] | None = None) -> None:
+        if self.average is not None:
+            self.average.swap_out(self.model)
+
+    def _take(self, epoch: int) -> None:
+        if self.average is not None and self._averaged < epoch:
+            self.average.update(self.model, epoch)
+            self._averaged = epoch
+
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         metrics = {name: float(value) for name, value in (logs or {}).items()}
         wrong = [name for name, value in metrics.items() if not np.isfinite(value)]
@@ -146,10 +205,12 @@ class EpochEnd(keras.callbacks.Callback):
         state = self.state
         state["epoch"] = epoch + 1
         state["history"].append({"epoch": epoch + 1, **metrics, **took})
+        self._take(epoch + 1)
+        average = self.average.weights if self.average is not None else []
         if state["best"] is None or metrics[self.monitor] < state["best"]:
             state["best"], state["best_epoch"] = metrics[self.monitor], epoch + 1
-            self.best = self.model.get_weights()
-        checkpoint.save(self.path, self.model, self.best, state)
+            self.best = average or self.model.get_weights()
+        checkpoint.save(self.path, self.model, {"best": self.best, "average": average}, state)
         self.emit({"event": "epoch", "epoch": epoch + 1, "epochs": self.train.epochs, "metrics": metrics, **took})
         self.model.stop_training = self.finished
 

@@ -32,7 +32,7 @@ class Mistake:
     predicted: str
     confidence: float  # in what it answered
     truth: float  # probability that it gave to the true class
-    strip: np.ndarray  # (height, FRAMES * width, 3) uint8: frames of the middle clip, evenly spread
+    strip: np.ndarray  # see the function `strip`
 
 
 def worst(report: EvalReport, shards: Clips, most: int = MOST) -> list[Mistake]:
@@ -44,9 +44,6 @@ def worst(report: EvalReport, shards: Clips, most: int = MOST) -> list[Mistake]:
     rows = shards.index.groupby("sha256").indices
     result = []
     for video in [video for video in wrong if video["sha256"] in rows][:most]:
-        own = rows[video["sha256"]]
-        clip = shards.clips(own[len(own) // 2 : len(own) // 2 + 1])[0]
-        chosen = np.linspace(0, len(clip) - 1, FRAMES).round().astype(int)
         result.append(
             Mistake(
                 path=video["path"],
@@ -54,7 +51,16 @@ def worst(report: EvalReport, shards: Clips, most: int = MOST) -> list[Mistake]:
                 predicted=video["predicted"],
                 confidence=max(video["probabilities"]),
                 truth=video["probabilities"][report.classes.index(video["label"])],
-                strip=np.concatenate(list(clip[chosen]), axis=1),
+                strip=strip(shards, rows[video["sha256"]]),
             )
         )
     return result
+
+
+def strip(shards: Clips, rows: np.ndarray) -> np.ndarray:
+    """Frames of the middle one of a video's clips (its `rows` of the index), evenly spread: `(height, FRAMES * width,
+    rgb) uint8`.
+    """
+    clip = shards.clips(rows[len(rows) // 2 : len(rows) // 2 + 1])[0]
+    chosen = np.linspace(0, len(clip) - 1, FRAMES).round().astype(int)
+    return np.concatenate(list(clip[chosen]), axis=1)

@@ -58,26 +58,23 @@ def render(
     reports: dict[str, EvalReport], images: dict[str, bytes], worst: Sequence[mistakes_.Mistake], *, title: str
 ) -> str:
     """The HTML text."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["share"] = lambda value: "–" if value is None else f"{value:.1%}"
-    environment.filters["number"] = lambda value, digits=3: "–" if value is None else f"{value:.{digits}f}"
     test, val = reports["test"], reports.get("val")
     classes = sorted(test.per_class.items(), key=lambda item: (item[1].get("recall", 2), item[0]))
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=title or "Evaluation",
-        test=test,
-        val=val,
-        cards=_cards(test),
-        classes=classes[:MOST_CLASSES],
-        left_out=max(0, len(classes) - MOST_CLASSES),
-        slices=_grouped(test.slices),
-        images={name: _address("png", content) for name, content in images.items()},
-        mistakes=[(mistake, _strip(mistake.strip)) for mistake in worst],
-        wrong=sum(video["predicted"] != video["label"] for video in test.videos),
+    return (
+        environment()
+        .from_string(TEMPLATE.read_text(encoding="utf-8"))
+        .render(
+            title=title or "Evaluation",
+            test=test,
+            val=val,
+            cards=_cards(test),
+            classes=classes[:MOST_CLASSES],
+            left_out=max(0, len(classes) - MOST_CLASSES),
+            slices=_grouped(test.slices),
+            images={name: _address("png", content) for name, content in images.items()},
+            mistakes=[(mistake, jpeg(mistake.strip)) for mistake in worst],
+            wrong=sum(video["predicted"] != video["label"] for video in test.videos),
+        )
     )
 
 
@@ -86,7 +83,7 @@ def _cards(test: EvalReport) -> list[tuple[str, str, str]]:
     found = test.metrics
     if not test.videos:
         return [("test videos", "0", "nothing can be said")]
-    return [
+    cards = [
         (
             "accuracy",
             f"{found['accuracy']:.1%}",
@@ -102,6 +99,10 @@ def _cards(test: EvalReport) -> list[tuple[str, str, str]]:
         ("test videos", f"{len(test.videos)}", f"{len(test.classes)} classes"),
         ("latency", f"{found['latency_ms']:.1f} ms" if "latency_ms" in found else "–", "one clip, warmed model call"),
     ]
+    if "coverage" in found:
+        right = f"{found['sure_precision']:.1%} of them right" if "sure_precision" in found else "none is sure"
+        cards.append(("sure answers", f"{found['coverage']:.1%}", right))
+    return cards
 
 
 def _grouped(slices: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -112,7 +113,18 @@ def _grouped(slices: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str,
     return list(kinds.items())
 
 
-def _strip(pixels: np.ndarray) -> str:
+def environment() -> Any:
+    """Jinja's, which escapes all that is put into a page; filters `share` and `number`."""
+    import jinja2
+
+    made = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made.filters["share"] = lambda value: "–" if value is None else f"{value:.1%}"
+    made.filters["number"] = lambda value, digits=3: "–" if value is None else f"{value:.{digits}f}"
+    return made
+
+
+def jpeg(pixels: np.ndarray) -> str:
+    """`(height, width, rgb) uint8` as the address of an image that stands in the page itself."""
     import cv2
 
     encoded = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 85])[1]

@@ -11,13 +11,13 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sora.data import augment
 from sora.errors import InputError, PromotionFailed, ServiceError
 from sora.processes import run_child
 from sora.records import Prediction, Recipe
@@ -55,6 +55,11 @@ class Predictor:
                 f"version {version} has a recipe of schema {recipe.schema}, this Sora reads {SCHEMA}",
                 mend="use the release of Sora that trained it, or train again",
             )
+        if unknown := set(recipe.views) - set(augment.VIEWS):
+            raise ModelRefused(
+                f"version {version} asks for a view that this Sora does not know: {', '.join(sorted(unknown))}",
+                mend="use the release of Sora that trained it, or train again",
+            )
         self.recipe = recipe
         self.version = version
         self.classes = recipe.classes
@@ -77,14 +82,17 @@ class Predictor:
         return (self.recipe.clip.frames, self.recipe.clip.height, self.recipe.clip.width, 3)
 
     def probabilities(self, clips: np.ndarray) -> np.ndarray:
-        """Calibrated class probabilities of each clip.
+        """Calibrated class probabilities of each clip, the mean over its views where the recipe names some.
 
         Input shape: `(n, time, height, width, rgb) uint8`, any n ≥ 1.
         Output shape: `(n, classes) float64`, rows sum to 1.
         """
+        count = len(clips)
+        clips = augment.views(clips, self.recipe.views)
         logits = self._batched(self._call, clips) / self.recipe.temperature
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return powers / powers.sum(axis=1, keepdims=True)
+        shares = powers / powers.sum(axis=1, keepdims=True)
+        return shares.reshape(count, -1, shares.shape[1]).mean(axis=1)
 
     def embeddings(self, clips: np.ndarray) -> np.ndarray:
         """The representation of each clip: what the layer before the last one answers. Compiled at the first call.
@@ -128,7 +136,9 @@ class Predictor:
         """The answer for one video from the probabilities of its clips, `(clips, classes)`."""
         mean = probabilities.mean(axis=0)
         named = {name: float(value) for name, value in zip(self.classes, mean, strict=True)}
-        return Prediction(self.classes[int(mean.argmax())], named, self.version)
+        below = self.recipe.unsure_below
+        unsure = None if below is None else bool(mean.max() < below)
+        return Prediction(self.classes[int(mean.argmax())], named, self.version, unsure)
 
     def attribution(self) -> Callable[[np.ndarray, int], tuple[np.ndarray, float]]:
         """What tells where a class was seen: `(time, height, width, rgb) uint8` and a class's index → the evidence,
@@ -310,6 +320,8 @@ def predict_files(
 ) -> list[dict[str, Any]]:
     """Answers for video files, in order: `{path, label, probabilities, version}` or `{path, error}`.
 
+    With a threshold in the recipe an answer also has `unsure`.
+
     The model is loaded at the first readable file. A file that can't be used costs only its own answer.
 
     Arguments:
@@ -327,5 +339,5 @@ def predict_files(
             answers.append({"path": str(path), "error": error.message})
             continue
         predictor = predictor or Predictor(model_file, recipe, version)
-        answers.append({"path": str(path), **asdict(predictor.predict(clips))})
+        answers.append({"path": str(path), **predictor.predict(clips).to_dict()})
     return answers

@@ -33,6 +33,7 @@ class PredictAnswer(BaseModel):
     data_version: str
     clips: int
     seconds: dict[str, float] = Field(description="by stage: upload, wait, decode, queue, model")
+    unsure: bool | None = Field(None, description="below the model's threshold; absent where it has none")
     timeline: list[Window] | None = Field(
         None, description="by clip, in the order of time; present for several clips, and with ?timeline=1"
     )

@@ -233,9 +233,7 @@ class Service:
         prediction = predictor.answer(answered.probabilities)
         answer: dict[str, Any] = {
             "filename": upload.name,
-            "label": prediction.label,
-            "probabilities": prediction.probabilities,
-            "version": prediction.version,
+            **prediction.to_dict(),
             "data_version": served.champion.data_version,
             "clips": len(decoded.clips),
             "seconds": {

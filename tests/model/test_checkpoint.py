@@ -39,16 +39,16 @@ def model() -> keras.Model:
 @pytest.fixture
 def stored(model: keras.Model, tmp_path: Path) -> Path:
     path = tmp_path / "checkpoint.npz"
-    checkpoint.save(path, model, [np.full(2, 7.0)], {"fingerprint": "f", "epoch": 3})
+    checkpoint.save(path, model, {"best": [np.full(2, 7.0)], "average": []}, {"fingerprint": "f", "epoch": 3})
     return path
 
 
 def test_a_training_goes_on_from_it_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     one, path = trained(), tmp_path / "checkpoint.npz"
-    checkpoint.save(path, one, [np.full(2, 7.0)], {"fingerprint": "f", "epoch": 3})
+    checkpoint.save(path, one, {"best": [np.full(2, 7.0)], "average": []}, {"fingerprint": "f", "epoch": 3})
     other = trained(seed=1)
-    best, state = checkpoint.load(path, other, "f")
-    assert state["epoch"] == 3 and best[0].tolist() == [7, 7]
+    kept, state = checkpoint.load(path, other, "f")
+    assert state["epoch"] == 3 and kept["best"][0].tolist() == [7, 7] and kept["average"] == []
     for model in (one, other):
         step(model)
     for left, right in zip(one.get_weights(), other.get_weights(), strict=True):
@@ -110,6 +110,6 @@ def test_a_full_disk_leaves_the_one_before_whole(model: keras.Model, stored: Pat
     draft = stored.with_name(f".{stored.name}.part")
     draft.symlink_to("/dev/full")
     with pytest.raises(DiskFull, match="no space left"):
-        checkpoint.save(stored, model, [], {"fingerprint": "f", "epoch": 4})
+        checkpoint.save(stored, model, {}, {"fingerprint": "f", "epoch": 4})
     assert not draft.is_symlink()
     assert checkpoint.load(stored, model, "f")[1]["epoch"] == 3

@@ -98,6 +98,35 @@ def test_files_are_answered_one_by_one_and_bad_ones_say_why(models, video, tmp_p
     np.testing.assert_allclose(list(answers[1]["probabilities"].values()), expected, atol=1e-4)
 
 
+def test_unsure_only_where_the_recipe_has_a_threshold(predictor, models, video):
+    clips = prepare_clips(video, SPEC)
+    plain = predictor.predict(clips)
+    assert plain.unsure is None and "unsure" not in plain.to_dict()
+    confidence = plain.probabilities[plain.label]
+    for below, unsure in ((confidence + 0.01, True), (confidence - 0.01, False)):
+        recipe = replace(models[0].recipe, unsure_below=below)
+        [answer] = predict_files([video], models[0].file, recipe, 1)
+        assert answer["unsure"] is unsure and answer["label"] == plain.label
+
+
+def test_views_are_averaged_and_golden_answers_know_them(models):
+    from sora.evaluation import _golden, _load
+
+    recipe = replace(models[0].recipe, views=("mirrored", "left"), golden=())
+    recipe = replace(recipe, golden=(_golden(_load(models[0].file, recipe), recipe, 0),))
+    viewed = Predictor(models[0].file, recipe, 1)
+    assert viewed.check_golden() < 1e-4
+    clips = np.random.default_rng(7).integers(0, 256, (5, 4, 32, 32, 3), np.uint8)
+    answer = viewed.probabilities(clips)
+    plain = _by_keras(models[0], clips)
+    mirrored = _by_keras(models[0], clips[:, :, :, ::-1])
+    left = _by_keras(models[0], clips[:, :, :, (np.arange(32) - 1).clip(0)])
+    assert answer.shape == (5, 3)
+    np.testing.assert_allclose(answer, (plain + mirrored + left) / 3, atol=1e-4)
+    with pytest.raises(ModelRefused, match="view"):
+        Predictor(models[0].file, replace(models[0].recipe, views=("inside out",)), 1)
+
+
 def test_smoke_in_a_child(models):
     assert smoke(models[0].file, models[0].recipe)["difference"] < 1e-4
     with pytest.raises(PromotionFailed, match="differs by"):

@@ -1,0 +1,137 @@
+"""Changes of whole clips, `(time, height, width, rgb) uint8`, that leave the class what it is: NumPy only.
+
+What is drawn comes from the generator that is given, and each kind draws from one of its own (see `batches`): a kind
+that is switched on or off leaves what the others draw alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+VIEWS = ("mirrored", "left", "right")
+_SHIFT = 0.08  # of height and width, at most
+_CONTRAST = 0.25
+_BRIGHTNESS = 25.0  # of 255
+_VIEW = 0.04  # of the width
+_ASPECT = 4 / 3  # of a crop, at most, and its inverse at least
+_FRACTION = 256  # positions between two pixels: 255 * 256 still fits into 16 bits
+
+
+def flip_and_jitter(clip: np.ndarray, rng: np.random.Generator, *, flip: bool, jitter: bool) -> tuple[np.ndarray, bool]:
+    """With `flip` the mirror image (left and right) every second time; with `jitter` moves of up to 8 % of the sides,
+    other contrast and brightness, the same for all frames. Says whether it is mirrored.
+    """
+    # Drawn whether used or not: switching one kind of augmentation leaves the others' draws alone.
+    mirrored, vertical, horizontal = rng.random() < 0.5, *rng.uniform(-_SHIFT, _SHIFT, 2)
+    contrast, brightness = rng.uniform(1 - _CONTRAST, 1 + _CONTRAST), rng.uniform(-_BRIGHTNESS, _BRIGHTNESS)
+    if flip and mirrored:
+        clip = clip[:, :, ::-1]
+    if jitter:
+        levels = (np.arange(256) - 127.5) * contrast + 127.5 + brightness
+        height, width = clip.shape[1:3]
+        clip = moved(
+            levels.clip(0, 255).astype(np.uint8)[clip], round(vertical * height), round(horizontal * width)
+        )  # fmt: skip
+    return clip, flip and mirrored
+
+
+def moved(clip: np.ndarray, down: int, right: int) -> np.ndarray:
+    """Shows what lies `down` and `right` of the picture, in pixels; the border's pixels are repeated."""
+    height, width = clip.shape[1:3]
+    rows = (np.arange(height) + down).clip(0, height - 1)
+    columns = (np.arange(width) + right).clip(0, width - 1)
+    return clip[:, rows][:, :, columns]
+
+
+def views(clips: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Every clip and after it its other views, which a model is asked about too (test-time augmentation).
+
+    `mirrored` is left-right; `left` and `right` show what lies 4 % of the width to that side.
+
+    Input shape: `(n, time, height, width, rgb) uint8`.
+    Output shape: `(n * (1 + len(names)), time, height, width, rgb) uint8`.
+
+    Raises:
+        KeyError: no such view.
+    """
+    if not names:
+        return clips
+    side = round(_VIEW * clips.shape[3])
+    make = {"mirrored": lambda clip: clip[:, :, ::-1], "left": lambda clip: moved(clip, 0, -side)}
+    make["right"] = lambda clip: moved(clip, 0, side)
+    return np.stack([view for clip in clips for view in (clip, *(make[name](clip) for name in names))])
+
+
+def resized_crop(clip: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarray:
+    """A random part of the picture at full size, the same of all frames; at most the share `most` of its area is lost.
+
+    The random resized crop of Szegedy et al. 2015 (area uniform, aspect log-uniform from 3:4 to 4:3 of the picture's
+    own), with areas that stay near the whole: of a small clip of an action not much can be spared.
+    """
+    height, width = clip.shape[1:3]
+    area, aspect = rng.uniform(1 - most, 1), np.exp(rng.uniform(-np.log(_ASPECT), np.log(_ASPECT)))
+    rows, columns = min(1.0, np.sqrt(area / aspect)) * height, min(1.0, np.sqrt(area * aspect)) * width
+    top, left = rng.uniform(0, height - rows), rng.uniform(0, width - columns)
+    clip = _resampled(clip, top + (np.arange(height) + 0.5) * rows / height - 0.5, 1)
+    return _resampled(clip, left + (np.arange(width) + 0.5) * columns / width - 0.5, 2)
+
+
+def _resampled(clip: np.ndarray, positions: np.ndarray, axis: int) -> np.ndarray:
+    """Linear interpolation along one axis, in 16-bit integers: a third of the time of floating point."""
+    length = clip.shape[axis]
+    scaled = np.round(positions.clip(0, length - 1) * _FRACTION).astype(np.int64)
+    first = scaled // _FRACTION
+    shape = [1] * clip.ndim
+    shape[axis] = -1
+    part = (scaled % _FRACTION).astype(np.uint16).reshape(shape)
+    low = clip.take(first, axis).astype(np.uint16)
+    low *= _FRACTION - part
+    high = clip.take((first + 1).clip(max=length - 1), axis).astype(np.uint16)
+    high *= part
+    low += high
+    low >>= 8
+    return low.astype(np.uint8)
+
+
+def slower(clip: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarray:
+    """A random span of the clip over all of its frames, down to 1 / (1 + `most`) of its time: slower motion.
+
+    Frames repeat, as those of a slower camera would. Faster motion would need frames that the clip does not hold.
+    """
+    frames = len(clip)
+    span = (frames - 1) / (1 + rng.uniform(0, most))
+    start = rng.uniform(0, frames - 1 - span)
+    return clip[np.round(start + np.linspace(0, span, frames)).astype(np.int64)]
+
+
+def noisy(clip: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarray:
+    """With Gaussian noise of a deviation of up to `most` levels (of 255), new in every pixel of every frame."""
+    noise = rng.standard_normal(clip.shape, np.float32)
+    noise *= np.float32(rng.uniform(0, most))
+    noise += clip
+    np.rint(noise, out=noise)
+    return noise.clip(0, 255, out=noise).astype(np.uint8)
+
+
+def mixed(
+    x: np.ndarray, y: np.ndarray, w: np.ndarray, rng: np.random.Generator, alpha: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every clip of a batch blended with another one of it: mix-up (Zhang et al. 2018), with a share a clip of its own.
+
+    x `(batch, time, height, width, rgb) uint8`, y `(batch, classes) float32`, w `(batch,) float32`, the weights in the
+    loss; all three are blended by the same share of Beta(`alpha`, `alpha`).
+    """
+    other = rng.permutation(len(x))
+    share = rng.beta(alpha, alpha, len(x)).astype(np.float32)
+    levels = np.round(share * _FRACTION).astype(np.uint16)
+    share = (levels / _FRACTION).astype(np.float32)
+    result = np.empty_like(x)
+    for number, level in enumerate(levels):
+        blend = x[number].astype(np.uint16) * level
+        blend += x[other[number]].astype(np.uint16) * (_FRACTION - level)
+        blend >>= 8
+        result[number] = blend
+    y = share[:, None] * y + (1 - share[:, None]) * y[other]
+    return result, y, share * w + (1 - share) * w[other]
