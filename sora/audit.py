@@ -122,7 +122,7 @@ def rank(answers: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[Find
     others[every, given] = -1
     other = np.where(suspect, likeliest, others.argmax(axis=1))
     margin = p[every, other] - p[every, given]
-    order = sorted(every, key=lambda i: (not suspect[i], -margin[i], answers[i]["sha256"]))
+    order = sorted(range(len(p)), key=lambda i: (not suspect[i], -margin[i], answers[i]["sha256"]))
     return [
         Finding(
             path=answers[i]["path"],

@@ -64,6 +64,7 @@ class Answer:
     seconds: dict[str, float]
     timeline: tuple[Window, ...] = ()
     span: Span | None = None  # where the label was decided
+    unsure: bool | None = None  # below the model's threshold; None where it has none
 
 
 @dataclass(frozen=True, slots=True)
