@@ -29,8 +29,8 @@ def run_here(project: Project, *, force: bool = False) -> dict[str, Any]:
         )
     for name, value in QUIET_ENV.items():
         os.environ.setdefault(name, value)
-    # Prefect's own lines go to its server; the terminal shows Sora's.
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "ERROR")
+    # Prefect's own lines, the tracebacks of failed tasks among them, go to its server; the terminal shows Sora's.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     standing = "mlflow" in running(project) or project.settings().services.mlflow_tracking_uri
     with servers(project) as addresses:
         os.environ.update(environment(project, addresses))

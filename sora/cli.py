@@ -139,7 +139,8 @@ def models(as_json: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("version", "alias", "test accuracy", "macro F1", "data", "created", "decision", "why")
+    console = Console(highlight=False)
+    table = Table("version", "alias", "accuracy", "macro F1", "data", "created", "decision", box=None, pad_edge=False)
     for version in versions:
         metrics = version["metrics"]
         table.add_row(
@@ -149,9 +150,14 @@ def models(as_json: bool) -> None:
             version["data_version"][:8],
             version["created"][:16].replace("T", " "),
             version["decision"],
-            escape("; ".join(version["reasons"])),
         )
-    Console().print(table if versions else "no version yet: `sora run` makes the first")
+    console.print(table if versions else "no version yet: `sora run` makes the first")
+    for version in versions:
+        # Reasons are sentences: beside the figures they would have a column a word wide.
+        if version["reasons"]:
+            console.print(f"\nversion {version['version']}: {escape(version['decision'])}", soft_wrap=True)
+        for reason in version["reasons"]:
+            console.print(f"  {escape(reason)}", soft_wrap=True)
 
 
 @cli.group()

@@ -17,7 +17,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,29 @@ _PR_SET_PDEATHSIG = 1
 def quiet_environment(**more: str) -> dict[str, str]:
     """This process's environment with telemetry off. What the user set stays as set."""
     return {**QUIET_ENV, **os.environ, **more}
+
+
+# What TensorFlow's libraries write while they are imported, whatever the level of their log.
+_NOISE = (b"absl::InitializeLog", b"port.cc", b"cudart_stub.cc", b"cuda_platform.cc", b"cpu_feature_guard.cc")
+
+
+@contextmanager
+def without_noise() -> Iterator[None]:
+    """Holds standard error back, descriptor and all, and lets through at the end what is not TensorFlow's `_NOISE`."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as held:
+        before = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(before, 2)
+            os.close(before)
+            held.seek(0)
+            kept = b"".join(line for line in held if not any(noise in line for noise in _NOISE))
+            while kept:
+                kept = kept[os.write(2, kept) :]
 
 
 def die_with_parent() -> None:

@@ -64,7 +64,8 @@ def init(directory: Path, data: Path, *, progress: Bar | None = None) -> dict[st
         _copy_all(files, source, project, progress)
         classes = sorted({found.label for found in scan(project.data, parse("")) if found.label})
         _check_classes(set(classes), source)
-    except InputError:
+    except InputError as error:
+        error.message = error.message.replace(str(project.data), str(source))  # the copy is gone: mend the original
         shutil.rmtree(project.data, ignore_errors=True)
         shutil.rmtree(target if made_directory else project.state, ignore_errors=True)
         raise

@@ -19,7 +19,7 @@ import numpy as np
 
 from sora.data import augment
 from sora.errors import InputError, PromotionFailed, ServiceError
-from sora.processes import run_child
+from sora.processes import run_child, without_noise
 from sora.records import Prediction, Recipe
 from sora.settings import Serve
 
@@ -338,6 +338,8 @@ def predict_files(
         except InputError as error:
             answers.append({"path": str(path), "error": error.message})
             continue
-        predictor = predictor or Predictor(model_file, recipe, version)
+        if predictor is None:
+            with without_noise():  # a terminal's; a server's log keeps it
+                predictor = Predictor(model_file, recipe, version)
         answers.append({"path": str(path), **predictor.predict(clips).to_dict()})
     return answers
