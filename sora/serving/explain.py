@@ -49,7 +49,7 @@ def add_routes(app: FastAPI, service: Service, responses: dict[int | str, dict[s
         "/v1/explain",
         response_model=ExplainAnswer,
         openapi_extra=forms.body({"label": {"type": "string", "description": "the class to explain"}}, ()),
-        responses={**responses, 200: {"content": {"image/png": {}}}},
+        responses={**responses, 200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}},
         summary="Which moments and regions of one video decided; a PNG alone with `Accept: image/png`",
     )
     async def explain(request: Request) -> Response:

@@ -124,6 +124,24 @@ def test_the_two_parts_are_the_model(trained):
     np.testing.assert_allclose(odds, np.log(share / (1 - share)), atol=1e-3)
 
 
+@pytest.mark.parametrize("options", [{"lateral": True}, {"streams": "low"}], ids=str)
+def test_every_structure_with_all_frames_is_its_two_parts(options):
+    model = classifier.build(Model(key_frames=2, **options), ClipSpec(frames=4, height=32, width=32), 2)
+    clip = np.random.default_rng(0).integers(0, 256, (1, 4, 32, 32, 3), np.uint8)
+    parts = attribution.split(model)
+    maps = parts.maps(clip)
+    logits = np.asarray(parts.head(attribution.pooled(maps)))
+    np.testing.assert_allclose(logits, np.asarray(model(clip)), atol=1e-4)
+    gradients = [np.ones((*level.shape[:2], level.shape[4]), np.float32) for level in maps]
+    assert np.asarray(attribution.evidence(maps, gradients, parts.key_frames)).shape[0] == 4
+
+
+def test_a_model_of_key_frames_alone_has_no_moments():
+    model = classifier.build(Model(streams="high", key_frames=2), ClipSpec(frames=4, height=32, width=32), 2)
+    with pytest.raises(ServiceError, match="no network that sees every frame"):
+        attribution.split(model)
+
+
 def test_evidence_adds_up():
     """Summed over frames, the mean over the picture is gradient times feature, of all levels and both networks."""
     rng = np.random.default_rng(0)
@@ -139,7 +157,7 @@ def test_evidence_adds_up():
 
 def test_a_model_of_other_parts_is_refused():
     inputs = keras.Input((4, 8, 8, 3))
-    with pytest.raises(ServiceError, match="no low and high"):
+    with pytest.raises(ServiceError, match="no network that sees every frame"):
         attribution.split(keras.Model(inputs, keras.layers.Flatten()(inputs)))
 
 

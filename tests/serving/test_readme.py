@@ -38,6 +38,8 @@ def test_curl(api, repository, folder):
     try:
         for block in _blocks(repository, "sh", "curl "):
             for line in re.findall(r"^curl .*$", block, re.M):
+                if "/v1/corrections" in line:
+                    continue  # needs a project and its classes: test_inbox sends such a form
                 if "Authorization" in line:
                     env = {"SORA_TOKEN": token}
                 else:
@@ -51,16 +53,19 @@ def test_curl(api, repository, folder):
                     text=True,
                 )
                 assert done.returncode == 0, f"{line}\n{done.stderr}"
+                ran += 1
+                if saved := re.search(r" -o (\S+)", line):
+                    assert (folder / saved[1]).read_bytes()[:4] == b"\x89PNG", line
+                    continue
                 answer = json.loads(done.stdout)
                 assert "mend" not in answer, f"{line}\n{answer}"
                 if "a.mp4" in line:
                     assert [one["filename"] for one in answer["answers"]] == ["a.mp4", "b.mp4"]
                 elif "timeline" in line:
                     assert answer["timeline"] and answer["span"]
-                ran += 1
     finally:
         file.path.unlink()
-    assert ran >= 4
+    assert ran >= 6
 
 
 def test_python(api, repository, folder):
