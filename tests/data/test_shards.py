@@ -69,8 +69,11 @@ def test_the_index_tells_what_lies_where(table, whole):
     assert index.equals(index.sort_values(["sha256", "clip"], ignore_index=True))
     assert (index["bucket"] == index["sha256"].map(bucket_of)).all()
     assert set(index["sha256"]) == set(table["sha256"])
-    pair = index[index["sha256"] == index["sha256"].iloc[0]]
-    assert list(zip(pair["first"], pair["last"], strict=True)) == [(1, 10), (13, 22)]
+    # By its path: the encoder's bytes, and with them the order of the digests, differ between processors.
+    [longer] = table.loc[table["path"] == "wave/longer.mp4", "sha256"]
+    for sha256, clips in index.groupby("sha256"):
+        spans = [(1, 10), (20, 29), (39, 48)] if sha256 == longer else [(1, 10), (13, 22)]
+        assert list(zip(clips["first"], clips["last"], strict=True)) == spans
 
 
 def test_clips_come_in_the_order_asked_for(whole):
