@@ -195,6 +195,8 @@ def _learn(
     judged: dict[str, Any] | None,
     force: bool,
 ) -> dict[str, Any]:
+    from sora.serving.predictor import Smoke
+
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     work = Work(project.state / "work" / name)
     table = work.folder / "table.parquet"
@@ -210,29 +212,30 @@ def _learn(
     try:
         registry.resume(run_id)
         fitted = work.once("fit", lambda: _fit(project, settings, registry, run_id, work.folder, facts))
-        outcome = _evaluate(project, settings, registry, run_id, work, fitted, table)
-        version = work.once(
-            "register",
-            lambda: _register(registry, run_id, fitted, outcome["candidate"], key, facts),
-        )
-        decision = work.once(
-            "judge",
-            lambda: _judge(settings, registry, outcome, facts, key, judged, force, version),
-        )
-        result = {
-            "outcome": "refused",
-            "data_version": key["data_version"],
-            "run_id": run_id,
-            "version": version,
-            "reasons": decision["reasons"],
-            "metrics": {f"test/{n}": v for n, v in outcome["candidate"]["reports"]["test"]["metrics"].items()},
-        }
-        if decision["promote"]:
-            failure = _promote(project, registry, version, decision["reasons"])
-            if failure is None:
-                result["outcome"] = "promoted"
-            else:
-                result["reasons"] = [*decision["reasons"], failure]
+        with Smoke() as smoke:  # its child does its imports while the candidate is evaluated
+            outcome = _evaluate(project, settings, registry, run_id, work, fitted, table)
+            version = work.once(
+                "register",
+                lambda: _register(registry, run_id, fitted, outcome["candidate"], key, facts),
+            )
+            decision = work.once(
+                "judge",
+                lambda: _judge(settings, registry, outcome, facts, key, judged, force, version),
+            )
+            result = {
+                "outcome": "refused",
+                "data_version": key["data_version"],
+                "run_id": run_id,
+                "version": version,
+                "reasons": decision["reasons"],
+                "metrics": {f"test/{n}": v for n, v in outcome["candidate"]["reports"]["test"]["metrics"].items()},
+            }
+            if decision["promote"]:
+                failure = _promote(project, registry, version, decision["reasons"], smoke)
+                if failure is None:
+                    result["outcome"] = "promoted"
+                else:
+                    result["reasons"] = [*decision["reasons"], failure]
         registry.set_decision(version, result["outcome"], result["reasons"])
         registry.finish(run_id, "FINISHED")
     except KeyboardInterrupt:
@@ -385,11 +388,10 @@ def _judge(
 
 
 @_step(name="promote")
-def _promote(project: Project, registry: Any, version: int, reasons: list[str]) -> str | None:
+def _promote(project: Project, registry: Any, version: int, reasons: list[str], smoke: Any) -> str | None:
     """Moves the alias; a failed smoke prediction puts the old champion back. Returns the failure in words, or None."""
     from sora.errors import PromotionFailed
     from sora.lifecycle import alias_lock, model_cache
-    from sora.serving.predictor import smoke
 
     try:
         with alias_lock(project):

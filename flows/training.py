@@ -28,6 +28,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.client import prefect_client
 from sora.errors import InputError, ServiceError
+from sora.files import source_digest
 from sora.progress import Bar, bar, say
 from sora.settings import Project, Settings, parse
 
@@ -67,13 +68,7 @@ def job_for(shards: Path, table: Path, settings: Settings, out: Path) -> Any:
 
 def code_digest() -> str:
     """Names the training code. Worker and nightly compare it: a model of other code might not even load."""
-    package = Path(__file__).resolve().parent.parent / "sora"
-    digest = hashlib.sha256()
-    for name in CODE:
-        place = package / name
-        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            digest.update(f"\0{file.relative_to(package).as_posix()}\0".encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
+    return source_digest(Path(__file__).resolve().parent.parent / "sora", CODE)
 
 
 # --- the worker's side ----------------------------------------------------------------------------------------------

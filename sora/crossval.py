@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sora import evaluation, training
-from sora.files import atomic, writing
+from sora.files import atomic, source_digest, writing
 from sora.records import Recipe, Split
 from sora.settings import Settings
 from sora.training import TrainJob
@@ -36,13 +36,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
 
 def code() -> str:
     """A short name of the code that decides what a fold computes."""
-    package = Path(__file__).resolve().parent
-    found = hashlib.sha256()
-    for name in _CODE:
-        place = package / name
-        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            found.update(f"\0{file.relative_to(package).as_posix()}\0".encode() + file.read_bytes())
-    return found.hexdigest()[:16]
+    return source_digest(Path(__file__).resolve().parent, _CODE)
 
 
 def digest(value: Any) -> str:

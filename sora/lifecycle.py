@@ -64,9 +64,9 @@ def promote(project: Project, version: int) -> dict[str, Any]:
         InputError: there is no such version.
         PromotionFailed: its smoke prediction failed; the old champion serves on.
     """
-    from sora.serving.predictor import smoke
+    from sora.serving.predictor import Smoke
 
-    with alias_lock(project), open_registry(project) as registry:
+    with alias_lock(project), Smoke() as smoke, open_registry(project) as registry:
         return registry.promote(version, cache=model_cache(project), smoke=smoke, reason="by hand")
 
 
@@ -76,9 +76,9 @@ def rollback(project: Project, to: int | None = None) -> dict[str, Any]:
     Raises:
         PromotionFailed: nothing to go back to, or the smoke prediction failed.
     """
-    from sora.serving.predictor import smoke
+    from sora.serving.predictor import Smoke
 
-    with alias_lock(project), open_registry(project) as registry:
+    with alias_lock(project), Smoke() as smoke, open_registry(project) as registry:
         return registry.rollback(to, cache=model_cache(project), smoke=smoke)
 
 

@@ -1,13 +1,14 @@
 """Child processes: quiet environments, children that die with their parent, and children that report as they work.
 
 TensorFlow gives GPU memory back only when its process ends, so whatever computes with Keras runs as a child:
-`run_child("sora.training", job, on_event)`. The child reads the job (JSON) from the file that its first argument
-names, writes one JSON object a line to the descriptor that SORA_EVENTS names, and ends with {"event": "result", …}
-or {"event": "error", …}.
+`run_child("sora.training", job, on_event)`. The child reads the job (a line of JSON) from its standard input, writes
+one JSON object a line to the descriptor that SORA_EVENTS names, and ends with {"event": "result", …} or
+{"event": "error", …}.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -20,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sora.errors import DiskFull, ServiceError, SoraError
 
@@ -85,6 +86,94 @@ def start_child(command: list[str], **options: Any) -> subprocess.Popen:
     return subprocess.Popen(command, preexec_fn=die_with_parent, **options)
 
 
+class Child:
+    """`python -m MODULE`, whose main is `child_main`: does one job. It can get ready while it waits for the job.
+
+    A context manager: it is ended with the block.
+
+    Args:
+        log: gets what it prints, where that is to be kept.
+    """
+
+    def __init__(self, module: str, *, log: Path | None = None, env: dict[str, str] | None = None) -> None:
+        self._module = module
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+        self._output: IO[bytes] = log.open("a+b") if log is not None else tempfile.TemporaryFile()  # noqa: SIM115
+        read, write = os.pipe()
+        try:
+            self._process = start_child(
+                [sys.executable, "-m", module],
+                env=quiet_environment(SORA_EVENTS=str(write), PYTHONUNBUFFERED="1", **(env or {})),
+                pass_fds=(write,),
+                stdin=subprocess.PIPE,
+                stdout=self._output,
+                stderr=self._output,
+            )
+        except BaseException:
+            self._output.close()
+            os.close(read)
+            raise
+        finally:
+            os.close(write)
+        self._events = os.fdopen(read, encoding="utf-8")
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.close()
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._events.close()
+        self._output.close()
+
+    @property
+    def _stdin(self) -> IO[bytes]:
+        assert self._process.stdin is not None
+        return self._process.stdin
+
+    def result(
+        self, job: dict[str, Any], on_event: Callable[[dict[str, Any]], None] = lambda event: None
+    ) -> dict[str, Any]:
+        """Gives it the job and waits: its result event.
+
+        Raises:
+            SoraError: what the child reported, of the class that it reported.
+            ServiceError: it ended without a result (killed, crashed); the message holds the end of its output.
+        """
+        with contextlib.suppress(BrokenPipeError):  # it ended already: no result tells
+            self._stdin.write(json.dumps(job).encode() + b"\n")
+            self._stdin.flush()
+        result: dict[str, Any] | None = None
+        for line in self._events:
+            event = json.loads(line)
+            if event["event"] in ("result", "error"):
+                result = event
+            else:
+                on_event(event)
+        code = self._process.wait()
+        if result is None:
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
+            raise ServiceError(
+                f"{self._module} {how} before it had a result\n{self._tail()}",
+                mend="run the same command again: it resumes",
+            )
+        if result["event"] == "error":
+            raise rebuild_error(result)
+        return result
+
+    def _tail(self) -> str:
+        """The end of what it printed."""
+        self._output.seek(0)
+        return "\n".join(self._output.read().decode("utf-8", "replace").splitlines()[-15:])
+
+
 def run_child(
     module: str,
     job: dict[str, Any],
@@ -93,55 +182,9 @@ def run_child(
     log: Path | None = None,
     env: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Runs `python -m MODULE JOBFILE` and returns its result event.
-
-    Raises:
-        SoraError: what the child reported, of the class that it reported.
-        ServiceError: the child ended without a result (killed, crashed); the message holds the end of its output.
-    """
-    with tempfile.TemporaryDirectory(prefix="sora-job-") as folder:
-        job_file = Path(folder) / "job.json"
-        job_file.write_text(json.dumps(job), encoding="utf-8")
-        output = log or Path(folder) / "output.log"
-        output.parent.mkdir(parents=True, exist_ok=True)
-        read, write = os.pipe()
-        result: dict[str, Any] | None = None
-        with output.open("ab") as sink:
-            child = start_child(
-                [sys.executable, "-m", module, str(job_file)],
-                env=quiet_environment(SORA_EVENTS=str(write), PYTHONUNBUFFERED="1", **(env or {})),
-                pass_fds=(write,),
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=sink,
-            )
-            os.close(write)
-            try:
-                with os.fdopen(read, encoding="utf-8") as events:
-                    for line in events:
-                        event = json.loads(line)
-                        if event["event"] in ("result", "error"):
-                            result = event
-                        else:
-                            on_event(event)
-                code = child.wait()
-            except BaseException:
-                child.terminate()
-                try:
-                    child.wait(10)
-                except subprocess.TimeoutExpired:
-                    child.kill()
-                    child.wait()
-                raise
-        if result is None:
-            tail = "\n".join(output.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-            how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
-            raise ServiceError(
-                f"{module} {how} before it had a result\n{tail}", mend="run the same command again: it resumes"
-            )
-        if result["event"] == "error":
-            raise rebuild_error(result)
-        return result
+    """A `Child`'s result of a job; raises what `Child.result` does."""
+    with Child(module, log=log, env=env) as child:
+        return child.result(job, on_event)
 
 
 def error_event(error: SoraError | OSError) -> dict[str, Any]:
@@ -167,9 +210,12 @@ def rebuild_error(event: dict[str, Any]) -> SoraError:
 
 
 def child_main(body: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], dict[str, Any]]) -> None:
-    """The other end of `run_child`: calls `body(job, emit)` and reports what it returned or raised."""
+    """The other end of a `Child`: calls `body(job, emit)` with its job and reports what it returned or raised."""
     die_with_parent()
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    line = sys.stdin.readline()
+    if not line:  # there is no job after all
+        return
+    job = json.loads(line)
     stream = os.fdopen(int(os.environ["SORA_EVENTS"]), "w", encoding="utf-8", buffering=1)
 
     def emit(event: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from sora.data import augment
 from sora.errors import InputError, PromotionFailed, ServiceError
-from sora.processes import run_child, without_noise
+from sora.processes import Child, without_noise
 from sora.records import Prediction, Recipe
 from sora.settings import Serve
 
@@ -105,12 +105,23 @@ class Predictor:
         """
         return self._batched(self._embed, clips)
 
+    def prepare_embeddings(self) -> None:
+        """Compiles what `embeddings` calls: a server does so outside the thread that predicts.
+
+        Raises:
+            ModelRefused: see `embeddings`.
+        """
+        _ = self._embed
+
     @cached_property
     def _embed(self) -> Any:
         from sora.model import classifier
 
         try:
-            return _compiled(classifier.embedding_model(self._model))
+            with _load:
+                call = _compiled(classifier.embedding_model(self._model))
+                call(np.zeros((1, *self.clip_shape), np.uint8))  # the first call plans kernels and buffers
+            return call
         except ValueError as error:
             raise ModelRefused(
                 f"version {self.version} has no representation: {error}", mend="promote a version that Sora trained"
@@ -275,22 +286,35 @@ def prepare_backend() -> None:
         import tensorflow  # noqa: F401
 
 
-def smoke(model_file: Path, recipe: Recipe, version: int = 0) -> dict[str, Any]:
+class Smoke:
     """The test that follows a move of the champion: does it load as the server would load it, and answer its golden
     clips as its recipe promises? In a child process: the caller (the flow, `sora promote`) never imports TensorFlow.
 
-    Returns:
-        {"difference": largest difference of a probability, "seconds": of loading and asking}.
-
-    Raises:
-        PromotionFailed: it does not load, its digest differs, or its answers do.
+    For one test. The child does its imports from when it is made, so make it before it is needed; as a context manager
+    it ends with the block.
     """
-    job = {"model_file": str(model_file), "recipe": recipe.to_dict(), "version": version}
-    try:
-        result = run_child("sora.serving.smoke", job)
-    except ServiceError as error:
-        raise PromotionFailed(f"the smoke test failed: {error.message}", mend=error.mend) from error
-    return {"difference": result["difference"], "seconds": result["seconds"]}
+
+    def __init__(self) -> None:
+        self._child = Child("sora.serving.smoke")
+
+    def __enter__(self) -> Smoke:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.__exit__()
+
+    def __call__(self, model_file: Path, recipe: Recipe, version: int = 0) -> dict[str, Any]:
+        """Returns {"difference": largest difference of a probability, "seconds": of loading and asking}.
+
+        Raises:
+            PromotionFailed: it does not load, its digest differs, or its answers do.
+        """
+        job = {"model_file": str(model_file), "recipe": recipe.to_dict(), "version": version}
+        try:
+            result = self._child.result(job)
+        except ServiceError as error:
+            raise PromotionFailed(f"the smoke test failed: {error.message}", mend=error.mend) from error
+        return {"difference": result["difference"], "seconds": result["seconds"]}
 
 
 def clips_of(path: Path, recipe: Recipe, settings: Serve | None = None) -> np.ndarray:

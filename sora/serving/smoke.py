@@ -1,4 +1,4 @@
-"""The child of `sora.serving.predictor.smoke`: loads a model as the server would and asks it its golden clips."""
+"""The child of `sora.serving.predictor.Smoke`: loads a model as the server would and asks it its golden clips."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from sora.processes import child_main
 from sora.records import Recipe
-from sora.serving.predictor import Predictor
+from sora.serving.predictor import Predictor, prepare_backend
 
 
 def body(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -20,4 +20,5 @@ def body(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dict[st
 
 
 if __name__ == "__main__":
+    prepare_backend()  # while it waits for its job
     child_main(body)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sora.errors import PromotionFailed
-from sora.serving.predictor import ModelRefused, Predictor, predict_files, smoke
+from sora.serving.predictor import ModelRefused, Predictor, Smoke, predict_files
 from sora.video.transform import prepare_clips
 from tests.serving.conftest import CLASSES, SPEC, other_golden
 
@@ -128,8 +128,9 @@ def test_views_are_averaged_and_golden_answers_know_them(models):
 
 
 def test_smoke_in_a_child(models):
-    assert smoke(models[0].file, models[0].recipe)["difference"] < 1e-4
-    with pytest.raises(PromotionFailed, match="differs by"):
+    with Smoke() as smoke:
+        assert smoke(models[0].file, models[0].recipe)["difference"] < 1e-4
+    with Smoke() as smoke, pytest.raises(PromotionFailed, match="differs by"):
         smoke(models[0].file, other_golden(models[0].recipe))
 
 
