@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -28,6 +29,16 @@ def writing(what: Path) -> Iterator[None]:
                 f"no space left for {what}", mend="make room (`sora gc --dry-run` shows what can go) and run again"
             ) from error
         raise ServiceError(f"can't write {what}: {error.strerror}", mend="make the folder writable") from error
+
+
+def source_digest(package: Path, names: Iterable[str]) -> str:
+    """A short name of the code in the modules and folders `names` below `package`: of their paths and bytes."""
+    found = hashlib.sha256()
+    for name in names:
+        place = package / name
+        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            found.update(f"\0{file.relative_to(package).as_posix()}\0".encode() + file.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def sync_folder(folder: Path) -> None:

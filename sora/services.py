@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from sora import empty_database
 from sora.errors import ServiceError
 from sora.files import writing
 from sora.processes import quiet_environment, start_child
@@ -65,6 +66,7 @@ class Server:
     probe: str
     url_path: str = ""  # of what clients are told
     env: Mapping[str, str] = field(default_factory=dict)
+    database: Path | None = None  # Prefect's, where it is a file
 
     def environment(self, host: str, port: int) -> dict[str, str]:
         # Prefect's page asks this address, from the reader's browser; it would guess port 4200.
@@ -98,6 +100,7 @@ def prefect_server(project: Project, *, schedules: bool = False, env: Mapping[st
             "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
             **(env or {}),
         },
+        database=home / "prefect.db",
     )
 
 
@@ -236,7 +239,7 @@ def start(
         ServiceError: one ended or was not ready in time.
     """
     urls: dict[str, str] = {}
-    for server in wanted:
+    for server in sorted(wanted, key=lambda one: one.database is not None):  # the other starts while it is made
         port = free_port(host, (ports or {}).get(server.name, 0))
         urls[server.name] = f"http://{reachable(host)}:{port}{server.url_path}"
         child = _spawn(project, server, host, port)
@@ -367,6 +370,8 @@ def _spawn(project: Project, server: Server, host: str, port: int) -> subprocess
     with writing(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         (project.state / server.name).mkdir(exist_ok=True)
+        if server.database is not None:
+            empty_database.provide(server.database)
         with log.open("wb") as sink:
             return start_child(
                 server.command(host, port),

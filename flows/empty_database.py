@@ -1,0 +1,24 @@
+"""`python -m flows.empty_database FILE`: Prefect's database without a row of anybody's, for `sora.services`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import sys
+
+
+def main(file: str) -> None:
+    # Prefect reads its settings when it is imported.
+    os.environ["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = f"sqlite+aiosqlite:///{file}"
+    from prefect.server.database import provide_database_interface
+
+    asyncio.run(provide_database_interface().create_db())
+    with sqlite3.connect(file) as database:  # all of it in the one file, which is to be copied
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        database.execute("PRAGMA journal_mode = DELETE")
+    database.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
