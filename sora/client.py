@@ -65,6 +65,7 @@ class Answer:
     timeline: tuple[Window, ...] = ()
     span: Span | None = None  # where the label was decided
     unsure: bool | None = None  # below the model's threshold; None where it has none
+    embedding: tuple[float, ...] = ()  # where it was asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,21 +130,24 @@ class Client:
     def close(self) -> None:
         self._client.close()
 
-    def predict(self, video: Video, *, timeline: bool = False) -> Answer:
+    def predict(self, video: Video, *, timeline: bool = False, embedding: bool = False) -> Answer:
         """The answer for one video.
 
         Args:
             video: a path, or a binary file (sent from its beginning).
             timeline: the answer by clip, also of a video that is one clip.
+            embedding: the video's vector too, as `sora embed` has it.
 
         Raises:
             ApiProblem: the server refused the video (`kind`, `mend`), or is still busy after the last attempt.
             ServiceError: the server can't be reached.
             InputError: there is no such file.
         """
-        return _answer(self._send([video], timeline))
+        return _answer(self._send([video], timeline, embedding))
 
-    def predict_all(self, videos: Sequence[Video], *, timeline: bool = False) -> list[Answer | ApiProblem]:
+    def predict_all(
+        self, videos: Sequence[Video], *, timeline: bool = False, embedding: bool = False
+    ) -> list[Answer | ApiProblem]:
         """An answer for each video, in order, all by one version; an `ApiProblem`, not raised, for one that is refused.
 
         One call: the server bounds how many files it may bring and their bytes together (`model().limits`).
@@ -156,13 +160,13 @@ class Client:
             alone: list[Answer | ApiProblem] = []
             for video in videos:
                 try:
-                    alone.append(self.predict(video, timeline=timeline))
+                    alone.append(self.predict(video, timeline=timeline, embedding=embedding))
                 except ApiProblem as problem:
                     if problem.status in _BUSY or problem.status >= 500 or "filename" not in problem.problem:
                         raise
                     alone.append(problem)
             return alone
-        found = self._send(videos, timeline)["answers"]
+        found = self._send(videos, timeline, embedding)["answers"]
         return [_answer(one) if "label" in one else _problem(int(one["status"]), one) for one in found]
 
     def model(self) -> Model:
@@ -186,7 +190,7 @@ class Client:
     def _get(self, path: str) -> dict[str, Any]:
         return self._answered(lambda: self._client.get(path), again=True)
 
-    def _send(self, videos: Sequence[Video], timeline: bool) -> dict[str, Any]:
+    def _send(self, videos: Sequence[Video], timeline: bool, embedding: bool) -> dict[str, Any]:
         with ExitStack() as opened:
             files: list[Any] = []
             again = True
@@ -194,7 +198,7 @@ class Client:
                 stream, name = _opened(video, opened)
                 again = again and stream.seekable()  # else it is gone after the first attempt
                 files.append(("file", (name, stream if stream.seekable() else _Stream(stream))))
-            query = {"timeline": "1"} if timeline else {}
+            query = {name: "1" for name, asked in (("timeline", timeline), ("embedding", embedding)) if asked}
             return self._answered(lambda: self._client.post("/v1/predict", params=query, files=files), again=again)
 
     def _answered(self, ask: Callable[[], httpx.Response], *, again: bool) -> dict[str, Any]:
@@ -263,7 +267,9 @@ def _problem(status: int, document: Mapping[str, Any]) -> ApiProblem:
 def _answer(value: Mapping[str, Any]) -> Answer:
     windows = tuple(_known(Window, window) for window in value.get("timeline") or ())
     span = _known(Span, value["span"]) if value.get("span") else None
-    return _known(Answer, {**value, "timeline": windows, "span": span})
+    return _known(
+        Answer, {**value, "timeline": windows, "span": span, "embedding": tuple(value.get("embedding") or ())}
+    )
 
 
 def _known(kind: type[T], value: Mapping[str, Any]) -> T:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -88,6 +89,14 @@ class Batcher:
             seconds += ended - began
             rows.append(probabilities)
         return Answered(np.concatenate(rows), queued, seconds)
+
+    async def embeddings(self, predictor: Predictor, clips: np.ndarray) -> np.ndarray:
+        """The representation of each of one video's clips, `(n, width)`: in portions, between the batches of others."""
+        rows = []
+        for first in range(0, len(clips), MAX_BATCH):
+            some = clips[first : first + MAX_BATCH]
+            rows.append(await self.between(partial(predictor.embeddings, some)))
+        return np.concatenate(rows)
 
     async def between(self, function: Callable[[], T]) -> T:
         """Runs `function` in the model thread, after the batch that is in it. One at a time: the next batch is next."""

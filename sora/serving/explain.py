@@ -69,7 +69,7 @@ async def _explain(service: Service, request: Request) -> tuple[bytes, dict[str,
         asked = form.fields.get("label")
         if asked is not None and asked not in predictor.classes:
             raise unknown_class(asked, predictor)
-        decoded = await forms.decoded(service, form.upload, predictor)
+        decoded = await service.decoded(form.upload, predictor.recipe.clip, form.stage)
         answered = await service.batcher.answer(predictor, decoded.clips)
         prediction = predictor.answer(answered.probabilities)
         label = predictor.classes.index(asked if asked is not None else prediction.label)

@@ -8,6 +8,7 @@ When the registry can't be asked, what serves goes on too; after a restart it is
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 import time
@@ -175,6 +176,10 @@ class Follower:
         except (SoraError, OSError, MemoryError) as error:  # may pass: asked again with the next poll
             self._report(f"version {champion.version} can't be fetched: {getattr(error, 'message', error)}")
         else:
+            # What models and libraries are made of stays: collections that walk through it all would hold requests up.
+            gc.unfreeze()  # the model that goes now is garbage with cycles
+            gc.collect()
+            gc.freeze()
             log.info("loaded version %s in %.1f s", champion.version, time.perf_counter() - start)
             self._serve(predictor, champion)
 

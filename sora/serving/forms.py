@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import errno
 import os
 import secrets
 from collections.abc import AsyncIterator, Collection
@@ -13,18 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import MultipartParser
 from starlette.requests import Request
 
-from sora.errors import VideoError
-from sora.serving import problems, uploads
-from sora.serving.decoding import Decoded
-from sora.serving.predictor import Predictor
+from sora.serving import uploads
 from sora.serving.problems import Problem
+from sora.serving.service import Stage, while_connected
 
 if TYPE_CHECKING:
-    from python_multipart.multipart import MultipartCallbacks
-
     from sora.serving.service import Service
 
 MAX_FIELD = 1000  # bytes of a text field
@@ -38,57 +32,33 @@ class Form:
     fields: dict[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class Received(Form):
+    """A form, and where the work on it is."""
+
+    stage: Stage
+
+
 @asynccontextmanager
-async def received(service: Service, request: Request, fields: Collection[str]) -> AsyncIterator[Form]:
-    """One request's form, while it holds one of the server's `serve.queue` places. Its file is removed at the end.
+async def received(service: Service, request: Request, fields: Collection[str]) -> AsyncIterator[Received]:
+    """One request's form, while it holds one of the server's `serve.queue` places. The block is cancelled at the
+    request's deadline and when the client hangs up; the form's file is removed at the end.
 
     Arguments:
         fields: names of the text fields that may come beside `file`.
 
     Raises:
-        Problem: 429 no place is free, 408 the upload took too long, and those of `read`.
+        Problem: 429 no place is free, 408 the upload took too long, 503 or 504 the time is over, and those of `read`.
     """
-    settings = service.settings
-    if service.active >= settings.queue:
-        raise Problem(
-            429,
-            f"{settings.queue} videos are under way, the most that this server takes",
-            mend="try again after the seconds in Retry-After",
-            kind="queue-full",
-            headers={"Retry-After": "1"},
-        )
-    service.active += 1
-    form: Form | None = None
-    try:
+    settings, deadline = service.settings, service.deadline()
+    with service.place():
+        async with uploads.within(min(settings.upload_timeout, settings.request_timeout)):
+            form = await read(request, service.folder, settings.max_bytes, fields)
         try:
-            async with asyncio.timeout(settings.upload_timeout):
-                form = await read(request, service.folder, settings.max_bytes, fields)
-        except TimeoutError:
-            raise Problem(
-                408,
-                f"the upload took longer than {settings.upload_timeout:g} s",
-                mend="send a smaller file or use a faster line",
-                headers={"Connection": "close"},
-            ) from None
-        yield form
-    finally:
-        service.active -= 1
-        if form is not None:
+            async with while_connected(request), service.until(deadline) as stage:
+                yield Received(form.upload, form.fields, stage)
+        finally:
             form.upload.remove()
-
-
-async def decoded(service: Service, upload: uploads.Upload, predictor: Predictor) -> Decoded:
-    """The clips of an upload, as the predictor's recipe wants them.
-
-    Raises:
-        Problem: 413 or 422, the video can't be used.
-    """
-    assert service.pool is not None
-    try:
-        return await service.pool.decode(upload.path, predictor.recipe.clip)
-    except VideoError as error:
-        error.message = error.message.replace(str(upload.path), upload.name).replace(upload.path.name, upload.name)
-        raise problems.of_video(error, upload.name) from error
 
 
 async def read(request: Request, folder: Path, max_bytes: int, fields: Collection[str]) -> Form:
@@ -120,9 +90,8 @@ async def read(request: Request, folder: Path, max_bytes: int, fields: Collectio
         path.unlink(missing_ok=True)
         if isinstance(error, FormParserError):
             raise _unusable("the body is no well-formed multipart/form-data", fields) from error
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Problem(507, "no space left for the upload", mend="try later; the server's operator must make room",
-                          headers={"Retry-After": "60"}) from error  # fmt: skip
+        if uploads.is_full(error):
+            raise uploads.no_room() from error
         raise
 
 
@@ -131,15 +100,14 @@ def _unusable(detail: str, fields: Collection[str]) -> Problem:
     return Problem(400, detail, mend=f"send multipart/form-data, as in: curl -F file=@video.mp4{words} …")
 
 
-class _Reader:
+class _Reader(uploads.PartReader):
     """The callbacks of the parser. Text is bounded by `MAX_FIELD`, the file by `max_bytes`."""
 
     def __init__(self, sink: BinaryIO, max_bytes: int, fields: Collection[str]) -> None:
+        super().__init__()
         self._sink = sink
         self._max = max_bytes
         self._fields = fields
-        self._header = (bytearray(), bytearray())
-        self._disposition = b""
         self._part = ""
         self._texts: dict[str, bytearray] = {}
         self._pending: list[bytes] = []
@@ -147,28 +115,7 @@ class _Reader:
         self.bytes = 0
         self.complete = False
 
-    def callbacks(self) -> MultipartCallbacks:
-        return {
-            "on_part_begin": self._on_part_begin,
-            "on_header_field": lambda data, start, end: self._header[0].extend(data[start:end]),
-            "on_header_value": lambda data, start, end: self._header[1].extend(data[start:end]),
-            "on_header_end": self._on_header_end,
-            "on_headers_finished": self._on_headers_finished,
-            "on_part_data": self._on_part_data,
-            "on_part_end": self._on_part_end,
-        }
-
-    def _on_part_begin(self) -> None:
-        self._disposition = b""
-
-    def _on_header_end(self) -> None:
-        field, value = (bytes(part) for part in self._header)
-        self._header = (bytearray(), bytearray())
-        if field.lower() == b"content-disposition":
-            self._disposition = value
-
-    def _on_headers_finished(self) -> None:
-        kind, options = parse_options_header(self._disposition.decode("latin-1"))
+    def on_part(self, kind: bytes, options: dict[bytes, bytes]) -> None:
         name = options.get(b"name", b"")[:100].decode("utf-8", "replace")
         is_file = b"filename" in options
         known = name == "file" if is_file else name in self._fields
@@ -182,7 +129,7 @@ class _Reader:
         else:
             self._texts[name] = bytearray()
 
-    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+    def on_data(self, data: bytes, start: int, end: int) -> None:
         if self._part == "file":
             self.bytes += end - start
             if self.bytes > self._max:
@@ -194,7 +141,7 @@ class _Reader:
         if len(text) > MAX_FIELD:
             raise _unusable(f"the field {self._part!r} has more than {MAX_FIELD} bytes", self._fields)
 
-    def _on_part_end(self) -> None:
+    def on_end(self) -> None:
         if self._part == "file":
             self.complete = True
 

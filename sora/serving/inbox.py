@@ -125,7 +125,7 @@ async def _correct(service: Service, inbox: Inbox, request: Request) -> Entry:
     async with forms.received(service, request, tuple(_FIELDS)) as form:
         predictor = service.served().predictor
         label, predicted, version = _checked(form.fields, predictor)
-        await forms.decoded(service, form.upload, predictor)  # nobody reviews what can't be played
+        await service.decoded(form.upload, predictor.recipe.clip, form.stage)  # nobody reviews what can't be played
         entry = await _in_inbox(
             lambda: inbox.add(
                 form.upload.path, filename=form.upload.name, label=label, predicted=predicted, version=version

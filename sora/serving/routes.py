@@ -19,7 +19,7 @@ from sora.serving.schemas import (
     Ready,
     problem_answers,
 )
-from sora.serving.service import Service
+from sora.serving.service import Service, Wanted
 
 PAGE = Path(__file__).parent / "page"
 _PAGE_FILES = {"page.css": "text/css", "icon.svg": "image/svg+xml"} | dict.fromkeys(
@@ -38,8 +38,9 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def predict(
         request: Request,
         timeline: Annotated[bool, Query(description="the answer by clip, also of a video that is one clip")] = False,
+        embedding: Annotated[bool, Query(description="the video's vector too, as `sora embed` has it")] = False,
     ) -> Response:
-        return JSONResponse(await service.predict(request, timeline=timeline))
+        return JSONResponse(await service.predict(request, Wanted(timeline, embedding)))
 
     @app.get("/v1/model", response_model=ModelAnswer, responses=problem_answers(401, 403), summary="What serves now")
     async def model() -> Response:

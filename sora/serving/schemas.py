@@ -38,6 +38,7 @@ class PredictAnswer(BaseModel):
         None, description="by clip, in the order of time; present for several clips, and with ?timeline=1"
     )
     span: Span | None = Field(None, description="where the label was decided; present with the timeline")
+    embedding: list[float] | None = Field(None, description="mean over the clips; present with ?embedding=1")
 
 
 class ProblemAnswer(BaseModel):

@@ -7,25 +7,25 @@ import asyncio
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
 from sora.errors import ServiceError, VideoError
+from sora.records import ClipSpec
 from sora.serving import problems, uploads
 from sora.serving import timeline as timelines
 from sora.serving.batcher import Batcher
-from sora.serving.decoding import DecodePool
+from sora.serving.decoding import Decoded, DecodePool
 from sora.serving.follow import Follower, Refusal, Served
 from sora.serving.metrics import Metrics
 from sora.serving.problems import Problem
 from sora.serving.source import ModelCache, ModelSource
 from sora.settings import Serve
-
-T = TypeVar("T")
 
 
 class Service:
@@ -93,37 +93,29 @@ class Service:
             detail, mend = "the model is being loaded", "ask again in a few seconds"
         raise Problem(503, detail, mend=mend, kind="no-model", headers={"Retry-After": "5"})
 
-    async def predict(self, request: Request, *, timeline: bool = False) -> dict[str, Any]:
+    async def predict(self, request: Request, wanted: Wanted) -> dict[str, Any]:
         """One call, from its bytes to its answer: of the one file that it brings, or `{"answers": […]}` of several.
 
         Raises:
             Problem: see `problems`.
         """
         self.served()  # fail before the upload is read
-        if self.active >= self.settings.queue:
-            raise Problem(
-                429,
-                f"{self.settings.queue} predictions are under way, the most that this server takes",
-                mend="try again after the seconds in Retry-After",
-                kind="queue-full",
-                headers={"Retry-After": "1"},
-            )
-        deadline = asyncio.get_running_loop().time() + self.settings.request_timeout
-        self.active += 1
+        deadline = self.deadline()
         received: list[uploads.Upload] = []
-        try:
-            start = time.perf_counter()
-            received = await self._receive_all(request)
-            uploaded = round(time.perf_counter() - start, 6)
-            served = self.served()  # one version for all of the call, whatever changes meanwhile
-            if len(received) == 1:
-                answers = [await _unless_gone(request, self._in_time(received[0], served, deadline, timeline))]
-            else:
-                answers = await _unless_gone(request, self._each(received, served, deadline, timeline))
-        finally:
-            self.active -= 1
-            for upload in received:
-                upload.remove()
+        with self.place():
+            try:
+                start = time.perf_counter()
+                received = await self._receive(request)
+                uploaded = round(time.perf_counter() - start, 6)
+                served = self.served()  # one version for all of the call, whatever changes meanwhile
+                async with while_connected(request):
+                    if len(received) == 1:
+                        answers = [await self._one(received[0], served, deadline, wanted)]
+                    else:
+                        answers = await self._each(received, served, deadline, wanted)
+            finally:
+                for upload in received:
+                    upload.remove()
         for answer in answers:
             if "label" in answer:
                 self._count(answer, uploaded)
@@ -143,13 +135,29 @@ class Service:
             self.metrics.stage.labels(stage).observe(seconds)
         self.metrics.predictions.labels(str(answer["version"])).inc()
 
-    async def _receive(self, request: Request) -> uploads.Upload:
-        """The one file that a call brings; see `_receive_all`."""
-        (upload,) = await self._receive_all(request, max_files=1)
-        return upload
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """One of the server's `serve.queue` places, from a call's first byte to its answer.
 
-    async def _receive_all(self, request: Request, max_files: int | None = None) -> list[uploads.Upload]:
-        """The files that a call brings, at most `max_files` (`serve.max_files`). Who calls removes them.
+        Raises:
+            Problem: 429 none is free.
+        """
+        if self.active >= self.settings.queue:
+            raise Problem(
+                429,
+                f"{self.settings.queue} predictions are under way, the most that this server takes",
+                mend="try again after the seconds in Retry-After",
+                kind="queue-full",
+                headers={"Retry-After": "1"},
+            )
+        self.active += 1
+        try:
+            yield
+        finally:
+            self.active -= 1
+
+    async def _receive(self, request: Request) -> list[uploads.Upload]:
+        """The files that a call brings, at most `serve.max_files`. Who calls removes them.
 
         Raises:
             Problem: 408 too slow, and what `uploads` says.
@@ -157,22 +165,11 @@ class Service:
         headers, settings = request.headers, self.settings
         most = settings.max_bytes
         boundary = uploads.check_headers(headers.get("content-type"), headers.get("content-length"), most)
-        limit = min(settings.upload_timeout, settings.request_timeout)
-        try:
-            async with asyncio.timeout(limit):
-                return await uploads.receive(
-                    request.stream(), boundary, self.folder, most, max_files or settings.max_files
-                )
-        except TimeoutError:
-            raise Problem(
-                408,
-                f"the upload took longer than {limit:g} s",
-                mend="send a smaller file or use a faster line",
-                headers={"Connection": "close"},
-            ) from None
+        async with uploads.within(min(settings.upload_timeout, settings.request_timeout)):
+            return await uploads.receive(request.stream(), boundary, self.folder, most, settings.max_files)
 
     async def _each(
-        self, received: Sequence[uploads.Upload], served: Served, deadline: float, timeline: bool
+        self, received: Sequence[uploads.Upload], served: Served, deadline: float, wanted: Wanted
     ) -> list[dict[str, Any]]:
         """An answer or a problem document for each file. As many at a time as there are decoders: a call with many
         files takes its turns among the others."""
@@ -181,7 +178,7 @@ class Service:
         async def one(upload: uploads.Upload) -> dict[str, Any]:
             async with turns:
                 try:
-                    return await self._in_time(upload, served, deadline, timeline)
+                    return await self._one(upload, served, deadline, wanted)
                 except Problem as problem:
                     return {**problem.document(), "filename": upload.name}
                 except ServiceError as error:
@@ -196,10 +193,18 @@ class Service:
             raise failed.exceptions[0] from failed
         return [task.result() for task in tasks]
 
-    async def _in_time(
-        self, upload: uploads.Upload, served: Served, deadline: float, timeline: bool = False
-    ) -> dict[str, Any]:
-        """`_answer` until `deadline` (the loop's clock). What was begun for it is cancelled then: its place is free.
+    async def _one(self, upload: uploads.Upload, served: Served, deadline: float, wanted: Wanted) -> dict[str, Any]:
+        async with self.until(deadline) as stage:
+            return await self._answer(upload, served, wanted, stage)
+
+    def deadline(self) -> float:
+        """When a call that begins now must be answered, by the loop's clock."""
+        return asyncio.get_running_loop().time() + self.settings.request_timeout
+
+    @asynccontextmanager
+    async def until(self, deadline: float) -> AsyncIterator[Stage]:
+        """The work on one video. What was begun for it is cancelled at `deadline`: its place is free. The block says
+        by the stage that it gets where it is.
 
         Raises:
             Problem: 504 the time was spent on this video; 503 it was spent waiting behind others.
@@ -207,28 +212,28 @@ class Service:
         stage = Stage()
         try:
             async with asyncio.timeout_at(deadline):
-                return await self._answer(upload, served, timeline=timeline, stage=stage)
+                yield stage
         except TimeoutError:
             raise problems.of_deadline(self.settings.request_timeout, stage.name) from None
 
-    async def _answer(
-        self,
-        upload: uploads.Upload,
-        served: Served | None = None,
-        *,
-        timeline: bool = False,
-        stage: Stage | None = None,
-    ) -> dict[str, Any]:
+    async def decoded(self, upload: uploads.Upload, spec: ClipSpec, stage: Stage) -> Decoded:
+        """The clips of an upload.
+
+        Raises:
+            Problem: 413 or 422, the video can't be used.
+        """
         assert self.pool is not None
-        served = served or self.served()
-        stage = stage or Stage()
-        predictor = served.predictor
         try:
-            decoded = await self.pool.decode(upload.path, predictor.recipe.clip, on_taken=lambda: stage.enter("decode"))
+            found = await self.pool.decode(upload.path, spec, on_taken=lambda: stage.enter("decode"))
+            stage.enter("queue")
+            return found
         except VideoError as error:
             error.message = error.message.replace(str(upload.path), upload.name).replace(upload.path.name, upload.name)
             raise problems.of_video(error, upload.name) from error
-        stage.enter("queue")
+
+    async def _answer(self, upload: uploads.Upload, served: Served, wanted: Wanted, stage: Stage) -> dict[str, Any]:
+        predictor = served.predictor
+        decoded = await self.decoded(upload, predictor.recipe.clip, stage)
         answered = await self.batcher.answer(predictor, decoded.clips)
         prediction = predictor.answer(answered.probabilities)
         answer: dict[str, Any] = {
@@ -243,7 +248,11 @@ class Service:
                 "model": round(answered.seconds, 6),
             },
         }
-        if decoded.spans is not None and (timeline or len(decoded.spans) > 1):
+        if wanted.embedding:
+            await asyncio.to_thread(predictor.prepare_embeddings)  # the first time it is made; not in the model thread
+            vectors = await self.batcher.embeddings(predictor, decoded.clips)
+            answer["embedding"] = [round(float(value), 6) for value in vectors.mean(axis=0)]
+        if decoded.spans is not None and (wanted.timeline or len(decoded.spans) > 1):
             rows = answered.probabilities
             first, last = timelines.deciding(rows, predictor.classes.index(prediction.label))
             answer["timeline"] = timelines.timeline(decoded.spans, predictor.classes, rows)
@@ -277,6 +286,14 @@ class Service:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a call asks for beyond the answer itself."""
+
+    timeline: bool = False  # also of a video that is one clip
+    embedding: bool = False
+
+
 class Stage:
     """Where one prediction is: `name` is one of `metrics.STAGES`."""
 
@@ -287,21 +304,30 @@ class Stage:
         self.name = name
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled as soon as the client hangs up (raises ClientDisconnect then)."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
+@asynccontextmanager
+async def while_connected(request: Request) -> AsyncIterator[None]:
+    """Cancels the block as soon as the client hangs up. The request's body must have been read.
+
+    Raises:
+        ClientDisconnect: it did.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
+        yield
+    except asyncio.CancelledError:
+        if gone and task.uncancel() == 0:  # else somebody else wants it cancelled too
+            raise ClientDisconnect from None
+        raise
     finally:
-        for each in (task, gone):
-            each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        watcher.cancel()

@@ -6,11 +6,13 @@ runs. Memory held for an upload is one chunk.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import re
 import secrets
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -72,6 +74,25 @@ def too_large(max_bytes: int, received: int | None = None) -> Problem:
     )
 
 
+@asynccontextmanager
+async def within(seconds: float) -> AsyncIterator[None]:
+    """Bounds the time of an upload.
+
+    Raises:
+        Problem: 408 it took longer.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise Problem(
+            408,
+            f"the upload took longer than {seconds:g} s",
+            mend="send a smaller file or use a faster line",
+            headers={"Connection": "close"},
+        ) from None
+
+
 async def receive(
     stream: AsyncIterator[bytes], boundary: bytes, folder: Path, max_bytes: int, max_files: int = 1
 ) -> list[Upload]:
@@ -109,13 +130,26 @@ async def receive(
             part.path.unlink(missing_ok=True)
         if isinstance(error, FormParserError):
             raise Problem(400, "the body is no well-formed multipart/form-data", mend=_MEND) from error
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Problem(507, "no space left for the upload", mend="try later; the server's operator must make room",
-                          headers={"Retry-After": "60"}) from error  # fmt: skip
+        if is_full(error):
+            raise no_room() from error
         raise
     finally:
         for part in reader.parts:
             part.sink.close()
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether the disk has no space, or the user no quota, left."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def no_room() -> Problem:
+    return Problem(
+        507,
+        "no space left for the upload",
+        mend="try later; the server's operator must make room",
+        headers={"Retry-After": "60"},
+    )
 
 
 class _Part:
@@ -130,18 +164,12 @@ class _Part:
         self.bytes = 0
 
 
-class _Reader:
-    """The callbacks of the parser. Data is kept until `flush`, at most one chunk of the body."""
+class PartReader:
+    """The callbacks of a multipart parser, down to each part's disposition. A subclass says what becomes of a part."""
 
-    def __init__(self, folder: Path, max_bytes: int, max_files: int) -> None:
-        self._folder = folder
-        self._max_bytes = max_bytes
-        self._max_files = max_files
+    def __init__(self) -> None:
         self._header = (bytearray(), bytearray())
         self._disposition = b""
-        self._bytes = 0
-        self.parts: list[_Part] = []
-        self.complete = False  # the last part that began has ended
 
     def callbacks(self) -> MultipartCallbacks:
         return {
@@ -149,12 +177,21 @@ class _Reader:
             "on_header_value": lambda data, start, end: self._header[1].extend(data[start:end]),
             "on_header_end": self._on_header_end,
             "on_headers_finished": self._on_headers_finished,
-            "on_part_data": self._on_part_data,
-            "on_part_end": self._on_part_end,
+            "on_part_data": self.on_data,
+            "on_part_end": self.on_end,
         }
 
-    def uploads(self) -> list[Upload]:
-        return [Upload(part.path, part.name, part.bytes) for part in self.parts]
+    def on_part(self, kind: bytes, options: dict[bytes, bytes]) -> None:
+        """A part begins: its disposition and the disposition's options (name, filename)."""
+        raise NotImplementedError
+
+    def on_data(self, data: bytes, start: int, end: int) -> None:
+        """Bytes of the part under way."""
+        raise NotImplementedError
+
+    def on_end(self) -> None:
+        """The part under way is complete."""
+        raise NotImplementedError
 
     def _on_header_end(self) -> None:
         field, value = (bytes(part) for part in self._header)
@@ -163,20 +200,39 @@ class _Reader:
             self._disposition = value
 
     def _on_headers_finished(self) -> None:
+        kind, options = parse_options_header(self._disposition.decode("latin-1"))
+        self._disposition = b""
+        self.on_part(kind, options)
+
+
+class _Reader(PartReader):
+    """The callbacks of the parser. Data is kept until `flush`, at most one chunk of the body."""
+
+    def __init__(self, folder: Path, max_bytes: int, max_files: int) -> None:
+        super().__init__()
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._max_files = max_files
+        self._bytes = 0
+        self.parts: list[_Part] = []
+        self.complete = False  # the last part that began has ended
+
+    def uploads(self) -> list[Upload]:
+        return [Upload(part.path, part.name, part.bytes) for part in self.parts]
+
+    def on_part(self, kind: bytes, options: dict[bytes, bytes]) -> None:
         if len(self.parts) == self._max_files:
             most = f"{self._max_files} files" if self._max_files > 1 else "one file"
             raise Problem(
                 400, f"one call takes {most}, received more", mend="send the others in another call", kind="many-files"
             )
-        kind, options = parse_options_header(self._disposition.decode("latin-1"))
-        self._disposition = b""
         if kind != b"form-data" or options.get(b"name") != b"file" or b"filename" not in options:
             received = options.get(b"name", b"")[:100].decode("utf-8", "replace")
             raise Problem(400, f"each part must be a file named `file`, received {received!r}", mend=_MEND)
         self.complete = False
         self.parts.append(_Part(self._folder, shown_name(options[b"filename"])))
 
-    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+    def on_data(self, data: bytes, start: int, end: int) -> None:
         self._bytes += end - start
         if self._bytes > self._max_bytes:
             raise too_large(self._max_bytes)
@@ -184,7 +240,7 @@ class _Reader:
         part.bytes += end - start
         part.pending.append(data[start:end])
 
-    def _on_part_end(self) -> None:
+    def on_end(self) -> None:
         self.flush()
         self.parts[-1].sink.close()  # one open file a request, however many parts it has
         self.complete = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,21 @@ def _press(page, text: str) -> None:
     clicked = f"[...document.querySelectorAll('button')].find((b) => b.textContent === {text!r})"
     page.until(f"Boolean({clicked})")
     page.js(f"{clicked}.click()")
+
+
+def test_an_unsure_answer_says_so(page, server, models, video):
+    registry = ModelCache(server.folder / "registry")
+    models[1].put(registry, replace(models[1].recipe, unsure_below=1.5))
+    registry.remember(models[1].champion)
+    try:
+        server.until(lambda: server.client.get("/readyz").json()["version"] == 2)
+        label = _classify(page, video)
+        assert page.js("document.querySelector('#result .unsure').innerText").startswith("Unsure")
+        assert page.js("document.querySelector('#history strong').textContent") == f"{label}?"
+        assert "unsure" in page.js("document.getElementById('said').textContent")
+    finally:
+        models[0].promote(registry)
+        server.until(lambda: server.client.get("/readyz").json()["version"] == 1)
 
 
 def test_upload_answer_heat_map_correction_and_review(page, server, video, tmp_path):

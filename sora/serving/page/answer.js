@@ -79,7 +79,9 @@ function show(answer) {
   });
   const seconds = Object.values(answer.seconds).reduce((sum, value) => sum + value, 0);
   const clips = `${answer.clips} ${answer.clips === 1 ? "clip" : "clips"}`;
-  const parts = [make("p", "label", answer.label), make("p", "quiet", answer.filename), bars];
+  const parts = [make("p", "label", answer.label)];
+  if (answer.unsure) parts.push(make("p", "unsure", "Unsure: less confident than this model has to be. Look at it yourself."));
+  parts.push(make("p", "quiet", answer.filename), bars);
   const times = Array.isArray(answer.timeline) && answer.timeline.length > 1 ? timeline(answer) : null;
   if (times) parts.push(times);
   if (times && answer.span) {
@@ -89,7 +91,7 @@ function show(answer) {
   if (files.has(answer)) parts.push(actions(answer, files.get(answer)));
   $("result").replaceChildren(...parts);
   $("why-card").hidden = true; // it was another answer's
-  say($("said"), `${answer.label}, ${percent.format(ranked[0][1])}. ${answer.filename}`);
+  say($("said"), `${answer.label}, ${percent.format(ranked[0][1])}${answer.unsure ? ", unsure" : ""}. ${answer.filename}`);
   requestAnimationFrame(() => fills.forEach(([fill, share]) => { fill.style.width = `${share * 100}%`; }));
 }
 
@@ -234,7 +236,7 @@ export function showHistory() {
       $("answer").focus();
     }, "entry");
     open.append(
-      make("strong", "", answer.label),
+      make("strong", "", answer.unsure ? `${answer.label}?` : answer.label),
       make("span", "share", percent.format(answer.probabilities[answer.label])),
       make("span", "name quiet", answer.filename),
       make("span", "quiet", `version ${answer.version}, ${new Date(answer.at).toLocaleTimeString()}`),
