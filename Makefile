@@ -11,7 +11,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --no-deps --no-compile
 # Some packages carry templates that are no Python; what does not compile does not matter.
 COMPILE = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 
-.PHONY: setup setup-dev run test lint up clean bench-accuracy
+.PHONY: setup setup-dev run test lint up clean bench-accuracy bench-soak
 
 setup: $(RUNS)
 
@@ -48,6 +48,10 @@ lint: setup-dev
 # Hours; a run that was stopped goes on. Options: make bench-accuracy ARGS="--set steps27"
 bench-accuracy: setup
 	$(BIN)/python -m benchmarks.accuracy $(ARGS)
+
+# Half an hour: a project is trained, then its champion moves 40 times under load. Options: ARGS="--minutes 5 --moves 5"
+bench-soak: setup
+	$(BIN)/python -m benchmarks.serving_soak $(ARGS)
 
 clean:
 	rm -rf $(VENV) .sora prepared data

@@ -25,7 +25,7 @@ SORA = [sys.executable, "-m", "sora.cli"]
 
 @dataclass
 class Done:
-    """One command: seconds of wall clock, peak anonymous memory of its process tree in bytes, its output."""
+    """One command: seconds of wall clock, peak anonymous memory of its tree in bytes (0: not watched), its output."""
 
     seconds: float
     peak: int
@@ -37,8 +37,11 @@ class Done:
         return json.loads(self.out)
 
 
-def timed(command: Sequence[str], cwd: Path, *, ok: Iterable[int] = (0,), **env: str) -> Done:
-    """Runs a command and samples its tree's memory each 50 ms (RssAnon: mapped shard files are not counted)."""
+def timed(command: Sequence[str], cwd: Path, *, ok: Iterable[int] = (0,), memory: bool = False, **env: str) -> Done:
+    """Runs a command; with `memory` samples its tree's each 50 ms (RssAnon: mapped shard files are not counted).
+
+    Sampling takes a core's time in proportion to the processes that run, so what is timed is not sampled.
+    """
     began = time.perf_counter()
     child = subprocess.Popen(
         list(command), cwd=cwd, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -52,10 +55,12 @@ def timed(command: Sequence[str], cwd: Path, *, ok: Iterable[int] = (0,), **env:
             time.sleep(0.05)
 
     watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    if memory:
+        watcher.start()
     out, err = child.communicate()
     seconds = time.perf_counter() - began
-    watcher.join()
+    if memory:
+        watcher.join()
     if child.returncode not in ok:
         raise SystemExit(f"{' '.join(command)} ended with {child.returncode}\n{err[-3000:]}")
     return Done(seconds, peak, child.returncode, out, err)

@@ -50,8 +50,8 @@ def measure(number: int) -> dict[str, float | int]:
             clip={"frames": 16, "height": 64, "width": 64},
             train={"epochs": 1},
         )
-        check = timed([*SORA, "check", "--json"], project, ok=(0, 1))
-        run = timed([*SORA, "run", "--json"], project)
+        check = timed([*SORA, "check", "--json"], project, ok=(0, 1), memory=True)
+        run = timed([*SORA, "run", "--json"], project, memory=True)
         return {
             "videos": number,
             "check: peak MB": check.peak / 1e6,

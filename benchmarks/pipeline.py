@@ -2,7 +2,8 @@
 
 `python -m benchmarks.pipeline [--epochs N]`: on fights300. Bare: the three stages, training and evaluation called one
 after the other in processes of their own, with no DVC, no Prefect, no MLflow. Pipeline: `sora run` from the same start,
-servers and their start included. Then `sora run` again with nothing changed, with servers up and without.
+once with the servers that it starts and ends itself, once under `sora up` as every nightly runs. Then `sora run` again
+with nothing changed, with servers up and without.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
 from benchmarks import common
 from benchmarks.common import SHARED, SORA, change_params, table, timed
-
-HEAVY = ("tensorflow", "keras", "great_expectations")
+from sora import services
+from sora.settings import Project
 
 
 def bare(project: Path) -> dict[str, float]:
@@ -37,10 +40,10 @@ def bare(project: Path) -> dict[str, float]:
     return spent
 
 
-def unchanged(project: Path, times: int = 3) -> dict[str, float]:
-    alone = [timed([*SORA, "run", "--json"], project) for _ in range(times)]
-    assert all(done.json()["outcome"] == "unchanged" for done in alone)
-    up = subprocess.Popen(
+@contextmanager
+def up(project: Path) -> Iterator[None]:
+    """`sora up`, its servers ready."""
+    process = subprocess.Popen(
         [*SORA, "up", "--prefect-port", "0", "--mlflow-port", "0", "--api-port", "0"],
         cwd=project,
         stdout=subprocess.DEVNULL,
@@ -49,14 +52,21 @@ def unchanged(project: Path, times: int = 3) -> dict[str, float]:
     try:
         deadline = time.monotonic() + 180
         while time.monotonic() < deadline:
-            checks = timed([*SORA, "doctor", "--json"], project, ok=(0, 1)).json()["checks"]
-            if all(check["ok"] for check in checks if check["name"] in ("prefect", "mlflow", "api")):
+            if {"prefect", "mlflow"} <= services.running(Project(project)).keys():
                 break
             time.sleep(1)
-        served = [timed([*SORA, "run", "--json"], project) for _ in range(times)]
+        time.sleep(30)  # the worker and the API start after them
+        yield
     finally:
-        up.terminate()
-        up.wait(60)
+        process.terminate()
+        process.wait(60)
+
+
+def unchanged(project: Path, times: int = 3) -> dict[str, float]:
+    alone = [timed([*SORA, "run", "--json"], project) for _ in range(times)]
+    assert all(done.json()["outcome"] == "unchanged" for done in alone)
+    with up(project):
+        served = [timed([*SORA, "run", "--json"], project) for _ in range(times)]
     assert all(done.json()["outcome"] == "unchanged" for done in served)
     return {
         "without servers": median(done.seconds for done in alone),
@@ -70,20 +80,25 @@ def main() -> None:
     given = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="sora-bench-") as name:
         place = Path(name)
-        first, second = place / "bare", place / "pipeline"
+        first, second, third = place / "bare", place / "pipeline", place / "nightly"
         timed([*SORA, "init", str(first), "--data", str(SHARED / "fights300")], place)
         if given.epochs:
             change_params(first, train={"epochs": given.epochs, "patience": given.epochs})
-        shutil.copytree(first, second)
+        for other in (second, third):
+            shutil.copytree(first, other)
         stages = bare(first)
         run = timed([*SORA, "run", "--json"], second)
+        with up(third):
+            night = timed([*SORA, "run", "--json"], third)
         result = json.loads(run.out)
         alone = sum(stages.values())
         rows = [{"what": stage, "s": seconds} for stage, seconds in stages.items()]
         rows += [
             {"what": "bare stages together", "s": alone},
-            {"what": "sora run", "s": run.seconds},
+            {"what": "sora run, servers of its own", "s": run.seconds},
             {"what": "overhead", "s": f"{run.seconds / alone - 1:.1%}"},
+            {"what": "sora run under sora up", "s": night.seconds},
+            {"what": "overhead", "s": f"{night.seconds / alone - 1:.1%}"},
         ]
         idle = unchanged(second)
         rows += [{"what": f"sora run, nothing changed, {how} (median of 3)", "s": s} for how, s in idle.items()]

@@ -1,0 +1,46 @@
+"""The same decoding and the same model behind LitServe: `python -m benchmarks.peer_litserve MODEL RECIPE PORT WORKERS`.
+
+As its documentation has it: batches of up to 8, each worker process with a model of its own, uploads as form files.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import litserve
+import numpy as np
+
+from sora.records import Recipe
+
+
+class Api(litserve.LitAPI):
+    def setup(self, device: str) -> None:
+        from sora.serving.predictor import Predictor
+
+        self.recipe = Recipe.from_dict(json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")))
+        self.predictor = Predictor(Path(sys.argv[1]), self.recipe, 1)
+
+    def decode_request(self, request: Any) -> np.ndarray:
+        from sora.video.transform import prepare_clips
+
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(request["file"].file.read())
+            file.flush()
+            return prepare_clips(Path(file.name), self.recipe.clip)[0]
+
+    def predict(self, clips: np.ndarray) -> list[Any]:
+        return list(self.predictor.probabilities(np.asarray(clips)))
+
+    def encode_response(self, probabilities: np.ndarray) -> dict[str, Any]:
+        answer = self.predictor.answer(probabilities[None])
+        return {**answer.to_dict(), "data_version": "", "filename": ""}
+
+
+if __name__ == "__main__":
+    api = Api(max_batch_size=8, batch_timeout=0.005, api_path="/v1/predict")
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=int(sys.argv[4]))
+    server.run(host="127.0.0.1", port=int(sys.argv[3]), log_level="warning", generate_client_file=False)
