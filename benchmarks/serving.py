@@ -36,6 +36,8 @@ from benchmarks.served import (
     settled,
     workplace,
 )
+from sora.serving.run import THREADS, model_threads
+from sora.settings import Project
 
 FIGURES = {
     "latency": ("one client, p50, ms", "≤ 1.15"),
@@ -45,10 +47,13 @@ FIGURES = {
 
 
 class Bare:
-    """A bare loop in a process of its own; `threads`: that its model uses (0: TensorFlow's choice)."""
+    """A bare loop in a process of its own. `alone`: its model uses the machine as the server's does; else it is one of
+    several and uses one thread."""
 
-    def __init__(self, model: Path, recipe: Path, video: Path, threads: int = 0) -> None:
-        limit = {"TF_NUM_INTRAOP_THREADS": str(threads), "TF_NUM_INTEROP_THREADS": str(threads)} if threads else {}
+    def __init__(self, project: Project, video: Path, alone: bool) -> None:
+        threads = {THREADS: str(model_threads(project.settings().serve))}
+        limit = threads if alone else {THREADS: "1", "TF_NUM_INTEROP_THREADS": "1"}
+        model, recipe = champion_files(project.root)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.serving_bare", str(model), str(recipe), str(video)],
             env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **limit},
@@ -74,8 +79,8 @@ class Bare:
 
 
 @contextmanager
-def bare(project: Path, video: Path, threads: int = 0) -> Iterator[Bare]:
-    loop = Bare(*champion_files(project), video, threads)
+def bare(project: Path, video: Path, alone: bool) -> Iterator[Bare]:
+    loop = Bare(Project(project), video, alone)
     try:
         loop.ready()
         yield loop
@@ -86,7 +91,7 @@ def bare(project: Path, video: Path, threads: int = 0) -> Iterator[Bare]:
 
 def latency(project: Path, server: Server, video: Path, rounds: int, requests: int) -> list[dict[str, float]]:
     found = []
-    with bare(project, video) as loop:
+    with bare(project, video, alone=True) as loop:
         load(server.address, video, "--requests", "50")
         for _ in range(rounds):
             loop.ask("requests", requests)
@@ -102,7 +107,7 @@ def latency(project: Path, server: Server, video: Path, rounds: int, requests: i
 def throughput(project: Path, server: Server, video: Path, rounds: int, seconds: float) -> list[dict[str, float]]:
     found = []
     with ExitStack() as stack:
-        loops = [stack.enter_context(bare(project, video, threads=1)) for _ in range(2)]
+        loops = [stack.enter_context(bare(project, video, alone=False)) for _ in range(2)]
         load(server.address, video, "--clients", str(CLIENTS), "--seconds", "3")
         for _ in range(rounds):
             for loop in loops:

@@ -30,9 +30,7 @@ class Metrics:
         self.stage = Histogram(
             "sora_predict_stage_seconds", "One prediction, by stage", ["stage"], buckets=_SECONDS, registry=r
         )
-        self.batch = Histogram(
-            "sora_batch_clips", "Clips in one call of the model", buckets=(1, 2, 3, 4, 5, 6, 7, 8), registry=r
-        )
+        self.batch = Histogram("sora_batch_clips", "Clips in one call of the model", buckets=(1, 2, 3, 4), registry=r)
         self.predictions = Counter("sora_predictions_total", "Answers by version", ["version"], registry=r)
         self.version = Gauge("sora_model_version", "The version that serves; 0: none", registry=r)
         self.changes = Counter("sora_model_changes_total", "Champions taken over since the start", registry=r)

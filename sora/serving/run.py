@@ -18,12 +18,13 @@ from sora.serving.app import create_app
 from sora.serving.guard import names_this_machine
 from sora.serving.source import ModelCache, RegistrySource
 from sora.serving.tokens import ENVIRONMENT, TokenFile, Tokens
-from sora.settings import Project
+from sora.settings import Project, Serve
 
 log = logging.getLogger("sora.serving")
 FIRST_WAIT = 60.0  # seconds that a cached champion may take to be ready before MLflow is started beside it
 DRAIN_SECONDS = 30  # that requests under way get after SIGTERM
 MIN_TOKEN = 16  # characters
+THREADS = "TF_NUM_INTRAOP_THREADS"  # TensorFlow reads it when it is imported
 
 
 def run(project: Project, host: str | None = None, port: int | None = None) -> None:
@@ -46,6 +47,7 @@ def run(project: Project, host: str | None = None, port: int | None = None) -> N
         )
     tokens = Tokens(given, file, always=strangers)
     _log_to_stderr()
+    os.environ.setdefault(THREADS, str(model_threads(settings.serve)))
     cache = ModelCache(project.state / "cache")
     mlflow = Mlflow(project)
     app = create_app(
@@ -79,6 +81,12 @@ def run(project: Project, host: str | None = None, port: int | None = None) -> N
         signal.signal(signal.SIGTERM, before)
         listener.close()
         mlflow.close()
+
+
+def model_threads(settings: Serve) -> int:
+    """Threads that share one operation of the model: as many as the decoders leave processors. More of them wait for
+    each other while a decoder has one's processor."""
+    return max(1, (os.cpu_count() or 1) - settings.decode_workers)
 
 
 def read_tokens(text: str) -> list[str]:
