@@ -343,10 +343,9 @@ class ShardSet:
         rows = np.asarray(rows, np.int64)
         spec = self.spec
         out = np.empty((len(rows), spec.frames, spec.height, spec.width, 3), np.uint8)
-        buckets = self._bucket[rows]
-        for bucket in np.unique(buckets):
-            here = np.flatnonzero(buckets == bucket)
-            out[here] = self._map(int(bucket))[self._row[rows[here]]]
+        # Clip by clip: one indexing for several would copy each twice.
+        for place, (bucket, row) in enumerate(zip(self._bucket[rows], self._row[rows], strict=True)):
+            out[place] = self._map(int(bucket))[row]
         return out
 
     def _map(self, bucket: int) -> np.ndarray:

@@ -28,7 +28,7 @@ from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
 from sora.errors import VideoError
 from sora.records import RULES
-from sora.video import signature
+from sora.video import seek, signature
 
 # Containers and raw streams that hold moving pictures and name no other file. Not here: playlists and lists of files
 # (hls, dash, concat, sdp, image2, imf), still images, sound alone, devices, text.
@@ -294,8 +294,9 @@ def read_chosen(
 ) -> tuple[dict[int, np.ndarray], int, float]:
     """The frames that `choose(frames, fps)` names, each once, resized by `fit`, upright.
 
-    With `known` = (frames, fps) decoding stops after the last frame chosen. Without, the header's claim is tried first;
-    where it turns out wrong, so that other frames are to be chosen, the file is decoded once more.
+    With `known` = (frames, fps) no more is decoded than the frames chosen need (see `seek`), or at least nothing after
+    the last of them. Without, the header's claim is tried first; where it turns out wrong, so that other frames are to
+    be chosen, the file is decoded once more.
 
     Returns:
         {index: (height, width, 3) uint8 rgb}, frames and fps (`known` where given, else as found).
@@ -303,6 +304,11 @@ def read_chosen(
     Raises:
         VideoError: not_a_video, unreadable (a frame chosen does not decode), too_large.
     """
+    if known and limits is None:  # limits are held against all that would be decoded in order
+        try:
+            return _sought(path, set(choose(*known)), known[0], fit), *known
+        except seek.Unsure:
+            pass
     limits = limits or Limits()
     with _opened(path, limits) as (container, stream):
         clock = _Clock(stream)
@@ -336,6 +342,23 @@ def read_chosen(
             "unreadable", f"frame {min(missing)} is missing, {clock.count} decode{': ' + broke if broke else ''}"
         )
     return pictures, *known
+
+
+def _sought(path: str | os.PathLike[str], wanted: set[int], count: int, fit: Fit | None) -> dict[int, np.ndarray]:
+    """`read_chosen`'s pictures by the shortest way.
+
+    Raises:
+        seek.Unsure: only decoding in order gives them.
+    """
+    with _opened(path, Limits()) as (container, stream):
+        reformat = VideoReformatter()
+        try:
+            return {
+                index: _rgb(frame, reformat, fit, _rotation(frame))
+                for index, frame in seek.frames(container, stream, wanted, count)
+            }
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            raise seek.Unsure from error
 
 
 def read_frames(path: str | os.PathLike[str], indices: Sequence[int], *, limits: Limits | None = None) -> np.ndarray:

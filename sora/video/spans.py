@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 
 from sora.records import ClipSpec
-from sora.video import decode
 from sora.video.clips import windows
-from sora.video.transform import finish, fitted
+from sora.video.decode import Limits
+from sora.video.transform import clips_and_rate
 
 Spans = list[tuple[float, float]]  # seconds from the first frame: start and end of each clip, in the order of time
 
@@ -30,12 +30,9 @@ def spans(frames: int, fps: float, spec: ClipSpec) -> Spans | None:
 
 
 def prepare_with_spans(
-    path: str | os.PathLike[str], spec: ClipSpec, *, limits: decode.Limits | None = None
+    path: str | os.PathLike[str], spec: ClipSpec, *, limits: Limits | None = None
 ) -> tuple[np.ndarray, Spans | None]:
     """`transform.prepare_clips`, and the span of each clip, of one decoding.
-
-    Not a part of `prepare_clips`, since training needs no seconds and its code is hashed into every project's shards; a
-    test holds the clips of both equal, byte for byte.
 
     Returns:
         (clips, spec.frames, spec.height, spec.width, 3) uint8 rgb, and `spans`.
@@ -43,16 +40,5 @@ def prepare_with_spans(
     Raises:
         VideoError: not_a_video, unreadable, too_large.
     """
-    pictures, count, rate = decode.read_chosen(
-        path,
-        lambda count, rate: {index for window in windows(count, rate, spec) for index in window.indices},
-        fit=lambda width, height: fitted(width, height, spec),
-        limits=limits,
-    )
-    chosen = windows(count, rate, spec)
-    clips = np.empty((len(chosen), spec.frames, spec.height, spec.width, 3), np.uint8)
-    done = {index: finish(picture, spec) for index, picture in pictures.items()}
-    for window in chosen:
-        for position, index in enumerate(window.indices):
-            clips[window.clip, position] = done[index]
+    clips, count, rate = clips_and_rate(path, spec, limits=limits)
     return clips, spans(count, rate, spec)

@@ -14,7 +14,7 @@ def facts() -> str:
 
 def clips() -> str:
     """Of what makes a video's clips."""
-    return _tag("clips.py", "decode.py", "transform.py")
+    return _tag("clips.py", "decode.py", "seek.py", "transform.py")
 
 
 def _tag(*sources: str) -> str:

@@ -61,7 +61,7 @@ def prepare_clips(
     """All clips of a video.
 
     Args:
-        frames, fps: from the manifest, which spares decoding past the last frame needed. Without them the same clips
+        frames, fps: from the manifest, which spares decoding what the clips do not need. Without them the same clips
             come out: the header's claim is tried first, and decoding repeated where it was wrong.
 
     Returns:
@@ -71,6 +71,17 @@ def prepare_clips(
         VideoError: not_a_video, unreadable, too_large.
     """
     known = None if frames is None or fps is None else (frames, fps)
+    return clips_and_rate(path, spec, known=known, limits=limits)[0]
+
+
+def clips_and_rate(
+    path: str | os.PathLike[str],
+    spec: ClipSpec,
+    *,
+    known: tuple[int, float] | None = None,
+    limits: decode.Limits | None = None,
+) -> tuple[np.ndarray, int, float]:
+    """`prepare_clips`, and the video's frames and fps that they were chosen by."""
     pictures, count, rate = decode.read_chosen(
         path,
         lambda count, rate: {index for window in windows(count, rate, spec) for index in window.indices},
@@ -84,4 +95,4 @@ def prepare_clips(
     for window in chosen:
         for position, index in enumerate(window.indices):
             clips[window.clip, position] = done[index]
-    return clips
+    return clips, count, rate
