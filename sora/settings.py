@@ -221,6 +221,7 @@ class Serve(_Section):
     decode_timeout: float = Field(30, gt=0)  # seconds
     upload_timeout: float = Field(120, gt=0)  # seconds from the first byte to the last
     request_timeout: float = Field(180, gt=0)  # seconds from the first byte to the answer, the upload included
+    drain_seconds: float = Field(0, ge=0, le=300)  # after SIGTERM: /readyz says 503 and all else goes on, for proxies
     decode_memory: int = Field(2_000_000_000, ge=100_000_000)  # bytes
     queue: int = Field(64, ge=1)
     poll_seconds: float = Field(2, gt=0)

@@ -54,6 +54,7 @@ class DecodePool:
         self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
         self._workers: set[_Worker] = set()
         self._tasks: set[asyncio.Task] = set()
+        self._endings: set[asyncio.Task] = set()
         self._closed = False
         self.replaced = 0  # decoders that died or were killed, since the start
 
@@ -66,7 +67,7 @@ class DecodePool:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(worker.end() for worker in self._workers), return_exceptions=True)
+        await asyncio.gather(*self._endings, *(worker.end() for worker in self._workers), return_exceptions=True)
 
     @property
     def pids(self) -> list[int]:
@@ -128,11 +129,14 @@ class DecodePool:
                 self._idle.put_nowait(worker)
             else:
                 self._replace(worker)
-                await worker.end()
 
     def _replace(self, worker: _Worker) -> None:
         worker.kill()
         self._workers.discard(worker)
+        # Nobody waits for this: the answer does not depend on how long the system takes to end a process.
+        ending = asyncio.create_task(worker.end())
+        self._endings.add(ending)
+        ending.add_done_callback(self._endings.discard)
         if not self._closed:
             self.replaced += 1
             self._add()

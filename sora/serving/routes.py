@@ -52,6 +52,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/readyz", response_model=Ready, responses=problem_answers(403, 503), summary="Can it predict?")
     async def readyz() -> dict[str, Any]:
+        if service.stopping:
+            raise Problem(503, "this server is about to stop", mend="ask another one", kind="stopping")
         return {"status": "ready", "version": service.served().champion.version}
 
     @app.get(

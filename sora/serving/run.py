@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
@@ -16,13 +15,13 @@ from sora.data.inbox import Inbox
 from sora.errors import InputError, ServiceError, SoraError
 from sora.serving.app import create_app
 from sora.serving.guard import names_this_machine
+from sora.serving.server import listen, serve
 from sora.serving.source import ModelCache, RegistrySource
 from sora.serving.tokens import ENVIRONMENT, TokenFile, Tokens
 from sora.settings import Project, Serve
 
 log = logging.getLogger("sora.serving")
 FIRST_WAIT = 60.0  # seconds that a cached champion may take to be ready before MLflow is started beside it
-DRAIN_SECONDS = 30  # that requests under way get after SIGTERM
 MIN_TOKEN = 16  # characters
 THREADS = "TF_NUM_INTRAOP_THREADS"  # TensorFlow reads it when it is imported
 
@@ -34,8 +33,6 @@ def run(project: Project, host: str | None = None, port: int | None = None) -> N
         InputError: an address other than loopback without tokens, or a token that is too short.
         ServiceError: the address is taken or not of this machine, or the file of tokens is damaged.
     """
-    import uvicorn
-
     settings = project.settings()
     host = host or settings.serve.host
     given, file = read_tokens(os.environ.get(ENVIRONMENT, "")), TokenFile(project.tokens)
@@ -57,29 +54,14 @@ def run(project: Project, host: str | None = None, port: int | None = None) -> N
         tokens=tokens,
         inbox=Inbox(project, settings.serve.inbox_files, settings.serve.inbox_bytes),
     )
-    listener = _listen(host, settings.serve.port if port is None else port)
-    config = uvicorn.Config(
-        app,
-        loop="asyncio",  # also where uvloop and httptools are installed: with them a killed decoder costs more than one
-        http="h11",  # request, and the fuzzer breaks a connection
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=10,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
-        limit_concurrency=settings.serve.queue * 4 + 256,  # connections; predictions have their own bound
-    )
-    # uvicorn raises the signal again after its shutdown; a stop that was asked for is no failure.
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    listener = listen(host, settings.serve.port if port is None else port)
     follower = app.state.service.follower
     mlflow.start(lambda: follower.current is not None or _champion_of(cache) is None)
     address = f"http://{_written(listener)}/"
     print(f"Sora answers at {address} once the model is loaded; Ctrl-C ends it", file=sys.stderr, flush=True)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        serve(app, listener)
     finally:
-        signal.signal(signal.SIGTERM, before)
-        listener.close()
         mlflow.close()
 
 
@@ -159,24 +141,6 @@ def _champion_of(cache: ModelCache) -> object:
         return cache.champion()
     except ServiceError:
         return None
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:
-        # Accepted sockets have it from here. asyncio sets it on those that tell their protocol number, which these do
-        # not; without it an answer's second packet waits 40 ms for the client's acknowledgement of the first.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(256)
-    except OSError as error:
-        listener.close()
-        raise ServiceError(
-            f"can't listen on {host} port {port}: {error.strerror or error}",
-            mend="end what uses the port, or give --port (0: any free one) and an address of this machine",
-        ) from error
-    return listener
 
 
 def _written(listener: socket.socket) -> str:

@@ -46,6 +46,7 @@ class Service:
         self.batcher = Batcher(self.metrics.batch.observe)
         self.folder = Path()
         self.pool: DecodePool | None = None
+        self.stopping = False  # set while proxies are shown that this server is about to stop
         self.active = 0  # calls for predictions under way, from their first byte to their answer
 
     @asynccontextmanager

@@ -27,9 +27,8 @@ from sora.settings import Project, Serve
 def main() -> None:
     import logging
 
-    import uvicorn
-
     from sora.serving.app import create_app
+    from sora.serving.server import listen, serve
     from sora.serving.tokens import TokenFile, Tokens
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO)
@@ -40,7 +39,7 @@ def main() -> None:
     inbox = Inbox(project, settings.inbox_files, settings.inbox_bytes) if project.params_file.is_file() else None
     registry, cache = ModelCache(folder / "registry"), ModelCache(folder / "cache")
     app = create_app(settings, registry, cache, tokens=tokens, inbox=inbox)
-    uvicorn.run(app, host="127.0.0.1", port=settings.port, log_config=None)
+    serve(app, listen("127.0.0.1", settings.port))
 
 
 def free_port() -> int:

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
 
 from sora.client import Client
+from sora.errors import SoraError
+from sora.processes import start_child
 from sora.serving.source import ModelCache
 from sora.serving.tokens import TokenFile
-from tests.serving.standing import standing
+from tests.serving.standing import Standing, free_port, standing
+
+HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin:/usr/local/sbin")
 
 
 def test_two_replicas_follow_one_champion_and_one_file_of_tokens(api, models, video):
@@ -39,9 +51,107 @@ def test_two_replicas_follow_one_champion_and_one_file_of_tokens(api, models, vi
             file.path.unlink(missing_ok=True)
         with Client(str(other.client.base_url), retries=0) as client:
             other.process.terminate()
-            assert other.process.wait(30) in (0, -15)
+            assert other.process.wait(30) == 0
             assert not client.ready()
         assert api.client.get("/readyz").status_code == 200
     assert (
         not list((api.folder / "tmp").glob("sora-serve-*")) or len(list((api.folder / "tmp").glob("sora-serve-*"))) == 1
     )
+
+
+def test_a_stop_is_shown_before_it_is_done(models, video, tmp_path):
+    models[0].promote(ModelCache(tmp_path / "registry"))
+    with standing(tmp_path, poll_seconds=0.1, drain_seconds=60) as server:
+        server.until_ready()
+        server.process.terminate()
+        server.until(lambda: server.client.get("/readyz").status_code == 503)
+        assert server.client.get("/readyz").json()["type"].endswith("stopping")
+        assert server.client.get("/healthz").status_code == 200
+        assert server.send(video).status_code == 200
+        server.process.terminate()  # who does not want to wait says so
+        assert server.process.wait(20) == 0
+
+
+@pytest.mark.skipif(HAPROXY is None, reason="HAProxy is not installed (Debian: apt install haproxy)")
+def test_behind_a_proxy_a_replica_can_stop_and_the_champion_move_and_no_call_fails(api, models, video, tmp_path):
+    """The configuration of infra/ with this test's ports; callers ask without pause all the while."""
+    registry = ModelCache(api.folder / "registry")
+    before = _predictions(api)
+    with standing(api.folder, poll_seconds=0.1, drain_seconds=5) as other:
+        other.until_ready()
+        with _proxy([api.port, other.port], tmp_path) as address, _callers(address, video, 6) as answers:
+            _until(lambda: len(answers) >= 20)
+            models[1].promote(registry)
+            try:
+                _until(lambda: [version for _, version in answers[-10:]] == [2] * 10)
+                assert _predictions(api) > before and _predictions(other) > 0
+                other.process.terminate()
+                assert other.process.wait(30) == 0
+                after = len(answers)
+                _until(lambda: len(answers) >= after + 20)
+            finally:
+                models[0].promote(registry)
+            _until(lambda: answers[-1][1] == 1)
+        assert {error for error, _ in answers} == {""}
+        assert {version for _, version in answers} == {1, 2}
+    api.until(lambda: api.client.get("/readyz").json()["version"] == 1)
+
+
+@contextmanager
+def _proxy(ports: list[int], folder: Path) -> Iterator[str]:
+    text = (Path(__file__).parents[2] / "infra" / "haproxy.cfg").read_text()
+    front = free_port()
+    for written, port in zip((8080, 8001, 8002), (front, *ports), strict=True):
+        assert f"127.0.0.1:{written}\n" in text
+        text = text.replace(f"127.0.0.1:{written}\n", f"127.0.0.1:{port}\n")
+    config = folder / "haproxy.cfg"
+    config.write_text(text)
+    with (folder / "haproxy.log").open("wb") as log:
+        child = start_child([HAPROXY, "-f", str(config)], stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{front}"
+    try:
+        with Client(address, retries=0) as client:
+            _until(client.ready)
+        yield address
+    finally:
+        child.terminate()
+        child.wait(20)
+
+
+@contextmanager
+def _callers(address: str, video: Path, count: int) -> Iterator[list[tuple[str, int]]]:
+    """Threads that ask until the block ends; the list grows by (the error or "", version)."""
+    answers: list[tuple[str, int]] = []
+    ended = threading.Event()
+
+    def ask() -> None:
+        with Client(address, retries=0) as client:
+            while not ended.is_set():
+                try:
+                    answers.append(("", client.predict(video).version))
+                except SoraError as error:
+                    answers.append((str(error), 0))
+
+    threads = [threading.Thread(target=ask) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield answers
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
+def _predictions(server: Standing) -> float:
+    text = server.client.get("/metrics").text
+    return sum(
+        float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith("sora_predictions_total{")
+    )
+
+
+def _until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -21,7 +21,8 @@ from sora.errors import InputError, ServiceError
 from sora.processes import start_child
 from sora.records import EvalReport
 from sora.registry import Registry
-from sora.serving.run import _listen, read_tokens, run
+from sora.serving.run import read_tokens, run
+from sora.serving.server import listen
 from sora.serving.tokens import TokenFile
 from sora.settings import Project
 from tests.serving.conftest import CLASSES, Made, other_golden
@@ -160,7 +161,7 @@ def test_a_taken_port_says_so(tmp_path, monkeypatch):
 
 def test_answers_do_not_wait_for_acknowledgements():
     """TCP_NODELAY on what is accepted: without it each answer took 40 ms more."""
-    with _listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
         accepted, _ = listener.accept()
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

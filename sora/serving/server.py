@@ -1,0 +1,82 @@
+"""The application on a socket, until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from sora.errors import ServiceError
+from sora.serving.service import Service
+
+FINISH_SECONDS = 30  # that requests under way get when the server stops
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections.
+
+    Raises:
+        ServiceError: the address is taken or not of this machine.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        # Accepted sockets have it from here. asyncio sets it on those that tell their protocol number, which these do
+        # not; without it an answer's second packet waits 40 ms for the client's acknowledgement of the first.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(256)
+    except OSError as error:
+        listener.close()
+        raise ServiceError(
+            f"can't listen on {host} port {port}: {error.strerror or error}",
+            mend="end what uses the port, or give --port (0: any free one) and an address of this machine",
+        ) from error
+    return listener
+
+
+def serve(app: FastAPI, listener: socket.socket) -> None:
+    """Serves an application of `create_app` until SIGTERM or Ctrl-C; requests under way are answered first.
+
+    SIGTERM is first shown to proxies for `serve.drain_seconds`: `/readyz` says 503, everything else goes on. Without
+    that a proxy would send a call on a connection that closes at that moment. A second signal stops at once.
+    """
+    service: Service = app.state.service
+    config = uvicorn.Config(
+        app,
+        loop="asyncio",  # also where uvloop and httptools are installed: with them a killed decoder costs more than one
+        http="h11",  # request, and the fuzzer breaks a connection
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=10,
+        timeout_graceful_shutdown=FINISH_SECONDS,
+        limit_concurrency=service.settings.queue * 4 + 256,  # connections; predictions have their own bound
+    )
+    # uvicorn raises the signal again after its shutdown; a stop that was asked for is no failure.
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        _Server(config, service).run(sockets=[listener])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        listener.close()
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        seconds = self._service.settings.drain_seconds
+        if sig != signal.SIGTERM or not seconds or self._service.stopping:
+            super().handle_exit(sig, frame)
+            return
+        self._service.stopping = True
+        timer = threading.Timer(seconds, super().handle_exit, (sig, None))
+        timer.daemon = True
+        timer.start()
