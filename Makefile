@@ -11,7 +11,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --no-deps --no-compile
 # Some packages carry templates that are no Python; what does not compile does not matter.
 COMPILE = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 
-.PHONY: setup setup-dev run test lint up clean bench-accuracy bench-soak
+.PHONY: setup setup-dev run test lint up clean bench bench-accuracy bench-soak
 
 setup: $(RUNS)
 
@@ -44,6 +44,10 @@ lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Under 20 minutes: preprocessing, loading, training throughput.
+bench: setup
+	$(BIN)/python -m benchmarks $(ARGS)
 
 # Hours; a run that was stopped goes on. Options: make bench-accuracy ARGS="--set steps27"
 bench-accuracy: setup

@@ -24,7 +24,7 @@ class Api(litserve.LitAPI):
         self.recipe = Recipe.from_dict(json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")))
         self.predictor = Predictor(Path(sys.argv[1]), self.recipe, 1)
 
-    def decode_request(self, request: Any) -> np.ndarray:
+    def decode_request(self, request) -> np.ndarray:  # LitServe takes an annotation for a schema of the body
         from sora.video.transform import prepare_clips
 
         with tempfile.NamedTemporaryFile() as file:

@@ -18,7 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from statistics import median
 
@@ -60,7 +60,8 @@ def process(command: list[str], address: str, log: Path, **env: str) -> Iterator
             time.sleep(0.5)
         yield address
     finally:
-        os.killpg(child.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGTERM)
         try:
             child.wait(30)
         except subprocess.TimeoutExpired:
@@ -106,8 +107,13 @@ def main() -> None:
         def mlflow() -> float:
             command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(registered), "-p", "5199"]
             path = os.pathsep.join([str(place), *filter(None, [os.environ.get("PYTHONPATH")])])
+            tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # it calls uvicorn by name
             with process(
-                [*command, "--env-manager", "local"], "http://127.0.0.1:5199", place / "mlflow.log", PYTHONPATH=path
+                [*command, "--env-manager", "local"],
+                "http://127.0.0.1:5199",
+                place / "mlflow.log",
+                PYTHONPATH=path,
+                PATH=tools,
             ) as address:
                 return measured(address, clip, given.seconds, "--path", "/invocations", "--json-body")
 
