@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sora.errors import InputError, ServiceError
+from sora.progress import say
 from sora.records import ModelVersion, Recipe
 from sora.settings import Project, parse
 
@@ -67,6 +68,9 @@ def promote(project: Project, version: int) -> dict[str, Any]:
     from sora.serving.predictor import Smoke
 
     with alias_lock(project), Smoke() as smoke, open_registry(project) as registry:
+        found = registry.get(version)
+        if found.decision == "refused":
+            say(f"version {version} was refused ({'; '.join(found.reasons)}); you make it the champion all the same")
         return registry.promote(version, cache=model_cache(project), smoke=smoke, reason="by hand")
 
 

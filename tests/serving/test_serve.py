@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from sora import services
+from sora import lifecycle, services
 from sora.errors import InputError, ServiceError
 from sora.processes import start_child
 from sora.records import EvalReport
@@ -69,7 +69,7 @@ def promote(project: Project, version: int) -> None:
 
 
 @pytest.mark.slow
-def test_it_follows_the_champion_of_a_real_registry(models, video, tmp_path):
+def test_it_follows_the_champion_of_a_real_registry(models, video, tmp_path, capsys):
     (tmp_path / "params.yaml").write_text("name: tested\nserve: {poll_seconds: 0.2}\n", encoding="utf-8")
     project = Project(tmp_path)
 
@@ -106,6 +106,11 @@ def test_it_follows_the_champion_of_a_real_registry(models, video, tmp_path):
         it.until(lambda: it.client.get("/v1/model").json()["following"]["refused"], 20)
         it.until(lambda: any("differs" in reason for reason in registry.get(bad).reasons), 20)
         assert it.send(video).json()["version"] == 2
+        # Who promotes what the gate refused is told so.
+        registry.set_decision(1, "refused", ["worse: 0.5 against 0.6"])
+        assert lifecycle.promote(project, 1)["champion"] == 1
+        assert "version 1 was refused (worse: 0.5 against 0.6)" in capsys.readouterr().err
+        it.until(serves(it, 1))
         promote(project, 2)
         children = psutil.Process(it.process.pid).children(recursive=True)
         it.process.send_signal(signal.SIGTERM)
