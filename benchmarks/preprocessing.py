@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from fractions import Fraction
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -124,7 +125,7 @@ def long_video(target: Path, key_frames: int) -> Path:
         stream = container.add_stream("libx264", rate=RATE, options=options)
         stream.width, stream.height, stream.pix_fmt = 1920, 1080, "yuv420p"
         for index, frame in enumerate(stretch):
-            frame.pts, frame.time_base, frame.pict_type = index, stream.codec_context.time_base, 0
+            frame.pts, frame.time_base, frame.pict_type = index, Fraction(1, RATE), 0
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     with av.open(str(target), "w") as made:
@@ -195,7 +196,7 @@ def batches(rounds: int) -> list[dict[str, Any]]:
                 source.copy()
 
         pairs = [(spent(load), spent(copy)) for _ in range(rounds * 3)]
-        trained = timed([sys.executable, "-m", "benchmarks.preprocessing", "--child", "train"], place).json()
+        trained = timed([sys.executable, "-m", "benchmarks.preprocessing", "--child", "train"], Path.cwd()).json()
         ours = median(pair[0] for pair in pairs)
         clips = len(loader) * BATCH / ours
         return [
