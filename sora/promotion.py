@@ -209,14 +209,14 @@ def _against_champion(
     mode: Mode,
     forced: bool,
 ) -> None:
-    pairs = _pair(candidate, champion)
-    wins, losses, videos = pairs.total
-    new = [name for name in candidate.classes if name not in champion.classes]
-    gone = [name for name in champion.classes if name not in candidate.classes]
     if candidate.multilabel != champion.multilabel:
         only = "only one of candidate and champion answers with several labels a video"
         verdicts.say(False, f"{only}, so they can't be compared; `sora promote VERSION` moves the champion by hand")
         return
+    pairs = _pair(candidate, champion)
+    wins, losses, videos = pairs.total
+    new = [name for name in candidate.classes if name not in champion.classes]
+    gone = [name for name in champion.classes if name not in candidate.classes]
     if len(pairs.by_class) < 2:
         shared = f"candidate and champion share fewer than two classes ({len(pairs.by_class)})"
         verdicts.say(False, f"{shared}, so they can't be compared; `sora promote VERSION` moves the champion by hand")

@@ -77,7 +77,9 @@ def test_rules_count_single_labels() -> None:
     [rejected] = report.rejected
     assert (rejected.path, rejected.rule) == ("swim.mp4", "unknown_label") and "'swim'" in rejected.detail
     failed = {found["rule"]: found for found in report.expectations if not found["success"]}
-    assert set(failed) == {"unknown_label", "class_too_rare"} and "class run has 1" in failed["class_too_rare"]["detail"]
+    assert (
+        set(failed) == {"unknown_label", "class_too_rare"} and "class run has 1" in failed["class_too_rare"]["detail"]
+    )
     [many] = [found for found in report.expectations if found["rule"] == "too_many_rejected"]
     assert many["observed"] == 1  # a rejected video counts once, however many labels it has
 
