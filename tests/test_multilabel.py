@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sora import audit, evaluation, promotion, training
+from sora import audit, crossval, evaluation, promotion, training
 from sora.data import expectations, labels, manifest, shards, splits
 from sora.data import table as tables
 from sora.errors import InputError
@@ -241,6 +241,13 @@ def test_it_is_served_and_answers_with_two_labels(world: SimpleNamespace, tmp_pa
             assert "labels" in schema["properties"] and "labels" not in schema["required"]
 
     asyncio.run(story())
+
+
+def test_a_fold_of_a_cross_validation_is_of_several_labels_too(world: SimpleNamespace, tmp_path: Path) -> None:
+    short = SETTINGS.model_copy(update={"train": SETTINGS.train.model_copy(update={"epochs": 1})})
+    fold = crossval.answers(tmp_path / "fold", world.folder / "shards", world.table, short, judged="test")
+    assert len(fold["videos"]) == 12 and "mean_average_precision" in fold["metrics"]
+    assert {video["label"] for video in fold["videos"]} == set(world.rows["label"])
 
 
 # ---- what does not go together ----
