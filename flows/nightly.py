@@ -180,7 +180,7 @@ def _assign(project: Project, settings: Settings, target: Path) -> dict[str, Any
         "videos": len(rows),
         "rejected": len(rejected),
         "split_conflicts": [item.path for item in assignment.rejections],
-        "counts": table.counts(joined),
+        "counts": table.counts(joined, settings.multilabel),
         "digest": table.digest(joined),
         "test_digest": table.digest(joined, "test"),
         **{split: int(sizes.get(split, 0)) for split in ("train", "val", "test")},
@@ -323,6 +323,7 @@ def _evaluate(
         out=str(work.folder / "evaluation"),
         views=list(settings.eval.views),
         unsure_precision=settings.unsure.precision,
+        multilabel=settings.multilabel,
     )
     with bar("Evaluating") as update:
         found = evaluation.run(job, show.evaluating(update), log=project.state / "logs" / "evaluation.log")

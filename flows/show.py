@@ -59,7 +59,8 @@ def report(
     if FlowRunContext.get():
         create_markdown_artifact(_markdown(result, candidate, champion, facts), key="nightly", description="The result")
         create_table_artifact(_recalls(candidate), key="recall", description="Recall of each class on the test split")
-        create_table_artifact(_confusion(candidate), key="confusion", description="True class by predicted class")
+        if candidate["confusion"]:  # a multi-label model has none
+            create_table_artifact(_confusion(candidate), key="confusion", description="True class by predicted class")
         create_link_artifact(page, key="mlflow-run", link_text="the run in MLflow", description="Metrics and plots")
     pages = [f"MLflow run: {page}"]
     if (project.docs / "index.html").exists():

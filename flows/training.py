@@ -38,8 +38,8 @@ HANDBACK = "handback"  # … and back: model.keras, result.json
 STATE = ("data.dvc", "dvc.yaml", "dvc.lock", "preprocessing.lock", "params.yaml")
 # Code that both machines must have alike, below sora/.
 CODE = (
-    "model", "data/augment.py", "data/batches.py", "data/shards.py", "training.py", "files.py", "records.py",
-    "settings.py",
+    "model", "data/augment.py", "data/batches.py", "data/labels.py", "data/shards.py", "training.py", "files.py",
+    "records.py", "settings.py",
 )  # fmt: skip
 
 BEAT_SECONDS = 10.0

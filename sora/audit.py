@@ -50,7 +50,7 @@ def audit(project: Project, *, folds: int = 5, progress: Bar = lambda done, tota
     stay in .sora/audit until data, labels, parameters or code change, so an interrupted audit goes on.
 
     Raises:
-        InputError: nothing is prepared yet, or there are fewer groups than folds.
+        InputError: nothing is prepared yet, there are fewer groups than folds, or videos may have several labels.
         ServiceError, DiskFull: a training failed; the folds before it stay.
     """
     settings, videos = _videos(project)
@@ -143,6 +143,12 @@ def _videos(project: Project) -> tuple[Settings, pd.DataFrame]:
     from sora.data import manifest, splits
 
     settings = project.settings()
+    if settings.multilabel:
+        raise InputError(
+            "the audit looks for videos that another class fits better, but with model.head multilabel one class takes "
+            "nothing from another",
+            mend="read the worst mistakes on the page of the evaluation (.sora/last_evaluation/index.html) instead",
+        )
     try:
         rejected = {item["path"] for item in json.loads(project.quarantine.read_text(encoding="utf-8"))}
         rows = manifest.read(project.manifest)

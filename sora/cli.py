@@ -64,15 +64,16 @@ def cli() -> None:
 @cli.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="A folder of labelled videos.")
+@click.option("--multilabel", is_flag=True, help="A video may have several labels: labels.csv joins them by |.")
 @json_option
 @_common
-def init(directory: Path, data: Path, as_json: bool) -> None:
+def init(directory: Path, data: Path, multilabel: bool, as_json: bool) -> None:
     """Make a project in DIR from a folder of labelled videos (copied, never altered)."""
     from sora import project
     from sora.progress import bar
 
     with bar("Copying") as update:
-        made = project.init(directory, data, progress=update)
+        made = project.init(directory, data, multilabel=multilabel, progress=update)
     if as_json:
         _print_json(made)
     else:
@@ -249,11 +250,18 @@ def predict(files: tuple[Path, ...], as_json: bool) -> None:
         if "error" in answer:
             click.echo(f"{answer['path']}: {answer['error']}", err=True)
         elif not as_json:
-            share = answer["probabilities"][answer["label"]]
-            word = "unsure, at best " if answer.get("unsure") else ""
-            click.echo(f"{answer['path']}: {word}{answer['label']} ({share:.0%}, version {answer['version']})")
+            click.echo(f"{answer['path']}: {_answered(answer)}, version {answer['version']})")
     if any("error" in answer for answer in answers):
         sys.exit(2)
+
+
+def _answered(answer: dict[str, Any]) -> str:
+    """The labels with their shares, up to the last bracket: `bright (93%), left (88%`."""
+    word = "unsure, at best " if answer.get("unsure") else ""
+    if answer.get("labels") == []:
+        word = "none of the classes, at best "
+    names = answer.get("labels") or [answer["label"]]
+    return word + "), ".join(f"{name} ({answer['probabilities'][name]:.0%}" for name in names)
 
 
 @cli.command()

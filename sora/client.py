@@ -56,7 +56,7 @@ class Answer:
     time, and is empty where the video was one clip and none was asked for."""
 
     filename: str
-    label: str
+    label: str  # the most probable class
     probabilities: dict[str, float]  # mean over the clips, calibrated
     version: int
     data_version: str
@@ -66,6 +66,7 @@ class Answer:
     span: Span | None = None  # where the label was decided
     unsure: bool | None = None  # below the model's threshold; None where it has none
     embedding: tuple[float, ...] = ()  # where it was asked for
+    labels: tuple[str, ...] | None = None  # of a multi-label model: all it answers, the likeliest first; may be empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ class Model:
     since: str | None
     following: dict[str, Any]
     limits: dict[str, float] = field(default_factory=dict)
+    multilabel: bool = False  # whether a video may have several of the classes
 
 
 class Client:
@@ -267,9 +269,9 @@ def _problem(status: int, document: Mapping[str, Any]) -> ApiProblem:
 def _answer(value: Mapping[str, Any]) -> Answer:
     windows = tuple(_known(Window, window) for window in value.get("timeline") or ())
     span = _known(Span, value["span"]) if value.get("span") else None
-    return _known(
-        Answer, {**value, "timeline": windows, "span": span, "embedding": tuple(value.get("embedding") or ())}
-    )
+    labels = tuple(value["labels"]) if value.get("labels") is not None else None
+    made = {"timeline": windows, "span": span, "embedding": tuple(value.get("embedding") or ()), "labels": labels}
+    return _known(Answer, {**value, **made})
 
 
 def _known(kind: type[T], value: Mapping[str, Any]) -> T:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sora import evaluation, training
 from sora.files import atomic, source_digest, writing
-from sora.records import Recipe, Split
+from sora.records import Recipe, Split, schema_of
 from sora.settings import Settings
 from sora.training import TrainJob
 
@@ -90,6 +90,8 @@ def answers(
         settings.classes,
         model_sha256=evaluation.file_digest(Path(fitted.model)),
         views=settings.eval.views,
+        schema=schema_of(settings.multilabel),
+        multilabel=settings.multilabel,
     )
     outcome = evaluation.run(
         evaluation.EvalJob(

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 
-from sora.data import augment
+from sora.data import augment, labels
 from sora.errors import InputError, ServiceError
 from sora.files import atomic
 from sora.processes import child_main, run_child
-from sora.records import ClipSpec, EvalReport, Recipe, Split
+from sora.records import ClipSpec, EvalReport, Recipe, Split, schema_of
 from sora.report import measure
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class EvalJob:
     title: str = ""  # of the page
     views: list[str] = field(default_factory=list)  # of a fresh model, see `data.augment.views`
     unsure_precision: float | None = None  # of a fresh model: wanted of the answers that are not unsure
+    multilabel: bool = False  # of a fresh model: a video may have several of the classes
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,14 @@ def _evaluate_one(
     """(recipe, reports, probabilities of the test split before calibration)."""
     digest = file_digest(Path(model["file"]))
     if model["recipe"] is None:
-        recipe = Recipe(clip=shards.spec, classes=tuple(job.classes), model_sha256=digest, views=tuple(job.views))
+        recipe = Recipe(
+            clip=shards.spec,
+            classes=tuple(job.classes),
+            model_sha256=digest,
+            views=tuple(job.views),
+            schema=schema_of(job.multilabel),
+            multilabel=job.multilabel,
+        )
     else:
         recipe = Recipe.from_dict(model["recipe"])
         if recipe.model_sha256 and recipe.model_sha256 != digest:
@@ -164,7 +172,7 @@ def _evaluate_one(
             )
     network = _load(Path(model["file"]), recipe)
     # Of a class that the model never heard of it can't be right; the gate reports such classes apart.
-    known = table[table["label"].isin(recipe.classes)].reset_index(drop=True)
+    known, truths = _known(table, recipe)
     logits, owner = _logits(
         network, _clips(known, shards, recipe, Path(job.data)), len(known), job.batch, model["name"], emit
     )
@@ -172,13 +180,12 @@ def _evaluate_one(
         raise ServiceError(
             f"the model {model['name']} answers with NaN: its training diverged", mend="lower train.learning_rate"
         )
-    labels = known["label"].map({name: i for i, name in enumerate(recipe.classes)}).to_numpy(int)
 
     parts: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, pd.DataFrame]] = {}
     for split in JUDGED:
         chosen = np.flatnonzero((known["split"] == split).to_numpy())
         clips = np.isin(owner, chosen)
-        parts[split] = logits[clips], np.searchsorted(chosen, owner[clips]), labels[chosen], known.iloc[chosen]
+        parts[split] = logits[clips], np.searchsorted(chosen, owner[clips]), truths[chosen], known.iloc[chosen]
     if model["recipe"] is None:
         recipe = replace(recipe, temperature=measure.fit_temperature(*parts["val"][:3]))
         if job.unsure_precision is not None:
@@ -188,11 +195,12 @@ def _evaluate_one(
     reports: dict[str, EvalReport] = {}
     for split in JUDGED:
         some, whose, truth, rows = parts[split]
-        raw = measure.video_probabilities(some, whose, len(truth))  # the last one, of the test split, is returned
+        # The last one, of the test split, is returned.
+        raw = measure.video_probabilities(some, whose, len(truth), multilabel=recipe.multilabel)
         extra = {"latency_ms": latency}
         if len(truth):
-            extra["ece_uncalibrated"] = measure.expected_calibration_error(raw.max(axis=1), raw.argmax(axis=1) == truth)
-        served = measure.video_probabilities(some, whose, len(truth), recipe.temperature)
+            extra["ece_uncalibrated"] = measure.expected_calibration_error(*measure.decisions(raw, truth))
+        served = measure.video_probabilities(some, whose, len(truth), recipe.temperature, recipe.multilabel)
         if recipe.unsure_below is not None:
             extra |= {"unsure_below": recipe.unsure_below}
             extra |= measure.selective(served.max(axis=1), served.argmax(axis=1) == truth, recipe.unsure_below)
@@ -208,6 +216,16 @@ def _evaluate_one(
             metrics=extra,
         )
     return recipe, reports, raw
+
+
+def _known(table: pd.DataFrame, recipe: Recipe) -> tuple[pd.DataFrame, np.ndarray]:
+    """The videos that have a class of the recipe, and their labels as `measure` takes them."""
+    if recipe.multilabel:
+        hot = labels.hot(table["label"], recipe.classes)
+        has = hot.any(axis=1)
+        return table[has].reset_index(drop=True), hot[has]
+    known = table[table["label"].isin(recipe.classes)].reset_index(drop=True)
+    return known, known["label"].map({name: i for i, name in enumerate(recipe.classes)}).to_numpy(int)
 
 
 def _unsure_below(part: tuple[np.ndarray, np.ndarray, np.ndarray, Any], recipe: Recipe, precision: float) -> float:
@@ -293,7 +311,8 @@ def _logits(
 def _golden(model: Any, recipe: Recipe, seed: int) -> dict[str, Any]:
     clips = augment.views(golden_clip(recipe.clip, seed)[None], recipe.views)
     logits = np.asarray(model.predict_on_batch(clips), np.float32)
-    probabilities = measure.video_probabilities(logits, np.zeros(len(clips), int), 1, recipe.temperature)[0]
+    owner = np.zeros(len(clips), int)
+    probabilities = measure.video_probabilities(logits, owner, 1, recipe.temperature, recipe.multilabel)[0]
     return {"seed": seed, "probabilities": [float(p) for p in probabilities]}
 
 

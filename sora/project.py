@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from sora.data import version
+from sora.data import labels, version
 from sora.data.dvc import environment
 from sora.data.scan import LABELS, ignored, scan
 from sora.errors import DiskFull, InputError, ServiceError
@@ -38,10 +38,11 @@ class _Source:
     size: int
 
 
-def init(directory: Path, data: Path, *, progress: Bar | None = None) -> dict[str, Any]:
+def init(directory: Path, data: Path, *, multilabel: bool = False, progress: Bar | None = None) -> dict[str, Any]:
     """Makes a project in `directory` from a folder of labelled videos: `{project, videos, classes}`.
 
     Files that are no videos by name are left out, `labels.csv` is kept; links are replaced by what they point to.
+    With `multilabel` a label of the table may be several, joined by `|`, and the project gets `model.head: multilabel`.
 
     Raises:
         InputError: the folder has no videos of two classes, `directory` can't take them, or git is missing.
@@ -62,7 +63,9 @@ def init(directory: Path, data: Path, *, progress: Bar | None = None) -> dict[st
         _marker(project).write_text(json.dumps({"source": str(source)}), encoding="utf-8")
     try:
         _copy_all(files, source, project, progress)
-        classes = sorted({found.label for found in scan(project.data, parse("")) if found.label})
+        head = parse("model: {head: multilabel}" if multilabel else "")
+        given = [found.label for found in scan(project.data, head) if found.label]
+        classes = sorted({name for label in given for name in labels.names(label, multilabel)})
         _check_classes(set(classes), source)
     except InputError as error:
         error.message = error.message.replace(str(project.data), str(source))  # the copy is gone: mend the original
@@ -76,7 +79,7 @@ def init(directory: Path, data: Path, *, progress: Bar | None = None) -> dict[st
         version.init(target)
         version.add(project)
         _write(target / "dvc.yaml", template("dvc.yaml"))
-        _write(project.params_file, params_text(_name(target), classes))
+        _write(project.params_file, params_text(_name(target), classes, multilabel=multilabel))
         _commit(target)
         _marker(project).unlink()
     return {"project": str(target), "videos": len(files), "classes": classes}
@@ -87,10 +90,12 @@ def template(name: str) -> str:
     return (resources.files("sora") / "templates" / name).read_text(encoding="utf-8")
 
 
-def params_text(name: str, classes: list[str]) -> str:
+def params_text(name: str, classes: list[str], *, multilabel: bool = False) -> str:
     """params.yaml with every default, and these classes."""
     listed = yaml.safe_dump(classes, default_flow_style=True, allow_unicode=True, width=10**6).strip()
     text = template("params.yaml").replace("{name}", name).replace("{classes}", listed)
+    if multilabel:
+        text = text.replace("  # head: multiclass #", "  head: multilabel #")
     parse(text)
     return text
 

@@ -3,7 +3,8 @@ beside the interval of `sora.report.measure`.
 
 Candidate and champion answered the *same* videos of the current test split, so the comparison is paired: only videos
 that one had right and the other wrong count. `wins` are the candidate's, `losses` the champion's. What each rule costs
-and catches is measured in `benchmarks/gate.py`.
+and catches is measured in `benchmarks/gate.py`. Of multi-label models a video is right when all its labels are, and the
+rule on one class is about the videos that have it: whether it was among the answered.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import lru_cache
 from math import comb
 from typing import Any, Literal
 
+from sora.data.labels import names
 from sora.records import Decision, EvalReport
 from sora.report.measure import wilson
 from sora.settings import Gate
@@ -59,40 +61,52 @@ def clearly_worse(wins: int, losses: int, support: int, classes: int, gate: Gate
 
 @dataclass(frozen=True, slots=True)
 class _Pairs:
-    """Both models on the same videos: (wins, losses, videos) of every class that both know."""
+    """Both models on the same videos: (wins, losses, videos) of all of them and of every class that both know."""
 
+    total: tuple[int, int, int]
     by_class: dict[str, tuple[int, int, int]]
     champion_right: int
 
-    @property
-    def total(self) -> tuple[int, int, int]:
-        wins, losses, videos = (sum(counts[i] for counts in self.by_class.values()) for i in range(3))
-        return wins, losses, videos
 
-
-def _right(report: EvalReport, classes: tuple[str, ...]) -> dict[str, tuple[str, bool]]:
-    """sha256 → (label, answered rightly) of the videos of `classes`, when only `classes` may be answered."""
+def _found(report: EvalReport, classes: tuple[str, ...]) -> dict[str, tuple[bool, dict[str, bool]]]:
+    """sha256 → (answered rightly, of each label whether it was answered) of the videos that have one of `classes`,
+    when only `classes` may be answered. Several labels of a video are right when all are and no other is answered."""
     index = {name: report.classes.index(name) for name in classes}
 
-    def answer(video: dict[str, Any]) -> str:
+    def answer(video: dict[str, Any]) -> set[str]:
+        if report.multilabel:
+            return {name for name in names(video["predicted"], True) if name in index}
         if video["predicted"] in index:
-            return video["predicted"]
-        return max(classes, key=lambda name: video["probabilities"][index[name]])
+            return {video["predicted"]}
+        return {max(classes, key=lambda name: video["probabilities"][index[name]])}
 
-    return {v["sha256"]: (v["label"], answer(v) == v["label"]) for v in report.videos if v["label"] in index}
+    result = {}
+    for video in report.videos:
+        truth = {name for name in names(video["label"], report.multilabel) if name in index}
+        if truth:
+            given = answer(video)
+            result[video["sha256"]] = given == truth, {name: name in given for name in truth}
+    return result
 
 
 def _pair(candidate: EvalReport, champion: EvalReport) -> _Pairs:
     """On the classes that both know: both are asked the same question about the same videos."""
     common = tuple(name for name in candidate.classes if name in champion.classes)
-    new, old = _right(candidate, common), _right(champion, common)
-    by_class = dict.fromkeys(common, (0, 0, 0))
+    new, old = _found(candidate, common), _found(champion, common)
     same = new.keys() & old.keys()
+    by_class = dict.fromkeys(common, (0, 0, 0))
     for key in same:
-        (label, now), (_, before) = new[key], old[key]
-        wins, losses, videos = by_class[label]
-        by_class[label] = wins + (now and not before), losses + (before and not now), videos + 1
-    return _Pairs(by_class, sum(old[key][1] for key in same))
+        for name, now in new[key][1].items():
+            by_class[name] = _counted(by_class[name], now, old[key][1][name])
+    total = (0, 0, 0)
+    for key in same:
+        total = _counted(total, new[key][0], old[key][0])
+    return _Pairs(total, by_class, sum(old[key][0] for key in same))
+
+
+def _counted(counts: tuple[int, int, int], now: bool, before: bool) -> tuple[int, int, int]:
+    wins, losses, videos = counts
+    return wins + (now and not before), losses + (before and not now), videos + 1
 
 
 class _Verdicts:
@@ -195,6 +209,10 @@ def _against_champion(
     mode: Mode,
     forced: bool,
 ) -> None:
+    if candidate.multilabel != champion.multilabel:
+        only = "only one of candidate and champion answers with several labels a video"
+        verdicts.say(False, f"{only}, so they can't be compared; `sora promote VERSION` moves the champion by hand")
+        return
     pairs = _pair(candidate, champion)
     wins, losses, videos = pairs.total
     new = [name for name in candidate.classes if name not in champion.classes]

@@ -12,6 +12,8 @@ from typing import Any, Literal
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 Outcome = Literal["promoted", "refused", "unchanged"]
+LABEL_SEPARATOR = "|"  # between several labels of one video (`sora.data.labels`)
+THRESHOLD = 0.5  # a multi-label model answers the classes that are at least so probable
 
 RULES: dict[str, str] = {
     # rule → the mend that is printed with it
@@ -98,18 +100,24 @@ class ClipWindow:
     indices: tuple[int, ...]
 
 
+def schema_of(multilabel: bool) -> int:
+    """Of a recipe. A Sora that knows no multi-label model reads schema 1 only: it would answer by a softmax."""
+    return 2 if multilabel else 1
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """What a model needs besides its weights to answer for a file. Stored with the registered model."""
 
     clip: ClipSpec
     classes: tuple[str, ...]
-    temperature: float = 1.0  # softmax(logits / temperature) is calibrated
-    schema: int = 1
+    temperature: float = 1.0  # softmax(logits / temperature) is calibrated; of a multi-label model the sigmoid
+    schema: int = 1  # see `schema_of`
     golden: tuple[dict[str, Any], ...] = ()  # [{"seed": int, "probabilities": [...]}]: answers to made-up clips
     model_sha256: str = ""  # of the model file: loading verifies it
     views: tuple[str, ...] = ()  # of each clip besides itself, averaged (see `sora.data.augment.views`)
     unsure_below: float | None = None  # an answer of less confidence is unsure; None: no answer is
+    multilabel: bool = False  # classes don't exclude each other: a video may have several, or none
 
     def to_dict(self) -> dict[str, Any]:
         lists = {"classes": list(self.classes), "golden": list(self.golden), "views": list(self.views)}
@@ -126,6 +134,7 @@ class Recipe:
             model_sha256=value.get("model_sha256", ""),
             views=tuple(value.get("views", ())),
             unsure_below=value.get("unsure_below"),
+            multilabel=value.get("multilabel", False),
         )
 
 
@@ -134,17 +143,19 @@ class EvalReport:
     """One model on one split. `metrics` has flat names ("accuracy", "macro_f1", "ece", "log_loss", "latency_ms" …).
 
     `videos` holds one entry a video, in the order of sha256: {"sha256", "path", "label", "predicted", "probabilities"}.
+    Of a multi-label model both are joined labels (`sora.data.labels`), "" for none: equal is an exact match.
     """
 
     split: Split
     classes: tuple[str, ...]
     metrics: dict[str, float]
     per_class: dict[str, dict[str, float]]  # class → {"recall", "low", "high", "precision", "support"}
-    confusion: list[list[int]]  # rows: true class, columns: predicted class
+    confusion: list[list[int]]  # rows: true class, columns: predicted class; of a multi-label model none
     # [{"slice": "brightness", "value": "dark", "videos": n, "accuracy": a, "low", "high"}]
     slices: list[dict[str, Any]]
     videos: list[dict[str, Any]]
     temperature: float
+    multilabel: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "classes": list(self.classes)}
@@ -182,13 +193,15 @@ class ModelVersion:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The answer for one video."""
+    """The answer for one video. `label` is the most probable class, of a multi-label model too."""
 
     label: str
     probabilities: dict[str, float]
     version: int
     unsure: bool | None = None  # None: the model has no threshold
+    labels: tuple[str, ...] | None = None  # of a multi-label model: all that it answers, the likeliest first
 
     def to_dict(self) -> dict[str, Any]:
-        """As the contract has it: `unsure` only where there is a threshold."""
-        return {name: value for name, value in asdict(self).items() if name != "unsure" or value is not None}
+        """As the contract has it: `unsure` only where there is a threshold, `labels` only of a multi-label model."""
+        value = {name: value for name, value in asdict(self).items() if value is not None}
+        return value if self.labels is None else {**value, "labels": list(self.labels)}

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from sora.errors import SettingsError
 from sora.presets import PRESETS
-from sora.records import ClipSpec
+from sora.records import LABEL_SEPARATOR, ClipSpec
 
 
 class _Section(BaseModel):
@@ -100,7 +100,8 @@ class Model(_Section):
     gram_vectors: Literal["level", "frame"] = "level"  # fusion gram: a vector a level and frame, or one a frame
     embedding: int = Field(128, ge=8, le=4096)
     dropout: float = Field(0.3, ge=0, lt=1)
-    head: Literal["multiclass", "binary"] = "multiclass"  # binary: one logit, that of the second class
+    # binary: one logit, that of the second class; multilabel: a video has one class or several
+    head: Literal["multiclass", "binary", "multilabel"] = "multiclass"
 
     @model_validator(mode="before")
     @classmethod
@@ -135,7 +136,7 @@ class Train(_Section):
     weight_decay: float = Field(1e-4, ge=0, le=1)
     label_smoothing: float = Field(0.05, ge=0, lt=0.5)
     patience: int = Field(8, ge=1)  # epochs without a better validation loss
-    class_weights: bool = True
+    class_weights: bool = True  # not with model.head multilabel: its probabilities would not mean what they say
     # Left-right flips as augmentation. A list names the exceptions: a class that is never mirrored, or a pair of
     # classes whose mirror images are each other's.
     flip: bool | Annotated[tuple[str | tuple[str, str], ...], Field(min_length=1)] = True
@@ -318,6 +319,18 @@ class Settings(_Section):
             )
         if model.head == "binary" and self.classes and len(self.classes) != 2:
             raise ValueError(f"model.head binary needs 2 classes, but classes names {len(self.classes)}")
+        if self.multilabel:
+            parted = [name for name in self.classes if LABEL_SEPARATOR in name]
+            if parted:
+                raise ValueError(
+                    f"model.head multilabel joins the labels of a video by {LABEL_SEPARATOR!r}, but classes names "
+                    f"{parted[0]!r}: name the single labels"
+                )
+            if self.unsure.precision is not None:
+                raise ValueError(
+                    "unsure.precision is about one answer a video, but model.head multilabel answers for each class "
+                    "apart: leave it null"
+                )
         if self.classes:
             self.train.mirrors(self.classes)
         if "mirrored" in self.eval.views and self.train.flip is not True:
@@ -325,6 +338,11 @@ class Settings(_Section):
         if self.validate_.min_fps > self.validate_.max_fps:
             raise ValueError("validate.min_fps is above validate.max_fps")
         return self
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether a video may have several of the classes."""
+        return self.model.head == "multilabel"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values (lists, not tuples) under params.yaml's own names."""

@@ -105,8 +105,9 @@ def fit(job: TrainJob, emit: Emit = lambda event: None, *, devices: Sequence[str
     Raises: as `run`.
     """
     model_settings, train, clip = Model(**job.model), Train(**job.train), ClipSpec.from_dict(job.clip)
+    multilabel = model_settings.head == "multilabel"
     shards = _open(job, clip)
-    table = _table(job)
+    table = _table(job, multilabel)
     from sora.data.batches import Batches
 
     training = Batches(
@@ -124,8 +125,11 @@ def fit(job: TrainJob, emit: Emit = lambda event: None, *, devices: Sequence[str
         mix_up=train.mix_up,
         classes=len(job.classes),
         class_weights=train.class_weights,
+        multilabel=multilabel,
     )
-    validation = Batches(shards, table[table["split"] == "val"], batch=train.batch)
+    validation = Batches(
+        shards, table[table["split"] == "val"], batch=train.batch, classes=len(job.classes), multilabel=multilabel
+    )
     if not validation.clips:
         emit({"event": "note", "message": "no validation clips: early stopping watches the training loss instead"})
 
@@ -142,7 +146,7 @@ def fit(job: TrainJob, emit: Emit = lambda event: None, *, devices: Sequence[str
         out.mkdir(parents=True, exist_ok=True)
     with machine.scope():
         model = classifier.build(model_settings, clip, classes)
-        loop.compile_model(model, train, len(training) * train.epochs, jit=machine.jit)
+        loop.compile_model(model, train, len(training) * train.epochs, multilabel=multilabel, jit=machine.jit)
         end = loop.EpochEnd(
             data,
             train,
@@ -209,17 +213,20 @@ def _open(job: TrainJob, clip: ClipSpec) -> ClipSource:
     return shards
 
 
-def _table(job: TrainJob) -> pd.DataFrame:
-    """The job's table with `label_index`, sorted by sha256."""
+def _table(job: TrainJob, multilabel: bool) -> pd.DataFrame:
+    """The job's table with `label_index` (of several labels a tuple), sorted by sha256."""
     import pandas as pd
 
+    from sora.data import labels
+
     table = pd.read_parquet(job.table) if job.table.endswith(".parquet") else pd.read_csv(job.table, dtype=str)
-    unknown = sorted(set(table["label"]) - set(job.classes))
+    single = labels.single(table["label"], multilabel)
+    unknown = sorted(set(single) - set(job.classes))
     if unknown:
         raise InputError(
             f"the table has a label that is no class: {unknown[0]!r}", mend="add it to `classes` in params.yaml"
         )
-    trained = set(table.loc[table["split"] == "train", "label"])
+    trained = set(labels.single(table.loc[table["split"] == "train", "label"], multilabel))
     if not trained:
         raise InputError("no clip to train on: the split `train` is empty", mend="add videos or groups")
     empty = [name for name in job.classes if name not in trained]
@@ -229,7 +236,11 @@ def _table(job: TrainJob) -> pd.DataFrame:
             mend="add videos of it (from more than one group), or take it out of `classes` in params.yaml",
         )
     numbers = {name: number for number, name in enumerate(job.classes)}
-    return table.assign(label_index=table["label"].map(numbers)).sort_values("sha256", ignore_index=True)
+    if multilabel:
+        index = table["label"].map(lambda label: tuple(numbers[name] for name in labels.names(label, True)))
+    else:
+        index = table["label"].map(numbers)
+    return table.assign(label_index=index).sort_values("sha256", ignore_index=True)
 
 
 def _fingerprint(job: TrainJob, table: pd.DataFrame, machine: Machine) -> str:

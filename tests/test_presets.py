@@ -50,6 +50,9 @@ def test_what_is_stored_reads_back(name: str) -> None:
         ("model: {lateral: true, streams: low}", ["model.lateral", "joins two networks", "low"]),
         ("model: {shift: 0.6}", ["model.shift", "received 0.6"]),
         ("model: {head: binary}\nclasses: [a, b, c]", ["model.head binary", "names 3"]),
+        ("model: {head: multilabel}\nclasses: [a, 'b|c']", ["model.head multilabel", "'b|c'", "single labels"]),
+        ("model: {head: multilabel}\nunsure: {precision: 0.9}", ["unsure.precision", "model.head multilabel", "null"]),
+        ("model: {head: softmax}", ["model.head", "'multilabel'", "received 'softmax'"]),
     ],
 )
 def test_errors_name_the_field(text: str, words: list[str]) -> None:

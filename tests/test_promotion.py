@@ -275,3 +275,58 @@ def test_deciding_needs_nothing_heavy() -> None:
     heavy = "{'sklearn', 'scipy', 'matplotlib', 'keras', 'pandas'}"
     code = f"import sys, sora.promotion, sora.evaluation; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+# ---- several labels a video ----
+
+
+def several(answers: list[str], truth: list[str], classes: str = "abc") -> EvalReport:
+    """Letters a video: what was answered, and what it has."""
+
+    def hot(words: list[str]) -> np.ndarray:
+        return np.array([[letter in word for letter in classes] for word in words])
+
+    names = [f"{number:04d}" for number in range(len(answers))]
+    probabilities = np.where(hot(answers), 0.9, 0.1)
+    result = measure.report("test", tuple(classes), hot(truth), probabilities, sha256=names, paths=names)
+    result.metrics.update({"ece": 0.05, "ece_noise": 0.0, "latency_ms": 10.0})
+    return result
+
+
+TRUTH = ["ab", "a", "bc", "c"] * 10
+
+
+def test_of_several_labels_an_exact_match_is_right() -> None:
+    nearly = ["ab", "a", "b", "c"] * 10  # of every fourth video one label is missed
+    decision = judge(several(TRUTH, TRUTH), several(nearly, TRUTH), new_data=False)
+    assert decision.promote and decision.evidence["wins"] == 10 and decision.evidence["pairs"] == 40
+    assert decision.evidence["champion_accuracy"] == 0.75
+    worse = judge(several(nearly, TRUTH), several(TRUTH, TRUTH))
+    assert not worse.promote and said(worse, "worse than the champion: accuracy 0.750")
+    assert said(worse, "class 'c' is clearly worse: recall fell by 0.500 on 20 videos")
+    assert not said(worse, "class 'b'")  # which was answered
+
+
+def test_a_label_too_many_costs_the_match_but_no_recall() -> None:
+    more = [word if number % 2 else "abc" for number, word in enumerate(TRUTH)]
+    decision = judge(several(more, TRUTH), several(TRUTH, TRUTH))
+    assert not decision.promote and said(decision, "20 lost") and not said(decision, "clearly worse")
+
+
+def test_the_first_of_several_labels_must_beat_the_most_frequent_set() -> None:
+    assert judge(several(TRUTH, TRUTH)).promote
+    refused = judge(several(["ab"] * 40, TRUTH))
+    assert not refused.promote and said(refused, "accuracy 0.250 against 0.250 for always answering 'a'")
+
+
+def test_a_new_class_of_several_labels_is_reported_apart() -> None:
+    truth = [word + "d" for word in TRUTH]
+    decision = judge(several(truth, truth, "abcd"), several(TRUTH, TRUTH))
+    assert decision.promote and decision.evidence["pairs"] == 40 and decision.evidence["losses"] == 0
+    assert said(decision, "new class 'd'")
+
+
+def test_one_label_and_several_are_not_compared() -> None:
+    for candidate, champion in ((several(TRUTH, TRUTH), report("ab" * 20)), (report("ab" * 20), several(TRUTH, TRUTH))):
+        decision = judge(candidate, champion)
+        assert not decision.promote and said(decision, "can't be compared; `sora promote VERSION`")

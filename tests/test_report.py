@@ -147,6 +147,78 @@ def test_the_report_by_hand() -> None:
     assert EvalReport.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False))) == report
 
 
+def several_report(labels: list[list[int]], probabilities: Any, classes: tuple[str, ...], **more: Any) -> EvalReport:
+    names = [f"{number:04d}" for number in range(len(labels))]
+    hot = np.array(labels, bool).reshape(-1, len(classes))
+    return measure.report("test", classes, hot, np.array(probabilities), sha256=names, paths=names, **more)
+
+
+def test_several_labels_by_hand() -> None:
+    labels = [[1, 1, 0], [1, 0, 0], [0, 1, 0], [1, 0, 0]]
+    probabilities = [[0.9, 0.5, 0.1], [0.8, 0.6, 0.1], [0.2, 0.4, 0.3], [0.7, 0.2, 0.1]]
+    report = several_report(labels, probabilities, ("b", "a", "c"))
+    assert report.multilabel and report.confusion == []
+    assert [(video["label"], video["predicted"]) for video in report.videos] == [
+        ("a|b", "a|b"), ("b", "a|b"), ("a", ""), ("b", "b"),
+    ]  # fmt: skip
+    found = report.metrics
+    assert found["accuracy"] == 0.5 and found["majority"] == 0.5  # b alone, twice
+    assert report.per_class["b"]["recall"] == report.per_class["b"]["precision"] == 1
+    assert report.per_class["a"]["recall"] == report.per_class["a"]["precision"] == 0.5
+    assert report.per_class["a"]["low"] < 0.5 < report.per_class["a"]["high"] and report.per_class["c"] == {
+        "support": 0
+    }
+    assert found["macro_f1"] == pytest.approx((1 + 0.5) / 2)  # c is neither truth nor answer
+    given = np.where(np.array(labels) == 1, probabilities, 1 - np.array(probabilities))
+    assert found["log_loss"] == pytest.approx(-np.log(given).sum(axis=1).mean())
+    # Of a: 0.6 (not so), 0.5 (so), 0.4 (so), 0.2 (not so). Precision 1/2 and 2/3 where recall grows.
+    assert report.per_class["a"]["average_precision"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert found["mean_average_precision"] == pytest.approx((1 + 7 / 12) / 2)
+    confidence, so = measure.decisions(np.array(probabilities), measure.truth(report))
+    assert len(confidence) == 12 and so.sum() == 5
+    assert found["ece"] == measure.expected_calibration_error(confidence, so)
+    assert EvalReport.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False))) == report
+
+
+def test_one_label_each_is_measured_alike_by_both() -> None:
+    """Of videos with one label, and answers of one class, exact match is accuracy, and F1 is F1."""
+    rng = np.random.default_rng(0)
+    labels, answers = rng.integers(0, 4, 80), rng.integers(0, 4, 80)
+    probabilities = np.where(np.arange(4) == answers[:, None], 0.7, 0.1)
+    one = a_report(labels.tolist(), probabilities, tuple("abcd")).metrics
+    several = several_report((np.arange(4) == labels[:, None]).tolist(), probabilities, tuple("abcd")).metrics
+    for name in ("accuracy", "accuracy_low", "macro_f1", "majority"):
+        assert one[name] == several[name]
+
+
+@pytest.mark.parametrize("true", [0.5, 1.0, 3.0])
+def test_the_temperature_of_sigmoids_is_found_again(true: float) -> None:
+    rng = np.random.default_rng(1)
+    logits = rng.normal(0, 2, (4000, 3))
+    labels = rng.random((4000, 3)) < measure.clip_probabilities(logits, multilabel=True)
+    assert measure.fit_temperature(logits * true, np.arange(4000), labels) == pytest.approx(true, rel=0.06)
+    assert measure.fit_temperature(np.zeros((0, 3)), np.zeros(0, int), np.zeros((0, 3), bool)) == 1
+    extreme = measure.video_probabilities(logits * 1e6, np.arange(4000), 4000, 0.25, multilabel=True)
+    assert ((extreme >= 0) & (extreme <= 1)).all()
+
+
+@pytest.mark.parametrize("videos", [0, 1, 40])
+def test_a_page_of_several_labels(videos: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels, probabilities = rng.random((videos, 4)) < 0.5, rng.random((videos, 4))
+    probabilities[:1], labels[:1] = 0.1, True  # the first is answered with none of its labels
+    names = tuple(name.replace("|", "/") for name in HOSTILE)
+    report = several_report(labels.tolist(), probabilities, names, facts={"codec": ["h264"] * videos})
+    page.write(tmp_path, {"test": report, "val": report}, shards=Shards(report), raw_test=probabilities)
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "script" not in Elements(text).names and "There is no confusion matrix" in text
+    assert not (tmp_path / "confusion.png").exists() and (tmp_path / "recall.png").exists()
+    if videos == 40:
+        worst = mistakes.worst(report, Shards(report))
+        assert worst[0].confidence >= worst[-1].confidence > 0.5 and worst[0].truth == 1 - worst[0].confidence
+        assert "none of the classes" in {one.predicted for one in mistakes.worst(report, Shards(report), most=40)}
+
+
 def test_videos_are_in_the_order_of_sha256() -> None:
     report = measure.report(
         "test", ("a", "b"), np.array([0, 1]), np.array([[0.9, 0.1], [0.8, 0.2]]),

@@ -32,25 +32,28 @@ class Batches:
     """The clips of the videos of a table, in batches `(x, y, w)`.
 
     - x `(batch, time, height, width, rgb) uint8`
-    - y `(batch,) int64`: index of the class; with `mix_up` `(batch, classes) float32`, rows sum to 1
+    - y `(batch,) int64`: index of the class; with `mix_up` `(batch, classes) float32`, rows sum to 1; with `multilabel`
+      `(batch, classes) float32`, 1 for each class that the clip has
     - w `(batch,) float32`: weight of the clip in the loss
 
     Args:
         shards: the clips; its index has the columns sha256, clip.
-        table: sha256, label_index; one row a video. A video of several clips counts with all of them.
+        table: sha256, label_index; one row a video. A video of several clips counts with all of them. With `multilabel`
+            label_index holds a sequence of indices.
         batch: clips a batch.
         shuffle_seed: of order and augmentation, for training. The last batch is then filled up with clips drawn anew,
             so that all have one shape. None, for evaluation: the table's order, the last batch may be smaller.
         min_batches: in training an epoch has at least so many; a small table is gone through as often as that takes.
         flip: training shows every second clip, at random, as its mirror image (left and right).
         mirror: for each class that of its mirror image: itself, another one, or -1: such clips are never mirrored.
-            None: each class is its own.
+            None: each class is its own. With `multilabel` that holds for each of a clip's classes.
         jitter: training moves every clip by up to 8 % of its sides and varies contrast and brightness, the same for
             all frames of the clip.
         speed, crop, noise: see `augment.slower`, `augment.resized_crop` and `augment.noisy`; 0 is off.
         mix_up: the alpha of `augment.mixed`; 0 is off.
-        classes: how many there are; `mix_up` needs it.
-        class_weights: weights that make every class count alike; otherwise 1.
+        classes: how many there are; `mix_up` and `multilabel` need it.
+        class_weights: weights that make every class count alike; otherwise 1. Not with `multilabel`.
+        multilabel: a clip may have several of the classes.
 
     Raises:
         InputError: the shards lack a video of the table.
@@ -73,6 +76,7 @@ class Batches:
         mix_up: float = 0.0,
         classes: int = 0,
         class_weights: bool = False,
+        multilabel: bool = False,
     ) -> None:
         index = shards.index
         places = pd.DataFrame({"sha256": index["sha256"].to_numpy(), "row": np.arange(len(index))})
@@ -89,11 +93,19 @@ class Batches:
         kinds = (flip, jitter, speed, crop, noise, mix_up)
         self._augments = shuffle_seed is not None and any(kinds)
         self.rows = joined["row"].to_numpy(np.int64)
-        self.labels = joined["label_index"].to_numpy(np.int64)
-        self.weights = balanced(self.labels) if class_weights else np.ones(len(self.labels), np.float32)
-        # Of a class without clips the mirror image of another one is all that there is: it counts as the average.
-        self.class_weight = np.ones(max(self.labels.max(initial=-1) + 1, classes), np.float32)
-        self.class_weight[self.labels] = self.weights
+        self.weights = np.ones(len(joined), np.float32)
+        self.class_weight = np.ones(classes, np.float32)
+        if multilabel:
+            self.labels = np.zeros((len(joined), classes), np.float32)
+            for number, indices in enumerate(joined["label_index"]):
+                self.labels[number, list(indices)] = 1
+        else:
+            self.labels = joined["label_index"].to_numpy(np.int64)
+            if class_weights:
+                self.weights = balanced(self.labels)
+            # Of a class without clips the mirror image of another one is all that there is: it counts as the average.
+            self.class_weight = np.ones(max(self.labels.max(initial=-1) + 1, classes), np.float32)
+            self.class_weight[self.labels] = self.weights
         batches = -(-len(self.rows) // batch)
         self.batches = max(batches, min_batches) if batches and shuffle_seed is not None else batches
 
@@ -137,12 +149,14 @@ class Batches:
         for place, source in enumerate(x):
             clip, mirrored = source, False
             if self.flip or self.jitter:
-                mirror = self.mirror[y[place]] if self.mirror is not None else y[place]
+                mirror = self._mirrored(y[place])
                 clip, mirrored = augment.flip_and_jitter(
-                    clip, draws["basic"], flip=self.flip and mirror >= 0, jitter=self.jitter
+                    clip, draws["basic"], flip=self.flip and mirror is not None, jitter=self.jitter
                 )
-                if mirrored and mirror != y[place]:
-                    y[place], w[place] = mirror, self.class_weight[mirror]
+                if mirrored and mirror is not None and (mirror != y[place]).any():
+                    y[place] = mirror
+                    if y.ndim == 1:
+                        w[place] = self.class_weight[mirror]
             if self.speed:
                 clip = augment.slower(clip, draws["speed"], self.speed)
             if self.crop:
@@ -152,7 +166,19 @@ class Batches:
             result[place] = clip
         if not self.mix_up:
             return result, y, w
-        return augment.mixed(result, np.eye(self.classes, dtype=np.float32)[y], w, draws["mix_up"], self.mix_up)
+        y = y if y.ndim == 2 else np.eye(self.classes, dtype=np.float32)[y]
+        return augment.mixed(result, y, w, draws["mix_up"], self.mix_up)
+
+    def _mirrored(self, y: np.ndarray) -> np.ndarray | None:
+        """The label of a clip's mirror image: an index or `(classes,)`; None: the clip is never mirrored."""
+        if self.mirror is None:
+            return y
+        to = np.asarray(self.mirror)
+        if y.ndim == 0:
+            return to[y] if to[y] >= 0 else None
+        if y[to < 0].any():
+            return None
+        return y[np.where(to < 0, np.arange(len(to)), to)]  # pairs are each other's: the way back is the way there
 
 
 def balanced(labels: np.ndarray) -> np.ndarray:

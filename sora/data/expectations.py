@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from sora.data import labels
 from sora.data.similar import near_duplicates
 from sora.errors import NotTrainable
 from sora.processes import QUIET_ENV
@@ -151,14 +152,14 @@ def validate(
 
     Args:
         manifest: one row a file, the columns of `records.VideoRecord`.
-        settings: `validate` and `classes` are used; without classes every label found is one.
+        settings: `validate`, `classes` and `model.head` are used; without classes every label found is one.
         reference: accepted videos of each class in the last data version; None: no balance rule.
         docs: where to write the Data Docs (HTML); its content is replaced.
 
     Raises:
         DiskFull: no room for the Data Docs.
     """
-    classes = list(settings.classes) or sorted(manifest["label"].dropna().unique())
+    classes = list(settings.classes) or sorted(labels.single(manifest["label"].dropna(), settings.multilabel).unique())
     if len(manifest):
         videos = _videos(manifest, settings, classes)
     else:
@@ -169,9 +170,8 @@ def validate(
     rejected = _rejections(videos, verdicts)
     findings = [_finding(videos, verdict) for verdict in verdicts]
     accepted = manifest[~manifest["path"].isin({entry.path for entry in rejected})]
-    counts = {
-        name: int(number) for name, number in accepted["label"].value_counts().reindex(classes, fill_value=0).items()
-    }
+    each = labels.single(accepted["label"], settings.multilabel).value_counts()
+    counts = {name: int(number) for name, number in each.reindex(classes, fill_value=0).items()}
     if len(manifest):
         table = _classes(manifest, counts, rejected, settings, reference)
         verdicts, result = _judge(context, table)
@@ -204,13 +204,14 @@ def _videos(manifest: pd.DataFrame, settings: Settings, classes: list[str]) -> _
     rules = settings.validate_
     facts = manifest.reset_index(drop=True).copy()
     decoded = facts["frames"] > 0
-    known = facts["label"].isin(classes)
+    facts["foremost"] = facts["label"].map(lambda label: _foremost(label, classes, settings.multilabel)).astype(object)
+    known = facts["foremost"].isin(classes)
     foreign = facts["error"].notna() & ~facts["error"].isin(_DECODING)
     frame = pd.DataFrame(
         {
             "path": facts["path"],
             "problem": facts["error"].mask(foreign, "unreadable").astype(object),
-            "label": facts["label"].astype(object),
+            "label": facts["foremost"],
             "frames": facts["frames"].where(decoded | facts["error"].isna()).astype(float),
             "seconds": facts["duration"].where(decoded).astype(float),
             "shorter side": facts[["width", "height"]].min(axis=1).where(decoded).astype(float),
@@ -227,7 +228,7 @@ def _videos(manifest: pd.DataFrame, settings: Settings, classes: list[str]) -> _
                {"column": "label"}, lambda v: v.detail or "it lies in no class folder and labels.csv does not name it"),
         _Check("unknown_label", "unknown_label", "quarantine", "Every label is one of the classes.",
                "ExpectColumnValuesToBeInSet", {"column": "label", "value_set": classes},
-               lambda v: f"its label {v.label!r} is none of the {len(classes)} classes ({_some(classes)})"),
+               lambda v: f"its label {v.foremost!r} is none of the {len(classes)} classes ({_some(classes)})"),
         _Check("too_short.frames", "too_short", "quarantine", f"At least {rules.min_frames} frames decode.",
                "ExpectColumnValuesToBeBetween", {"column": "frames", "min_value": rules.min_frames},
                lambda v: f"{_count(v.frames, 'decodable frame')}, at least {rules.min_frames} are needed"),
@@ -278,6 +279,14 @@ _DECODED = {
     "unreadable": "Every video decodes.",
     "truncated": "Every video decodes to its end.",
 }
+
+
+def _foremost(label: Any, classes: list[str], multilabel: bool) -> Any:
+    """The label that the rule about classes looks at: of several one that is no class, if there is one."""
+    if not isinstance(label, str):
+        return None
+    found = labels.names(label, multilabel)
+    return next((name for name in found if name not in classes), found[0])
 
 
 def _as_decoded(video: Any) -> str:
@@ -358,8 +367,8 @@ def _classes(
 ) -> _Table:
     """One row a class, and one for each other label that was rejected ("" for none), which has no `videos`."""
     rules = settings.validate_
-    labels = manifest.set_index("path")["label"].reindex([entry.path for entry in rejected])
-    lost = labels.fillna("").value_counts()
+    # Several labels of one video stay one here: each rejected video counts once.
+    lost = manifest.set_index("path")["label"].reindex([entry.path for entry in rejected]).fillna("").value_counts()
     names = [*counts, *sorted(set(lost.index) - counts.keys())]
     frame = pd.DataFrame(
         {

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sora.data import labels
 from sora.data.scan import LABELS
 from sora.errors import InputError, ServiceError
 from sora.files import atomic, writing
@@ -201,10 +202,20 @@ class Inbox:
         return path
 
     def _check_label(self, label: str) -> None:
-        classes = self._project.settings().classes
-        if classes and label not in classes:
-            raise InputError(f"{label!r} is none of the classes {', '.join(classes)}", mend="choose one of them")
+        settings = self._project.settings()
+        found = labels.names(label, settings.multilabel)
+        unknown = [name for name in found if name not in settings.classes]
+        if settings.classes and (unknown or not found):
+            wrong = unknown[0] if unknown else label
+            raise InputError(
+                f"{wrong!r} is none of the classes {', '.join(settings.classes)}", mend="choose one of them"
+            )
         in_table = (self._project.data / LABELS).is_file()
+        if not in_table and len(found) > 1:
+            raise InputError(
+                f"a folder gives one label, {label!r} are {len(found)}",
+                mend=f"list the videos in {LABELS}, or accept it with --label CLASS",
+            )
         if not in_table and (not label.strip(".") or re.search(r"[/\\\x00]", label)):
             raise InputError(f"{label!r} can't be the name of a folder in data/", mend=f"list the videos in {LABELS}")
 

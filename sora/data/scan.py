@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from sora.data import labels
 from sora.errors import InputError
+from sora.records import LABEL_SEPARATOR
 from sora.settings import Settings
 
 LABELS = "labels.csv"
@@ -50,7 +52,8 @@ def scan(folder: Path, settings: Settings) -> list[Found]:
     """All files below `folder` that are videos by name, sorted by path.
 
     The label is the first folder's name, or comes from `labels.csv` (`path,label[,group]`) where there is one; then
-    files that it does not list have none. Links are reported, never followed.
+    files that it does not list have none. With `model.head: multilabel` the table may name several, joined by `|`.
+    Links are reported, never followed.
 
     Raises:
         InputError: no folder; a `labels.csv` that can't be used or names files that are not there.
@@ -62,15 +65,24 @@ def scan(folder: Path, settings: Settings) -> list[Found]:
     found = []
     for path, problem, detail in _walk(folder, "", listed or {}):
         label, group = (path.split("/", 1)[0] if "/" in path else None), None
+        parted = ""  # a folder's name that would be several labels
         if listed is not None:
             label, group = listed.get(_key(path), (None, None))
+            if settings.multilabel and label is not None:
+                label = labels.join(labels.names(label, True)) or None
+        elif settings.multilabel and label is not None and LABEL_SEPARATOR in label:
+            parted, label = label, None
         if group is None and pattern and (match := pattern.search(path)):
             group = next((part for part in match.groups() if part), None)
         if problem is None and label is None:
             problem = "unlabelled"
             detail = f"{LABELS} does not list it" if listed is not None else "lies in no class folder"
-        elif problem is None and settings.classes and label not in settings.classes:
-            problem, detail = "unknown_label", f"{label!r} is none of {', '.join(settings.classes)}"
+            if parted:
+                detail = f"a folder gives one label, but is called {parted!r}: list the video in {LABELS}"
+        elif problem is None and settings.classes and label is not None:
+            unknown = [name for name in labels.names(label, settings.multilabel) if name not in settings.classes]
+            if unknown:
+                problem, detail = "unknown_label", f"{unknown[0]!r} is none of {', '.join(settings.classes)}"
         found.append(Found(path, label, group, problem, detail))
     if listed:
         missing = sorted(set(listed) - {_key(one.path) for one in found})

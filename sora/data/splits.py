@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sora.data import similar
+from sora.data import labels, similar
 from sora.data.similar import near_duplicates
 from sora.errors import InputError, ServiceError
 from sora.files import atomic
@@ -116,6 +116,7 @@ def assign(accepted: pd.DataFrame, ledger: pd.DataFrame, settings: Settings) -> 
 
     The result depends on the set of videos, the ledger and the settings, not on the order of the rows. Each class gets
     a unit in train, then in test, then in val, before the shares are filled up; the larger units are placed first.
+    A video of several labels counts for each of them (as in Sechidis et al. 2011): combinations are not balanced.
 
     Args:
         accepted: rows of the manifest (`path, sha256, label, group, signature` are read).
@@ -153,7 +154,7 @@ def assign(accepted: pd.DataFrame, ledger: pd.DataFrame, settings: Settings) -> 
         ledger=pd.concat([ledger[list(COLUMNS)], rows], ignore_index=True),
         added=len(rows),
         rejections=sorted(rejections, key=lambda rejection: rejection.path),
-        notes=_notes(videos[kept], unit[kept], split[kept], bound) if len(rows) else [],
+        notes=_notes(videos[kept], unit[kept], split[kept], bound, settings.multilabel) if len(rows) else [],
     )
 
 
@@ -286,9 +287,10 @@ def _place(
     rank = np.empty(len(number), np.int64)
     rank[order] = np.arange(len(number))
     member_unit = rank[np.searchsorted(number, unit[kept])]
-    label, classes = pd.factorize(videos["label"].iloc[kept], sort=True)
+    single = labels.single(videos["label"].iloc[kept].reset_index(drop=True), settings.multilabel)
+    label, classes = pd.factorize(single, sort=True)
 
-    key, count = np.unique(member_unit * len(classes) + label, return_counts=True)
+    key, count = np.unique(member_unit[single.index] * len(classes) + label, return_counts=True)
     content: list[list[tuple[int, int]]] = [[] for _ in number]  # unit → [(class, videos)]
     for k, n in zip(key.tolist(), count.tolist(), strict=True):
         content[k // len(classes)].append((k % len(classes), n))
@@ -345,7 +347,7 @@ def _cover(content: list[list[tuple[int, int]]], place: np.ndarray, have: list[l
             put(min(free, key=gain), split)
 
 
-def _notes(videos: pd.DataFrame, unit: np.ndarray, split: np.ndarray, bound: _Bindings) -> list[str]:
+def _notes(videos: pd.DataFrame, unit: np.ndarray, split: np.ndarray, bound: _Bindings, multilabel: bool) -> list[str]:
     notes = []
     if (bound.group < 0).all():
         notes.append(
@@ -355,7 +357,8 @@ def _notes(videos: pd.DataFrame, unit: np.ndarray, split: np.ndarray, bound: _Bi
     if bound.torn_groups:
         shown = ", ".join(bound.torn_groups[:3])
         notes.append(f"{len(bound.torn_groups)} groups already stand in more than one split ({shown}); none is moved")
-    kept = pd.DataFrame({"label": videos["label"].to_numpy(), "unit": unit, "split": split})
+    single = labels.single(videos["label"].reset_index(drop=True), multilabel)
+    kept = pd.DataFrame({"label": single.to_numpy(), "unit": unit[single.index], "split": split[single.index]})
     for label, rows in kept.groupby("label", sort=True):
         lacking = [name for code, name in enumerate(SPLITS) if not (rows["split"] == code).any()]
         if lacking:

@@ -7,6 +7,8 @@ from collections.abc import Collection
 
 import pandas as pd
 
+from sora.data import labels
+
 COLUMNS = ("sha256", "path", "label", "split", "group", "brightness", "duration", "codec")
 
 
@@ -20,9 +22,10 @@ def join(manifest: pd.DataFrame, rejected: Collection[str], ledger: pd.DataFrame
     return joined[list(COLUMNS)].drop_duplicates("sha256").sort_values("sha256", ignore_index=True)
 
 
-def counts(table: pd.DataFrame) -> dict[str, int]:
-    """Videos a class."""
-    return {str(label): int(number) for label, number in table["label"].value_counts().sort_index().items()}
+def counts(table: pd.DataFrame, multilabel: bool = False) -> dict[str, int]:
+    """Videos a class; with `multilabel` a video counts for each of its labels."""
+    found = labels.single(table["label"], multilabel).value_counts().sort_index()
+    return {str(label): int(number) for label, number in found.items()}
 
 
 def digest(table: pd.DataFrame, split: str | None = None) -> str:

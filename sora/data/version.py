@@ -34,10 +34,13 @@ STATE_FILES = ("data.dvc", "dvc.yaml", "dvc.lock", CODE_LOCK, "params.yaml", "sp
 _UNVERSIONED = frozenset({".git", ".hg", ".dvc"})
 # Stage → modules whose bytes decide what it makes, beside those that `video.tag` names.
 _CODE = {
-    "manifest": ("manifest.py", "scan.py"),
-    "validate": ("expectations.py", "similar.py"),
+    "manifest": ("manifest.py", "scan.py", "labels.py"),
+    "validate": ("expectations.py", "similar.py", "labels.py"),
     "shards": ("shards.py",),
 }
+# Stages that read several labels of a video with `model.head: multilabel`. The head is among their code: dvc.yaml of
+# projects made before can't depend on it, nor on a setting that params.yaml may leave out.
+_OF_LABELS = ("manifest", "validate")
 _CODE_HEADER = "# Hashes of the code behind each stage of dvc.yaml. Sora writes this file; git keeps it.\n"
 
 
@@ -179,7 +182,7 @@ def status(project: Project) -> dict[str, Any]:
     return json.loads(dvc(project.root, "status", "--json"))
 
 
-def code_hashes() -> dict[str, str]:
+def code_hashes(multilabel: bool = False) -> dict[str, str]:
     """Stage → hash over the source of what it runs, the versions of the decoders, and the parameters' defaults."""
     video = {"manifest": tag.facts(), "validate": "", "shards": tag.clips()}
     defaults = json.dumps({name: parse("").to_dict()[name] for name in ("validate", "split", "clip", "shards")})
@@ -188,6 +191,8 @@ def code_hashes() -> dict[str, str]:
         digest = hashlib.sha256((video[stage] + defaults).encode())
         for module in modules:
             digest.update((Path(__file__).parent / module).read_bytes())
+        if multilabel and stage in _OF_LABELS:
+            digest.update(b"multilabel")
         hashes[stage] = digest.hexdigest()[:16]
     return hashes
 
@@ -199,11 +204,11 @@ def code_hash() -> str:
 
 def write_code_lock(project: Project) -> None:
     """Writes preprocessing.lock where it differs: DVC depends on it, since it can't depend on installed packages."""
-    _write_if_different(project.root / CODE_LOCK, _code_lock_text())
+    _write_if_different(project.root / CODE_LOCK, _code_lock_text(project.settings().multilabel))
 
 
-def _code_lock_text() -> str:
-    return _CODE_HEADER + "".join(f"{stage}: {value}\n" for stage, value in code_hashes().items())
+def _code_lock_text(multilabel: bool = False) -> str:
+    return _CODE_HEADER + "".join(f"{stage}: {value}\n" for stage, value in code_hashes(multilabel).items())
 
 
 def _check_parameters(project: Project) -> None:

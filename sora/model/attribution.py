@@ -72,9 +72,11 @@ def pooled(maps: Sequence[Any]) -> list[Any]:
     return [streams.pooled(level) for level in maps]
 
 
-def log_odds(logits: Any, label: Any) -> Any:
-    """log(p / (1 - p)) of one class, from the `(1, classes)` logits of one clip."""
+def log_odds(logits: Any, label: Any, multilabel: bool = False) -> Any:
+    """log(p / (1 - p)) of one class, from the `(1, classes)` logits of one clip. With `multilabel` it is the logit."""
     own = ops.one_hot(label, logits.shape[-1], dtype="float32")
+    if multilabel:
+        return ops.sum(own * logits[0])
     others = ops.logsumexp(ops.where(own > 0, -1e30, logits[0]))
     return ops.sum(own * logits[0]) - others
 

@@ -26,7 +26,8 @@ def build(config: Model, clip: ClipSpec, classes: int) -> keras.Model:
     """A new model with random weights (from Keras's global seed).
 
     Input shape: `(batch, clip.frames, clip.height, clip.width, 3)` uint8, pixels as decoded: scaling is inside.
-    Output shape: `(batch, classes)` float32 logits. The layer "embedding" gives `(batch, config.embedding)`.
+    Output shape: `(batch, classes)` float32 logits; with a multi-label head each is for a sigmoid of its own. The
+    layer "embedding" gives `(batch, config.embedding)`.
 
     Raises:
         ValueError: fewer than 2 classes, a binary head for more, more key frames than frames, or a vector a frame of
@@ -43,10 +44,10 @@ def build(config: Model, clip: ClipSpec, classes: int) -> keras.Model:
     x = keras.layers.Dense(config.embedding, activation="gelu", name="embedding")(x)
     x = keras.layers.Dropout(config.dropout, name="embedding_dropout")(x)
     # float32 under any policy: softmax and temperature need the digits.
-    if config.head == "multiclass":
-        logits = keras.layers.Dense(classes, dtype="float32", name="logits")(x)
-    else:
+    if config.head == "binary":
         logits = BinaryLogits(dtype="float32", name="logits")(keras.layers.Dense(1, dtype="float32", name="logit")(x))
+    else:  # those of a multi-label head differ by what is done with them
+        logits = keras.layers.Dense(classes, dtype="float32", name="logits")(x)
     return keras.Model(clips, logits, name="sora")
 
 

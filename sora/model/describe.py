@@ -90,7 +90,8 @@ def _row(name: str, output: Any, layers: list[keras.layers.Layer]) -> dict[str, 
 
 def draw(found: dict[str, Any]) -> str:
     """The text of what `describe` found."""
-    lines = [f"{found['preset']}: clips of {_size(found['clip'])}, {found['classes']} classes", ""]
+    head = found["settings"]["head"]
+    lines = [f"{found['preset']}: clips of {_size(found['clip'])}, {found['classes']} classes, head {head}", ""]
     table: list[tuple[str, ...]] = [("", "output", "parameters", "MFLOP")]
     streams = {"motion": "low", "key_frames": "high"}
     for row in found["layers"]:

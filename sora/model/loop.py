@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 from sora.data.batches import Batches
 from sora.errors import InputError
@@ -21,7 +22,8 @@ _BATCH_EVENT_SECONDS = 0.5
 
 
 class ClipDataset(keras.utils.PyDataset):
-    """`Batches` for `fit`, labels one-hot (for label smoothing) or mixed; two threads, at most 4 batches ahead.
+    """`Batches` for `fit`, labels one-hot (for label smoothing), multi-hot or mixed; two threads, at most 4 batches
+    ahead.
 
     The threads are its own: Keras's may begin with the next epoch before they are told that it is another. Batches made
     ahead are known by epoch and number, so what comes out depends on no timing.
@@ -54,10 +56,11 @@ class ClipDataset(keras.utils.PyDataset):
         return x, y if y.ndim == 2 else np.eye(self.classes, dtype=np.float32)[y], w
 
 
-def compile_model(model: keras.Model, train: Train, steps: int, *, jit: bool | str) -> None:
+def compile_model(model: keras.Model, train: Train, steps: int, *, multilabel: bool = False, jit: bool | str) -> None:
     """AdamW (Loshchilov and Hutter 2019), warm-up over a tenth of the `steps`, then a cosine to 1 % of the rate.
 
-    Biases and normalisation are not decayed.
+    Biases and normalisation are not decayed. The loss is the cross-entropy of the softmax or, with `multilabel`, the
+    mean of those of a sigmoid a class; the metric "accuracy" then counts clips whose labels are all right.
     """
     warm_up = max(1, steps // 10)
     schedule = keras.optimizers.schedules.CosineDecay(
@@ -69,8 +72,18 @@ def compile_model(model: keras.Model, train: Train, steps: int, *, jit: bool | s
     )
     optimizer = keras.optimizers.AdamW(schedule, weight_decay=train.weight_decay, global_clipnorm=5.0)
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-    loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=train.label_smoothing)
-    model.compile(optimizer, loss, metrics=[keras.metrics.CategoricalAccuracy("accuracy")], jit_compile=jit)
+    options: dict[str, Any] = {"from_logits": True, "label_smoothing": train.label_smoothing}
+    loss: keras.losses.Loss
+    if multilabel:
+        loss, accuracy = keras.losses.BinaryCrossentropy(**options), keras.metrics.MeanMetricWrapper(_exact, "accuracy")
+    else:
+        loss, accuracy = keras.losses.CategoricalCrossentropy(**options), keras.metrics.CategoricalAccuracy("accuracy")
+    model.compile(optimizer, loss, metrics=[accuracy], jit_compile=jit)
+
+
+def _exact(truth: Any, logits: Any) -> Any:
+    """1 where the classes of a positive logit are just those that a clip has, `(batch,)`; mixed ones count by half."""
+    return ops.cast(ops.all(ops.equal(truth > 0.5, logits > 0), axis=-1), "float32")
 
 
 class Average:

@@ -1,8 +1,9 @@
 """Measures of a classifier's answers: pure functions on arrays, no model and no file.
 
 Logits are `(clips, classes) float`, `owner` is `(clips,) int`: the video that each clip belongs to, 0 … videos-1.
-Probabilities are `(videos, classes) float`, labels `(videos,) int`. The answer for a video is the mean of its clips'
-softmax(logits / temperature): what the server gives.
+Probabilities are `(videos, classes) float`, labels `(videos,) int` or, where a video may have several,
+`(videos, classes) bool`. The answer for a video is the mean of its clips' softmax(logits / temperature), of a
+multi-label model of their sigmoids: what the server gives.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from sora.records import EvalReport, Split
+from sora.data import labels as labelling
+from sora.records import THRESHOLD, EvalReport, Split
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 TEMPERATURES = (0.25, 10.0)
@@ -36,19 +38,31 @@ def wilson(successes: float, trials: int, confidence: float = 0.95) -> tuple[flo
     )
 
 
-def video_probabilities(logits: np.ndarray, owner: np.ndarray, videos: int, temperature: float = 1.0) -> np.ndarray:
-    """`(clips, classes)` logits → `(videos, classes)` probabilities: the mean over a video's clips."""
+def clip_probabilities(logits: np.ndarray, temperature: float = 1.0, multilabel: bool = False) -> np.ndarray:
+    """`(clips, classes)` logits → probabilities: rows sum to 1 or, with `multilabel`, each class has its own."""
     scaled = np.asarray(logits, np.float64) / temperature
+    if multilabel:
+        return 0.5 + 0.5 * np.tanh(scaled / 2)  # the sigmoid, without overflow
     scaled -= scaled.max(axis=1, keepdims=True, initial=-np.inf)
     clips = np.exp(scaled)
-    clips /= clips.sum(axis=1, keepdims=True)
+    return clips / clips.sum(axis=1, keepdims=True)
+
+
+def video_probabilities(
+    logits: np.ndarray, owner: np.ndarray, videos: int, temperature: float = 1.0, multilabel: bool = False
+) -> np.ndarray:
+    """`(clips, classes)` logits → `(videos, classes)` probabilities: the mean over a video's clips."""
+    clips = clip_probabilities(logits, temperature, multilabel)
     total = np.zeros((videos, clips.shape[1]))
     np.add.at(total, owner, clips)
     return total / np.maximum(np.bincount(owner, minlength=videos), 1)[:, None]
 
 
 def log_loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Mean negative log-likelihood, in nats."""
+    """Mean negative log-likelihood, in nats; of several labels a video the sum over its classes."""
+    if labels.ndim == 2:
+        given = np.where(labels, probabilities, 1 - probabilities)
+        return float(-np.log(np.clip(given, 1e-12, 1)).sum(axis=1).mean())
     return float(-np.log(np.clip(probabilities[np.arange(len(labels)), labels], 1e-12, 1)).mean())
 
 
@@ -64,11 +78,35 @@ def fit_temperature(logits: np.ndarray, owner: np.ndarray, labels: np.ndarray) -
     from scipy.optimize import minimize_scalar
 
     def cost(log_temperature: float) -> float:
-        probabilities = video_probabilities(logits, owner, len(labels), math.exp(log_temperature))
+        probabilities = video_probabilities(logits, owner, len(labels), math.exp(log_temperature), labels.ndim == 2)
         return log_loss(probabilities, labels) * len(labels) + log_temperature**2 / 2
 
     low, high = (math.log(bound) for bound in TEMPERATURES)
     return float(math.exp(minimize_scalar(cost, bounds=(low, high), method="bounded").x))
+
+
+def answered(probabilities: np.ndarray, multilabel: bool) -> np.ndarray:
+    """`(videos, classes) bool`: the most probable class, or those of at least `records.THRESHOLD`."""
+    if multilabel:
+        return probabilities >= THRESHOLD
+    return np.arange(probabilities.shape[1]) == probabilities.argmax(axis=1)[:, None]
+
+
+def decisions(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What calibration is about: probabilities, and whether what they are of was so, `(n,) float` and `(n,) bool`.
+
+    One a video: of the answer, whether it is right. Of several labels a video one a class of each: whether it has it.
+    """
+    if labels.ndim == 2:
+        return probabilities.ravel(), labels.ravel().astype(bool)
+    return probabilities.max(axis=1, initial=0), probabilities.argmax(axis=1) == labels
+
+
+def truth(report: EvalReport) -> np.ndarray:
+    """The labels of a report's videos, see the top of this module."""
+    if report.multilabel:
+        return labelling.hot([video["label"] for video in report.videos], report.classes)
+    return np.array([report.classes.index(video["label"]) for video in report.videos], int)
 
 
 def _bin(confidence: np.ndarray, bins: int) -> np.ndarray:
@@ -142,11 +180,11 @@ def precision_recall(report: EvalReport) -> dict[str, tuple[np.ndarray, np.ndarr
 
     result = {}
     for index, name in enumerate(report.classes):
-        truth = np.array([video["label"] == name for video in report.videos], bool)
-        if truth.any():
+        has = [name in labelling.names(video["label"], report.multilabel) for video in report.videos]
+        if any(has):
             score = np.array([video["probabilities"][index] for video in report.videos])
-            precision, recall, _ = precision_recall_curve(truth, score)
-            result[name] = recall, precision, float(average_precision_score(truth, score))
+            precision, recall, _ = precision_recall_curve(np.array(has), score)
+            result[name] = recall, precision, float(average_precision_score(np.array(has), score))
     return result
 
 
@@ -219,21 +257,27 @@ def report(
     strictest reading. `ece_noise` is `calibration_noise`. Intervals are Wilson's at 95 % and take videos as
     independent; where groups are few and alike, the truth is wider.
 
+    Where a video may have several labels, an answer is all classes of at least `records.THRESHOLD`, and right when it
+    is an exact match: `accuracy`, `majority` (of the most frequent set of labels) and the slices count so. Recall,
+    precision and F1 are each class's own, `ece` pools all classes of all videos, and there is
+    `mean_average_precision`, over the classes that occur; there is no confusion, since a missed label is not taken for
+    another one.
+
     Args:
-        labels: `(videos,) int`, indices of `classes`.
+        labels: `(videos,) int`, indices of `classes`, or `(videos, classes) bool`.
         probabilities: `(videos, classes) float`.
         facts: see `slices`.
         metrics: more metrics to carry (latency, the error before calibration).
     """
     count = len(classes)
     order = np.argsort(np.asarray(sha256, str), kind="stable")
-    labels, probabilities = np.asarray(labels, int)[order], np.asarray(probabilities, float).reshape(-1, count)[order]
+    labels, probabilities = np.asarray(labels)[order], np.asarray(probabilities, float).reshape(-1, count)[order]
     facts = {name: [values[i] for i in order] for name, values in (facts or {}).items()}
-    predicted = probabilities.argmax(axis=1)
-    right = predicted == labels
-    confusion = np.zeros((count, count), int)
-    np.add.at(confusion, (labels, predicted), 1)
-    support, answered, hits = confusion.sum(axis=1), confusion.sum(axis=0), confusion.diagonal()
+    multilabel = labels.ndim == 2
+    given = labels.astype(bool) if multilabel else np.arange(count) == labels[:, None]
+    answers = answered(probabilities, multilabel)
+    right = (given == answers).all(axis=1)
+    support, claimed, hits = given.sum(axis=0), answers.sum(axis=0), (given & answers).sum(axis=0)
 
     found: dict[str, float] = {"videos": float(len(labels))}
     per_class: dict[str, dict[str, float]] = {
@@ -243,42 +287,49 @@ def report(
         if support[index]:
             low, high = wilson(float(hits[index]), int(support[index]))
             per_class[name] |= {"recall": float(hits[index] / support[index]), "low": low, "high": high}
-        if answered[index]:
-            per_class[name]["precision"] = float(hits[index] / answered[index])
+        if claimed[index]:
+            per_class[name]["precision"] = float(hits[index] / claimed[index])
     if len(labels):
-        from sklearn.metrics import f1_score
-
-        confidence = probabilities.max(axis=1)
+        confidence, so = decisions(probabilities, labels)
+        occurs = support + claimed > 0
         low, high = wilson(float(right.sum()), len(right))
         found |= {
             "accuracy": float(right.mean()),
             "accuracy_low": low,
             "accuracy_high": high,
-            "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
-            "ece": expected_calibration_error(confidence, right),
+            "macro_f1": float((2 * hits[occurs] / (support + claimed)[occurs]).mean()) if occurs.any() else 0.0,
+            "ece": expected_calibration_error(confidence, so),
             "ece_noise": calibration_noise(confidence),
             "log_loss": log_loss(probabilities, labels),
-            "majority": float(support.max() / len(labels)),
+            "majority": float(np.unique(given, axis=0, return_counts=True)[1].max() / len(labels)),
         }
     result = EvalReport(
         split=split,
         classes=tuple(classes),
         metrics={**found, **(metrics or {})},
         per_class=per_class,
-        confusion=confusion.tolist(),
+        confusion=[] if multilabel else (given.T.astype(int) @ answers.astype(int)).tolist(),
         slices=slices(facts, right) if len(labels) else [],
         videos=[
             {
                 "sha256": sha256[i],
                 "path": paths[i],
-                "label": classes[labels[row]],
-                "predicted": classes[predicted[row]],
+                "label": _named(given[row], classes),
+                "predicted": _named(answers[row], classes),
                 "probabilities": [round(float(p), 6) for p in probabilities[row]],
             }
             for row, i in enumerate(order)
         ],
         temperature=float(temperature),
+        multilabel=multilabel,
     )
-    for name, (_, _, average) in precision_recall(result).items() if len(labels) else ():
+    averages = {name: curve[2] for name, curve in precision_recall(result).items()} if len(labels) else {}
+    for name, average in averages.items():
         per_class[name]["average_precision"] = average
+    if multilabel and averages:
+        result.metrics.setdefault("mean_average_precision", float(np.mean(list(averages.values()))))
     return result
+
+
+def _named(row: np.ndarray, classes: Sequence[str]) -> str:
+    return labelling.join(name for name, is_so in zip(classes, row, strict=True) if is_so)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sora.data.labels import hot
 from sora.records import ClipSpec, EvalReport
 
 FRAMES = 4  # of a video in its strip
@@ -30,31 +31,39 @@ class Mistake:
     path: str
     label: str
     predicted: str
-    confidence: float  # in what it answered
-    truth: float  # probability that it gave to the true class
+    confidence: float  # in what it answered; of a multi-label model in the class that it was most wrong about
+    truth: float  # probability that it gave to the true class, or to the truth about that class
     strip: np.ndarray  # see the function `strip`
 
 
 def worst(report: EvalReport, shards: Clips, most: int = MOST) -> list[Mistake]:
     """Wrong answers by falling confidence. A video that the shards lack is left out."""
-    wrong = [video for video in report.videos if video["predicted"] != video["label"]]
-    wrong.sort(key=lambda video: (-max(video["probabilities"]), video["sha256"]))
+    wrong = [(video, *_confidence(video, report)) for video in report.videos if video["predicted"] != video["label"]]
+    wrong.sort(key=lambda entry: (-entry[1], entry[0]["sha256"]))
     if not wrong:
         return []
     rows = shards.index.groupby("sha256").indices
     result = []
-    for video in [video for video in wrong if video["sha256"] in rows][:most]:
+    for video, confidence, truth in [entry for entry in wrong if entry[0]["sha256"] in rows][:most]:
         result.append(
             Mistake(
                 path=video["path"],
                 label=video["label"],
-                predicted=video["predicted"],
-                confidence=max(video["probabilities"]),
-                truth=video["probabilities"][report.classes.index(video["label"])],
+                predicted=video["predicted"] or "none of the classes",
+                confidence=confidence,
+                truth=truth,
                 strip=strip(shards, rows[video["sha256"]]),
             )
         )
     return result
+
+
+def _confidence(video: dict[str, Any], report: EvalReport) -> tuple[float, float]:
+    if not report.multilabel:
+        return max(video["probabilities"]), video["probabilities"][report.classes.index(video["label"])]
+    is_so = hot([video["label"]], report.classes)[0]
+    most = float(np.abs(np.array(video["probabilities"]) - is_so).max())
+    return most, 1 - most
 
 
 def strip(shards: Clips, rows: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sora.files import atomic
-from sora.records import EvalReport
+from sora.records import THRESHOLD, EvalReport
 from sora.report import mistakes as mistakes_
 from sora.report import plots
 
@@ -40,7 +40,9 @@ def write(
     """
     test = reports["test"]
     worst = mistakes_.worst(test, shards)
-    images = {"recall": plots.recalls(test), "confusion": plots.confusion(test)}
+    images = {"recall": plots.recalls(test)}
+    if not test.multilabel:
+        images["confusion"] = plots.confusion(test)
     if test.videos:
         images |= {"precision_recall": plots.precision_recall(test), "reliability": plots.reliability(test, raw_test)}
     if history:
@@ -67,6 +69,7 @@ def render(
             title=title or "Evaluation",
             test=test,
             val=val,
+            threshold=THRESHOLD,
             cards=_cards(test),
             classes=classes[:MOST_CLASSES],
             left_out=max(0, len(classes) - MOST_CLASSES),
@@ -85,12 +88,16 @@ def _cards(test: EvalReport) -> list[tuple[str, str, str]]:
         return [("test videos", "0", "nothing can be said")]
     cards = [
         (
-            "accuracy",
+            "exact match" if test.multilabel else "accuracy",
             f"{found['accuracy']:.1%}",
             f"95% interval {found['accuracy_low']:.1%} to {found['accuracy_high']:.1%}",
         ),
         ("macro-F1", f"{found['macro_f1']:.3f}", "mean over classes"),
-        ("majority class", f"{found['majority']:.1%}", "accuracy of always answering it"),
+        (
+            "most frequent labels" if test.multilabel else "majority class",
+            f"{found['majority']:.1%}",
+            "accuracy of always answering them" if test.multilabel else "accuracy of always answering it",
+        ),
         (
             "calibration error",
             f"{found['ece']:.3f}",
@@ -99,6 +106,8 @@ def _cards(test: EvalReport) -> list[tuple[str, str, str]]:
         ("test videos", f"{len(test.videos)}", f"{len(test.classes)} classes"),
         ("latency", f"{found['latency_ms']:.1f} ms" if "latency_ms" in found else "–", "one clip, warmed model call"),
     ]
+    if "mean_average_precision" in found:
+        cards.append(("mean average precision", f"{found['mean_average_precision']:.3f}", "over the classes"))
     if "coverage" in found:
         right = f"{found['sure_precision']:.1%} of them right" if "sure_precision" in found else "none is sure"
         cards.append(("sure answers", f"{found['coverage']:.1%}", right))

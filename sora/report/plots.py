@@ -108,16 +108,20 @@ def precision_recall(report: EvalReport) -> bytes:
 
 
 def reliability(report: EvalReport, raw: np.ndarray | None) -> bytes:
-    """Accuracy against confidence, with the fitted temperature and (`raw`: `(videos, classes)`) without."""
-    right = np.array([video["predicted"] == video["label"] for video in report.videos], bool)
-    served = np.array([max(video["probabilities"]) for video in report.videos], float)
+    """Accuracy against confidence, with the fitted temperature and (`raw`: `(videos, classes)`) without.
+
+    Of a multi-label model: how often a class is there against its probability, all classes together.
+    """
+    truth = measure.truth(report)
+    served = np.array([video["probabilities"] for video in report.videos], float).reshape(-1, len(report.classes))
     figure = _figure(5, 4.4)
     axis = figure.add_subplot()
     axis.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle=(0, (4, 4)))
     sets = [("calibrated", served, BLUE)]
-    if raw is not None and len(raw) == len(right):
-        sets.insert(0, ("as trained", raw.max(axis=1), ORANGE))
-    for name, confidence, colour in sets:
+    if raw is not None and len(raw) == len(truth):
+        sets.insert(0, ("as trained", raw, ORANGE))
+    for name, probabilities, colour in sets:
+        confidence, right = measure.decisions(probabilities, truth)
         points = measure.reliability(confidence, right) if len(right) else []
         error = measure.expected_calibration_error(confidence, right)
         sizes = [20 + 180 * n / max(len(right), 1) for _, _, n in points]
@@ -125,7 +129,8 @@ def reliability(report: EvalReport, raw: np.ndarray | None) -> bytes:
         axis.scatter(
             [p[0] for p in points], [p[1] for p in points], s=sizes, color=colour, label=f"{name}: error {error:.3f}"
         )
-    _bare(axis, xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="confidence", ylabel="accuracy")
+    words = ("probability", "share that has the class") if report.multilabel else ("confidence", "accuracy")
+    _bare(axis, xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel=words[0], ylabel=words[1])
     axis.legend(frameon=False, fontsize=9, loc="upper left")
     return _png(figure)
 

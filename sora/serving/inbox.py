@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import BaseModel, Field
 
+from sora.data import labels
 from sora.data.inbox import MEDIA_TYPES, NEXT, Entry, Inbox, InboxFull, NoEntry
 from sora.errors import DiskFull, InputError
 from sora.serving import forms
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from sora.serving.service import Service
 
 T = TypeVar("T")
-_TEXT = {"type": "string", "minLength": 1}
+_TEXT = {"type": "string", "minLength": 1, "description": "a class; several of a multi-label model joined by |"}
 _FIELDS = {"label": _TEXT, "predicted": _TEXT, "version": {"type": "integer", "minimum": 1}}
 
 
@@ -139,13 +140,16 @@ def _checked(fields: dict[str, str], predictor: Predictor) -> tuple[str, str, in
     missing = [name for name in _FIELDS if name not in fields]
     if missing:
         raise Problem(422, f"the form lacks {', '.join(missing)}", mend="send file, label, predicted and version")
-    for name in ("label", "predicted"):
-        if fields[name] not in predictor.classes:
-            raise unknown_class(fields[name], predictor)
+    multilabel = predictor.recipe.multilabel
+    given = {name: labels.names(fields[name], multilabel) for name in ("label", "predicted")}
+    for name, found in given.items():
+        unknown = [one for one in found if one not in predictor.classes]
+        if unknown or (name == "label" and not found):
+            raise unknown_class(unknown[0] if unknown else fields[name], predictor)
     version = fields["version"]
     if not (version.isascii() and version.isdigit() and len(version) <= 9 and int(version) > 0):
         raise Problem(422, f"the version is no number, received {version[:100]!r}", mend="send the answer's `version`")
-    return fields["label"], fields["predicted"], int(version)
+    return labels.join(given["label"]), labels.join(given["predicted"]), int(version)
 
 
 async def _in_inbox(function: Callable[[], T]) -> T:

@@ -20,7 +20,8 @@ import numpy as np
 from sora.data import augment
 from sora.errors import InputError, PromotionFailed, ServiceError
 from sora.processes import Child, without_noise
-from sora.records import Prediction, Recipe
+from sora.records import THRESHOLD, Prediction, Recipe, schema_of
+from sora.report import measure
 from sora.settings import Serve
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 # a batch of 8 as of 4, and while half the clients wait for one long call the decoders have nothing to do.
 BATCH_SIZES = (1, 2, 4)
 MAX_BATCH = BATCH_SIZES[-1]
-SCHEMA = 1  # of the recipe
 GOLDEN_TOLERANCE = 2e-3  # of a probability: other processors and batch sizes round differently
 _load = threading.Lock()  # Keras' loading scope is global state
 
@@ -52,9 +52,9 @@ class Predictor:
     """
 
     def __init__(self, model_file: Path, recipe: Recipe, version: int) -> None:
-        if recipe.schema != SCHEMA:
+        if recipe.schema != schema_of(recipe.multilabel):
             raise ModelRefused(
-                f"version {version} has a recipe of schema {recipe.schema}, this Sora reads {SCHEMA}",
+                f"version {version} has a recipe of schema {recipe.schema}, which this Sora does not read",
                 mend="use the release of Sora that trained it, or train again",
             )
         if unknown := set(recipe.views) - set(augment.VIEWS):
@@ -87,13 +87,12 @@ class Predictor:
         """Calibrated class probabilities of each clip, the mean over its views where the recipe names some.
 
         Input shape: `(n, time, height, width, rgb) uint8`, any n ≥ 1.
-        Output shape: `(n, classes) float64`, rows sum to 1.
+        Output shape: `(n, classes) float64`, rows sum to 1; of a multi-label model each class has its own.
         """
         count = len(clips)
         clips = augment.views(clips, self.recipe.views)
-        logits = self._batched(self._call, clips) / self.recipe.temperature
-        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        shares = powers / powers.sum(axis=1, keepdims=True)
+        logits = self._batched(self._call, clips)
+        shares = measure.clip_probabilities(logits, self.recipe.temperature, self.recipe.multilabel)
         return shares.reshape(count, -1, shares.shape[1]).mean(axis=1)
 
     def embeddings(self, clips: np.ndarray) -> np.ndarray:
@@ -151,7 +150,10 @@ class Predictor:
         named = {name: float(value) for name, value in zip(self.classes, mean, strict=True)}
         below = self.recipe.unsure_below
         unsure = None if below is None else bool(mean.max() < below)
-        return Prediction(self.classes[int(mean.argmax())], named, self.version, unsure)
+        labels = None
+        if self.recipe.multilabel:
+            labels = tuple(self.classes[i] for i in np.argsort(-mean, kind="stable") if mean[i] >= THRESHOLD)
+        return Prediction(self.classes[int(mean.argmax())], named, self.version, unsure, labels)
 
     def attribution(self) -> Callable[[np.ndarray, int], tuple[np.ndarray, float]]:
         """What tells where a class was seen: `(time, height, width, rgb) uint8` and a class's index → the evidence,
@@ -164,7 +166,7 @@ class Predictor:
         """
         if self._attribute is None:
             with _load:
-                self._attribute = self._attribute or _attributing(self._model, self.recipe.temperature)
+                self._attribute = self._attribute or _attributing(self._model, self.recipe)
         return self._attribute
 
     def check_golden(self) -> float:
@@ -179,7 +181,7 @@ class Predictor:
         for golden in self.recipe.golden or ({"seed": 0, "probabilities": None},):
             clip = golden_clip(self.recipe.clip, int(golden["seed"]))
             answer = self.probabilities(clip[None])[0]
-            if not np.isfinite(answer).all() or abs(answer.sum() - 1) > 1e-6:
+            if not np.isfinite(answer).all() or (not self.recipe.multilabel and abs(answer.sum() - 1) > 1e-6):
                 raise ModelRefused(f"version {self.version} answers {answer.tolist()}", mend="train again")
             if golden["probabilities"] is not None:
                 worst = max(worst, float(np.abs(answer - np.asarray(golden["probabilities"])).max()))
@@ -242,7 +244,7 @@ def _compiled(model: keras.Model) -> Any:
     return lambda clips: function(tf.constant(clips)).numpy()
 
 
-def _attributing(model: keras.Model, temperature: float) -> Callable[[np.ndarray, int], tuple[np.ndarray, float]]:
+def _attributing(model: keras.Model, recipe: Recipe) -> Callable[[np.ndarray, int], tuple[np.ndarray, float]]:
     import keras
 
     from sora.model import attribution
@@ -261,7 +263,8 @@ def _attributing(model: keras.Model, temperature: float) -> Callable[[np.ndarray
         features = attribution.pooled(maps)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(features)
-            odds = attribution.log_odds(parts.head(features, training=False) / temperature, label)
+            logits = parts.head(features, training=False) / recipe.temperature
+            odds = attribution.log_odds(logits, label, recipe.multilabel)
         return attribution.evidence(maps, tape.gradient(odds, features), parts.key_frames), odds
 
     function = call.get_concrete_function()
@@ -346,7 +349,7 @@ def predict_files(
 ) -> list[dict[str, Any]]:
     """Answers for video files, in order: `{path, label, probabilities, version}` or `{path, error}`.
 
-    With a threshold in the recipe an answer also has `unsure`.
+    With a threshold in the recipe an answer also has `unsure`, and of a multi-label model `labels`.
 
     The model is loaded at the first readable file. A file that can't be used costs only its own answer.
 

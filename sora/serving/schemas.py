@@ -27,12 +27,17 @@ class PredictAnswer(BaseModel):
     """The answer for one video: probabilities are the mean over its clips, calibrated."""
 
     filename: str
-    label: str
+    label: str = Field(description="the most probable class")
     probabilities: dict[str, float]
     version: int
     data_version: str
     clips: int
     seconds: dict[str, float] = Field(description="by stage: upload, wait, decode, queue, model")
+    labels: list[str] | None = Field(
+        None,
+        description="of a multi-label model: every class of a probability of at least 0.5, the likeliest first; may be "
+        "empty. Absent of other models. Probabilities then don't sum to 1",
+    )
     unsure: bool | None = Field(None, description="below the model's threshold; absent where it has none")
     timeline: list[Window] | None = Field(
         None, description="by clip, in the order of time; present for several clips, and with ?timeline=1"
@@ -75,6 +80,7 @@ class ModelAnswer(BaseModel):
     run_id: str | None
     digest: str | None
     temperature: float | None
+    multilabel: bool = Field(description="whether a video may have several of the classes")
     metrics: dict[str, float]
     since: str | None
     following: dict[str, Any]

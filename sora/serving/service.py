@@ -255,7 +255,8 @@ class Service:
             answer["embedding"] = [round(float(value), 6) for value in vectors.mean(axis=0)]
         if decoded.spans is not None and (wanted.timeline or len(decoded.spans) > 1):
             rows = answered.probabilities
-            first, last = timelines.deciding(rows, predictor.classes.index(prediction.label))
+            label = predictor.classes.index(prediction.label)
+            first, last = timelines.deciding(rows, label, predictor.recipe.multilabel)
             answer["timeline"] = timelines.timeline(decoded.spans, predictor.classes, rows)
             answer["span"] = {"start": decoded.spans[first][0], "end": decoded.spans[last][1]}
         return answer
@@ -274,6 +275,7 @@ class Service:
             "run_id": champion.run_id if champion else None,
             "digest": champion.digest if champion else None,
             "temperature": recipe.temperature if recipe else None,
+            "multilabel": recipe.multilabel if recipe else False,
             "metrics": champion.metrics if champion else {},
             "since": current.since if current else None,
             "following": self.follower.state(),

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from sora.records import THRESHOLD
+
 
 def timeline(
     spans: Sequence[tuple[float, float]], classes: Sequence[str], probabilities: np.ndarray
@@ -28,16 +30,18 @@ def timeline(
     ]
 
 
-def deciding(probabilities: np.ndarray, label: int) -> tuple[int, int]:
+def deciding(probabilities: np.ndarray, label: int, multilabel: bool = False) -> tuple[int, int]:
     """The run of clips that speaks most for class `label`: first and last, both included.
 
     A clip speaks with its margin, the probability of the label less that of the best other class, so one that sees
-    something else speaks against. The run with the largest sum is found in one pass (Bentley, "Programming pearls:
+    something else speaks against; of a multi-label model, whose classes don't exclude each other, that of `THRESHOLD`.
+    The run with the largest sum is found in one pass (Bentley, "Programming pearls:
     algorithm design techniques", 1984); of equals the first, and the shortest. There is always one: where no clip
     speaks for the label, it is the clip that speaks least against it.
     """
     others = np.delete(probabilities, label, axis=1)
-    margins = probabilities[:, label] - (others.max(axis=1) if others.shape[1] else 0.0)
+    against = THRESHOLD if multilabel else others.max(axis=1) if others.shape[1] else 0.0
+    margins = probabilities[:, label] - against
     best, best_run = -np.inf, (0, 0)
     total, first = 0.0, 0
     for index, margin in enumerate(margins):

@@ -165,3 +165,26 @@ def test_views_are_beside_their_clip() -> None:
     assert augment.views(clips, ()) is clips
     with pytest.raises(KeyError):
         augment.views(clips, ("upside down",))
+
+
+def test_a_mirrored_clip_of_several_classes_swaps_each_and_one_that_has_a_side_stays() -> None:
+    source = Arrays(3)
+    rows = table(3).assign(label_index=[(0, 2), (1,), (2, 3)])
+    options = {"flip": True, "mirror": [1, 0, 2, -1], "classes": 4, "multilabel": True, "class_weights": True}
+    x, y, w = Batches(source, rows, batch=60, shuffle_seed=0, **options).load(0, 0)  # type: ignore[arg-type]
+    seen = set()
+    for clip_, label in zip(x, y, strict=True):
+        plain = [n for n in range(3) if clip_.tobytes() == source.pixels[n].tobytes()]
+        turned = [n for n in range(3) if clip_.tobytes() == source.pixels[n][:, :, ::-1].tobytes()]
+        seen.add((*(plain or turned), bool(turned), tuple(np.flatnonzero(label).tolist())))
+    assert seen == {(0, False, (0, 2)), (0, True, (1, 2)), (1, False, (1,)), (1, True, (0,)), (2, False, (2, 3))}
+    assert y.dtype == np.float32 and set(w.tolist()) == {1.0}  # class weights are not for several labels
+
+
+def test_several_labels_are_mixed_up_by_share() -> None:
+    rows = table(2).assign(label_index=[(0, 2), (1, 2)])
+    batches = Batches(Arrays(2), rows, batch=32, shuffle_seed=0, mix_up=0.4, classes=3, multilabel=True)
+    _, soft, _ = batches.load(0, 0)
+    np.testing.assert_allclose(soft[:, 0] + soft[:, 1], 1, rtol=1e-5)
+    np.testing.assert_allclose(soft[:, 2], 1)
+    assert ((soft[:, 0] > 0.05) & (soft[:, 0] < 0.95)).any()

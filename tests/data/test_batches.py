@@ -159,3 +159,9 @@ def test_needs_no_backend() -> None:
         "import sys, sora.data.batches; sys.exit(any(m in sys.modules for m in ('tensorflow', 'keras', 'jax', 'cv2')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_clip_of_several_classes_has_them_all() -> None:
+    rows = table(3).assign(label_index=[(0, 2), (1,), ()])
+    [(x, y, w)] = Batches(Arrays(3), rows, batch=4, classes=3, multilabel=True).epoch(0)
+    assert y.tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 0]] and y.dtype == np.float32 and len(x) == len(w) == 3

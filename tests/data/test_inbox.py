@@ -126,6 +126,20 @@ def test_accepting_into_a_table(project, inbox, clips, end):
     assert len(lines) == 4 and all(line.endswith(end or "\n") for line in lines)
 
 
+def test_accepting_several_labels(project, inbox, clips):
+    entry = inbox.add(clips[0], **{**SAID, "label": "jump|wave"})
+    (project.root / "params.yaml").write_text("classes: [jump, wave]\nmodel: {head: multilabel}\n", encoding="utf-8")
+    with pytest.raises(InputError, match="a folder gives one label"):
+        inbox.accept(entry.id)
+    table = project.data / "labels.csv"
+    table.write_text("path,label\njump/old.mp4,jump\nwave/old.mp4,wave\n", encoding="utf-8")
+    with pytest.raises(InputError, match="'swim' is none of the classes"):
+        inbox.accept(entry.id, "jump|swim")
+    path = inbox.accept(entry.id)
+    found = {one.path: one for one in scan(project.data, project.settings())}
+    assert found[path.as_posix()].label == "jump|wave" and found[path.as_posix()].problem is None
+
+
 def test_accepting_again_after_a_crash_completes_it(project, inbox, clips, monkeypatch):
     table = project.data / "labels.csv"
     table.write_text("path,label\njump/old.mp4,jump\nwave/old.mp4,wave\n", encoding="utf-8")

@@ -27,6 +27,7 @@ def test_rows_add_up_to_the_model(name: str) -> None:
     assert found["flops"] == cost.flops(model) == sum(row["flops"] for row in found["layers"])
     text = describe.draw(found)
     assert f"{found['parameters']:,} parameters" in text and "GFLOP a clip" in text
+    assert f"2 classes, head {given.model.head}" in text
     for row in found["layers"]:
         assert "x".join(map(str, row["output"])) in text
 

@@ -14,6 +14,7 @@ VARIANTS: dict[str, dict] = {
     "low alone": {"streams": "low", "shift": 0.0},
     "high alone": {"streams": "high"},
     "binary": {"head": "binary"},
+    "multilabel": {"head": "multilabel"},
 }
 
 

@@ -41,7 +41,7 @@ def test_an_answer(sora, video):
     assert isinstance(answer, Answer) and answer.version == 1 and answer.data_version == "data1"
     assert answer.filename == video.name and set(answer.probabilities) == set(CLASSES)
     assert answer.label == max(answer.probabilities, key=answer.probabilities.__getitem__)
-    assert answer.timeline == () and answer.span is None
+    assert answer.timeline == () and answer.span is None and answer.labels is None
     timeline = sora.predict(str(video), timeline=True)
     assert timeline.timeline[0].label == answer.label and timeline.span.end == timeline.timeline[0].end == 2.0
 
@@ -60,7 +60,7 @@ def test_open_files(sora, video):
 def test_the_model(sora):
     model = sora.model()
     assert model.version == 1 and model.classes == CLASSES and model.metrics == {"test/accuracy": 0.5}
-    assert model.limits["files"] == 4 and model.following["registry"] == "ok"
+    assert model.limits["files"] == 4 and model.following["registry"] == "ok" and model.multilabel is False
 
 
 def test_refusals_carry_the_problem_document(sora, tmp_path):
@@ -186,6 +186,13 @@ def test_a_busy_server_is_asked_again_with_the_whole_file(tmp_path):
         answer = client.predict(file)
     assert answer.version == 3 and len(server.seen) == 4
     assert len({size for _, size in server.seen}) == 1 and server.seen[0][1] > 200_000
+
+
+@pytest.mark.parametrize("labels", [["a", "b"], []])
+def test_several_labels_of_one_answer(labels):
+    answer = (200, {}, json.dumps({**ANSWER, "labels": labels}).encode())
+    with told(answer) as (address, _), Client(address) as client:
+        assert client.predict(io.BytesIO(b"video")).labels == tuple(labels)
 
 
 def test_it_waits_as_long_as_the_server_asks():

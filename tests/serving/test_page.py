@@ -115,6 +115,37 @@ def test_an_unsure_answer_says_so(page, server, models, video):
         server.until(lambda: server.client.get("/readyz").json()["version"] == 1)
 
 
+def test_several_labels_are_shown_and_corrected(page, server, models, video):
+    registry = ModelCache(server.folder / "registry")
+    models[1].put(registry, replace(models[1].recipe, schema=2, multilabel=True, golden=()))
+    registry.remember(models[1].champion)
+    try:
+        server.until(lambda: server.client.get("/readyz").json()["version"] == 2)
+        expected = server.send(video).json()
+        assert _classify(page, video) == (", ".join(expected["labels"]) or "None of the classes")
+        bold = page.js("[...document.querySelectorAll('.bars .first .name')].map((it) => it.textContent)")
+        assert bold == expected["labels"]
+        assert page.js("document.querySelectorAll('.bars li').length") == len(CLASSES)
+        assert page.js("document.querySelectorAll('#result b').length") == 0  # a class's name is text
+
+        _press(page, "This is wrong…")
+        chosen = page.js("[...document.querySelectorAll('.correction option:checked')].map((it) => it.value)")
+        assert sorted(chosen) == sorted(expected["labels"])
+        page.js(
+            "[...document.querySelectorAll('.correction option')].forEach((it) => it.selected = it.value !== 'sit')"
+        )
+        assert page.js(CONTRAST)[0] >= 4.5
+        _press(page, "Send")
+        page.until("document.querySelector('.done')?.textContent.includes('for review')")
+        (entry,) = _inbox(server).entries()
+        assert entry.label == "<b>wave</b>|jump" and entry.version == 2
+        page.until("document.querySelectorAll('#inbox li').length === 1")
+        assert page.js("document.querySelector('#inbox select').value") == entry.label
+    finally:
+        models[0].promote(registry)
+        server.until(lambda: server.client.get("/readyz").json()["version"] == 1)
+
+
 def test_upload_answer_heat_map_correction_and_review(page, server, video, tmp_path):
     expected = server.send(video).json()
     assert _classify(page, video) == expected["label"]

@@ -36,3 +36,10 @@ def test_no_other_run_speaks_more(probabilities, label):
     first, last = deciding(probabilities, label)
     best = max(margins[i : j + 1].sum() for i in range(7) for j in range(i, 7))
     assert np.isclose(margins[first : last + 1].sum(), best)
+
+
+def test_of_several_labels_a_clip_speaks_for_one_by_itself():
+    """The other class is there all the time: it takes nothing from the one that decided."""
+    both = np.array([[0.2, 0.9], [0.7, 0.9], [0.8, 0.9], [0.3, 0.9]])
+    assert deciding(both, 0, multilabel=True) == (1, 2)
+    assert deciding(both, 0) == (2, 2)

@@ -1,6 +1,6 @@
 // The answer: bars, timeline, what decided on demand, "this is wrong", and the last answers of this browser session.
 
-import { $, UNREACHABLE, ask, authorization, button, bytes, choice, make, needToken, percent, problemBox, say } from "./dom.js";
+import { $, UNREACHABLE, ask, authorization, button, bytes, choice, choices, make, needToken, percent, problemBox, say } from "./dom.js";
 import { model } from "./model.js";
 import { video } from "./video.js";
 
@@ -64,11 +64,18 @@ function showProblem(problem) {
   say($("said"), `${problem.title}. ${problem.detail}`);
 }
 
+// What an answer is in words. A multi-label model answers with all likely classes, or with none of them.
+function named(answer) {
+  if (!answer.labels) return answer.label;
+  return answer.labels.length ? answer.labels.join(", ") : "None of the classes";
+}
+
 function show(answer) {
+  const answered = answer.labels || [answer.label];
   const ranked = Object.entries(answer.probabilities).sort((a, b) => b[1] - a[1]);
   const bars = make("ul", "bars");
-  const fills = ranked.map(([name, share], rank) => {
-    const row = make("li", rank === 0 ? "first" : "");
+  const fills = ranked.map(([name, share]) => {
+    const row = make("li", answered.includes(name) ? "first" : "");
     const track = make("div", "track");
     const fill = make("div", "fill");
     fill.style.width = "0";
@@ -79,19 +86,21 @@ function show(answer) {
   });
   const seconds = Object.values(answer.seconds).reduce((sum, value) => sum + value, 0);
   const clips = `${answer.clips} ${answer.clips === 1 ? "clip" : "clips"}`;
-  const parts = [make("p", "label", answer.label)];
+  const parts = [make("p", "label", named(answer))];
+  if (answer.labels) parts.push(make("p", "quiet", "Each class has a probability of its own; from 50% on it is a label."));
   if (answer.unsure) parts.push(make("p", "unsure", "Unsure: less confident than this model has to be. Look at it yourself."));
   parts.push(make("p", "quiet", answer.filename), bars);
   const times = Array.isArray(answer.timeline) && answer.timeline.length > 1 ? timeline(answer) : null;
   if (times) parts.push(times);
   if (times && answer.span) {
-    parts.push(make("p", "quiet", `Decided from ${answer.span.start.toFixed(1)} to ${answer.span.end.toFixed(1)} s.`));
+    const what = answer.labels ? `${answer.label}: decided` : "Decided";
+    parts.push(make("p", "quiet", `${what} from ${answer.span.start.toFixed(1)} to ${answer.span.end.toFixed(1)} s.`));
   }
   parts.push(make("p", "quiet", `Version ${answer.version}, ${clips}, ${Math.max(1, Math.round(seconds * 1000))} ms`));
   if (files.has(answer)) parts.push(actions(answer, files.get(answer)));
   $("result").replaceChildren(...parts);
   $("why-card").hidden = true; // it was another answer's
-  say($("said"), `${answer.label}, ${percent.format(ranked[0][1])}${answer.unsure ? ", unsure" : ""}. ${answer.filename}`);
+  say($("said"), `${named(answer)}, ${percent.format(ranked[0][1])}${answer.unsure ? ", unsure" : ""}. ${answer.filename}`);
   requestAnimationFrame(() => fills.forEach(([fill, share]) => { fill.style.width = `${share * 100}%`; }));
 }
 
@@ -176,8 +185,9 @@ function explanation(found) {
 
 function correction(answer, file, place, opener) {
   const box = make("form", "correction");
-  const others = model.classes.filter((name) => name !== answer.label);
-  const label = choice(others, others[0], "The right class");
+  const several = Boolean(answer.labels);
+  const others = model.classes.filter((name) => several || name !== answer.label);
+  const label = several ? choices(others, answer.labels, "The right labels") : choice(others, others[0], "The right class");
   const send = make("button", "", "Send");
   const line = make("p", "row");
   const cancel = button("Cancel", () => {
@@ -188,11 +198,14 @@ function correction(answer, file, place, opener) {
   box.append(line, make("p", "quiet", "The clip is kept for review. Nothing is learned from it before somebody accepts it."));
   box.addEventListener("submit", async (event) => {
     event.preventDefault();
+    const right = [...label.selectedOptions].map((option) => option.value).join("|"); // one, where one is to be chosen
+    if (!right) return label.focus();
     send.disabled = true;
-    const said = { file, label: label.value, predicted: answer.label, version: answer.version };
+    const predicted = several ? answer.labels.join("|") || answer.label : answer.label;
+    const said = { file, label: right, predicted, version: answer.version };
     try {
       await ask("v1/corrections", { method: "POST", body: form(said) });
-      const done = make("p", "done", `Thank you: kept as ${label.value}, for review.`);
+      const done = make("p", "done", `Thank you: kept as ${right}, for review.`);
       done.tabIndex = -1;
       place.replaceChildren(done);
       done.focus(); // it would fall to the page's top with the form
@@ -236,7 +249,7 @@ export function showHistory() {
       $("answer").focus();
     }, "entry");
     open.append(
-      make("strong", "", answer.unsure ? `${answer.label}?` : answer.label),
+      make("strong", "", answer.unsure ? `${named(answer)}?` : named(answer)),
       make("span", "share", percent.format(answer.probabilities[answer.label])),
       make("span", "name quiet", answer.filename),
       make("span", "quiet", `version ${answer.version}, ${new Date(answer.at).toLocaleTimeString()}`),

@@ -34,6 +34,15 @@ export function choice(names, chosen, label) {
   return element;
 }
 
+// The same of several: any of the names, the given ones chosen.
+export function choices(names, chosen, label) {
+  const element = choice(names, null, label);
+  element.multiple = true;
+  element.size = Math.min(8, names.length);
+  for (const option of element.options) option.selected = chosen.includes(option.value);
+  return element;
+}
+
 export function bytes(count) {
   return count >= 1e6 ? `${Math.round(count / 1e5) / 10} MB` : `${Math.max(1, Math.round(count / 1000))} kB`;
 }

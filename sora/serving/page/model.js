@@ -3,11 +3,12 @@
 import { $, ask, bytes, make, say } from "./dom.js";
 
 const METRICS = [
-  ["test/accuracy", "Accuracy on held-out videos"],
+  ["test/accuracy", "Accuracy on held-out videos"], // of a multi-label model: of all labels of a video
+  ["test/mean_average_precision", "Mean average precision"],
   ["test/macro_f1", "Macro F1"],
   ["test/ece", "Calibration error"],
 ];
-export const model = { classes: [], version: null, maxBytes: Infinity };
+export const model = { classes: [], version: null, multilabel: false, maxBytes: Infinity };
 let card = null;
 
 export async function refresh() {
@@ -20,7 +21,8 @@ export async function refresh() {
   }
   $("token-form").hidden = true;
   const changed = found.version !== model.version;
-  Object.assign(model, { classes: found.classes, version: found.version, maxBytes: found.limits.bytes });
+  const { classes, version, multilabel, limits } = found;
+  Object.assign(model, { classes, version, multilabel, maxBytes: limits.bytes });
   if (changed || !card) card = found.version === null ? null : await askForCard();
   show(found);
   if (changed) document.dispatchEvent(new CustomEvent("model-changed"));

@@ -19,7 +19,9 @@ export async function refreshInbox() {
 function row(entry) {
   const item = make("li");
   const player = make("div", "player");
-  const label = choice(model.classes, entry.label, `The right class of ${entry.filename}`);
+  // Several labels that were said of one clip are one choice beside the single ones.
+  const names = model.classes.includes(entry.label) ? model.classes : [entry.label, ...model.classes];
+  const label = choice(names, entry.label, `The right class of ${entry.filename}`);
   const facts = make("div", "facts");
   const others = Object.keys(entry.said).filter((name) => name !== entry.label);
   facts.append(
