@@ -34,6 +34,11 @@ PRESETS: dict[str, Preset] = {
         "one GPU, or patience",
         {"low_filters": (16, 32, 64, 128), "high_filters": (48, 96, 192, 256), "embedding": 256},
     ),
+    # Of the high network only its reading is learnt: what a few hundred clips are enough for.
+    "pretrained": Preset(
+        "little data: appearance as ImageNet taught it, motion from scratch",
+        {"backbone": "efficientnet-lite0"},
+    ),
     # The reference article's worked case. Its 448 channels are the high network's; the low one adds motion.
     "article": Preset(
         "the reference article's case: 10 frames of 256x256, ten 256-vectors, one 256x256 matrix",

@@ -86,10 +86,13 @@ class Model(_Section):
     A field that is left out comes from the preset, and what the preset does not name has the default shown here.
     """
 
-    preset: Literal["demo", "small", "base", "article"] = "small"
+    preset: Literal["demo", "small", "base", "pretrained", "article"] = "small"
     streams: Literal["both", "low", "high"] = "both"  # low: motion alone; high: appearance alone
     low_filters: tuple[int, ...] = (16, 32, 64)  # a level each
     high_filters: tuple[int, ...] = (32, 64, 128)
+    # The high network: residual, from scratch, or one that was trained on ImageNet (see `sora/model/backbone.py`).
+    backbone: Literal["residual", "efficientnet-lite0", "mobilenetv2"] = "residual"
+    backbone_trainable: bool = False  # its weights go on learning; else what is learnt is how to read its features
     blocks: int = Field(1, ge=1, le=8)  # residual blocks a level
     shift: float = Field(0.125, ge=0, le=0.5)  # share of the channels moved each way in time; 0: frames apart
     lateral: bool = False  # the low network's maps join the high network's before each level
@@ -125,6 +128,8 @@ class Model(_Section):
     def _joins_two(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("streams") != "both":
             raise ValueError(f"joins two networks, but model.streams is {info.data.get('streams')}")
+        if value and info.data.get("backbone") != "residual":
+            raise ValueError(f"joins residual networks, but model.backbone is {info.data.get('backbone')}")
         return value
 
 

@@ -136,7 +136,7 @@ def fit(job: TrainJob, emit: Emit = lambda event: None, *, devices: Sequence[str
     machine = _machine(train, devices)
     import keras
 
-    from sora.model import classifier, loop
+    from sora.model import classifier, loop, pretrained
 
     classes = len(job.classes)
     keras.utils.set_random_seed(train.seed)
@@ -146,6 +146,8 @@ def fit(job: TrainJob, emit: Emit = lambda event: None, *, devices: Sequence[str
         out.mkdir(parents=True, exist_ok=True)
     with machine.scope():
         model = classifier.build(model_settings, clip, classes)
+        if model_settings.streams != "low" and model_settings.backbone != "residual":
+            pretrained.load(model)
         loop.compile_model(model, train, len(training) * train.epochs, multilabel=multilabel, jit=machine.jit)
         end = loop.EpochEnd(
             data,

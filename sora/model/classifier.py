@@ -14,6 +14,7 @@ from typing import Any
 
 import keras
 
+from sora.model.backbone import BackboneStream
 from sora.model.fusion import ConcatFusion, GatedFusion, GramFusion
 from sora.model.head import BinaryLogits
 from sora.model.lateral import Lateral
@@ -23,7 +24,7 @@ from sora.settings import Model
 
 
 def build(config: Model, clip: ClipSpec, classes: int) -> keras.Model:
-    """A new model with random weights (from Keras's global seed).
+    """A new model with random weights (from Keras's global seed); `pretrained.load` gives a backbone its own.
 
     Input shape: `(batch, clip.frames, clip.height, clip.width, 3)` uint8, pixels as decoded: scaling is inside.
     Output shape: `(batch, classes)` float32 logits; with a multi-label head each is for a sigmoid of its own. The
@@ -69,7 +70,10 @@ def _features(config: Model, clips: Any) -> list[Any]:
         Lateral(2 * map_.shape[-1], config.key_frames, name=f"lateral_{number}")(map_)
         for number, map_ in enumerate(maps[: len(config.high_filters)], 1)
     ]
-    high = ResidualStream(config.high_filters, name="high", **options)([seen, *joining] if joining else seen)
+    if config.backbone == "residual":
+        high = ResidualStream(config.high_filters, name="high", **options)([seen, *joining] if joining else seen)
+    else:
+        high = BackboneStream(config.backbone, trainable=config.backbone_trainable, name="high")(seen)
     return [*low, *high]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from sora.model.backbone import BiasConv
 from sora.model.fusion import GramMatrix
 from sora.model.residual import FrameConv, ResidualBlock
 
@@ -26,6 +27,8 @@ def flops(layer: keras.layers.Layer) -> int:
     shape = _shape(layer)
     if isinstance(layer, FrameConv):
         return 2 * _numbers(layer.compute_output_shape(shape)) * layer.size**2 * shape[-1]
+    if isinstance(layer, BiasConv):
+        return 2 * _numbers(layer.compute_output_shape(shape)) * layer.size**2 * (shape[-1] if layer.filters else 1)
     if isinstance(layer, keras.layers.Dense):
         return 2 * _numbers(shape) * layer.units
     if isinstance(layer, GramMatrix):
@@ -42,7 +45,9 @@ def kept(layer: keras.layers.Layer) -> int:
     Every convolution keeps its input (for the gradient of its kernel) and its output (for the normalisation), every
     residual block its sum. A compiler may keep fewer, a framework's own buffers come on top.
     """
-    if isinstance(layer, FrameConv):
+    if not layer.trainable:
+        return 0  # nothing goes back through it
+    if isinstance(layer, FrameConv | BiasConv):
         return _numbers(_shape(layer)) + _numbers(layer.compute_output_shape(_shape(layer)))
     own = _numbers(layer.compute_output_shape(_shape(layer))) if isinstance(layer, ResidualBlock) else 0
     return own + sum(kept(part) for part in _inner(layer))

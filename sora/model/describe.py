@@ -61,20 +61,29 @@ def describe(settings: Settings, *, classes: int | None = None, batch: int | Non
 def _rows(layer: keras.layers.Layer) -> list[dict[str, Any]]:
     import keras
 
-    from sora.model import streams
+    from sora.model import backbone, streams
 
     if isinstance(layer, keras.layers.Dropout | keras.layers.InputLayer):
         return []
+    if isinstance(layer, backbone.BackboneStream):
+        return [
+            _row(f"{layer.name}/level {number}", part[-1].compute_output_shape(_built_for(part[-1]))[1:], part)
+            for number, part in enumerate(layer.parts(), 1)
+        ]
     if not isinstance(layer, streams.ResidualStream):
         return [_row(layer.name, layer.output.shape[1:], [layer])]
     rows = []
-    stem = layer.stem.compute_output_shape(layer.stem.get_build_config()["input_shape"])
+    stem = layer.stem.compute_output_shape(_built_for(layer.stem))
     rows.append(_row(f"{layer.name}/stem", stem[1:], [layer.stem]))
     for level in range(len(layer.filters)):
         blocks = layer.levels[level * layer.blocks : (level + 1) * layer.blocks]
-        output = blocks[-1].compute_output_shape(blocks[-1].get_build_config()["input_shape"])
+        output = blocks[-1].compute_output_shape(_built_for(blocks[-1]))
         rows.append(_row(f"{layer.name}/level {level + 1}", output[1:], blocks))
     return rows
+
+
+def _built_for(layer: keras.layers.Layer) -> Any:
+    return layer.get_build_config()["input_shape"]
 
 
 def _row(name: str, output: Any, layers: list[keras.layers.Layer]) -> dict[str, Any]:

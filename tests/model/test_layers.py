@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 
-from sora.model import fusion, head, lateral, residual, streams
+from sora.model import backbone, fusion, head, lateral, residual, streams
 
 VIDEO = (4, 8, 8, 16)  # time, height, width, channels
 CLIP = (4, 8, 8, 3)
@@ -45,6 +45,27 @@ CASES: list[tuple[str, Callable[..., keras.layers.Layer], Any, Any]] = [
         lambda **o: streams.ResidualStream((16, 24), **o),
         [CLIP, (4, 4, 4, 8)],
         [(4, 16), (4, 24)],
+    ),
+    ("bias convolution", lambda **o: backbone.BiasConv(24, 3, stride=2, **o), (4, 7, 8, 16), (4, 4, 4, 24)),
+    ("depthwise", lambda **o: backbone.BiasConv(None, 5, activate=False, **o), VIDEO, VIDEO),
+    ("inverted residual", lambda **o: backbone.InvertedResidual(16, **o), VIDEO, VIDEO),
+    (
+        "inverted residual, smaller",
+        lambda **o: backbone.InvertedResidual(24, size=5, stride=2, expand=1, **o),
+        (4, 7, 8, 16),
+        (4, 4, 4, 24),
+    ),
+    (
+        "backbone",
+        lambda **o: backbone.BackboneStream("efficientnet-lite0", **o),
+        (2, 33, 40, 3),
+        [(2, 40), (2, 112), (2, 1280)],
+    ),
+    (
+        "other backbone",
+        lambda **o: backbone.BackboneStream("mobilenetv2", **o),
+        (1, 32, 32, 3),
+        [(1, 32), (1, 96), (1, 1280)],
     ),
     ("lateral", lambda **o: lateral.Lateral(24, 2, **o), VIDEO, (2, 8, 8, 24)),
     ("lateral of one frame", lambda **o: lateral.Lateral(24, 1, span=3, **o), (1, 8, 8, 16), (1, 8, 8, 24)),

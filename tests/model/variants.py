@@ -13,6 +13,7 @@ VARIANTS: dict[str, dict] = {
     "lateral": {"lateral": True, "low_filters": [16, 24], "high_filters": [24, 32, 40], "blocks": 2},
     "low alone": {"streams": "low", "shift": 0.0},
     "high alone": {"streams": "high"},
+    "backbone": {"backbone": "efficientnet-lite0"},
     "binary": {"head": "binary"},
     "multilabel": {"head": "multilabel"},
 }

@@ -1,0 +1,234 @@
+"""A network trained on ImageNet in the place of the high network.
+
+Inverted residuals without squeeze-and-excitation: Sandler et al. 2018, "MobileNetV2: Inverted Residuals and Linear
+Bottlenecks", table 2; Tan and Le 2019, "EfficientNet", table 1, in the variant Lite0 (ReLU6, fixed stem and head:
+https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite). Departs: every normalisation is folded
+into the convolution before it, which changes no output; there are no statistics that few clips could spoil.
+
+The weights come from `sora.model.pretrained`, once, when a training begins; a saved model holds them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+from keras import ops
+
+from sora.model.streams import pooled
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A row of the papers' tables: `count` blocks, the first with `stride`."""
+
+    size: int  # of the depthwise kernel
+    expand: int  # so many times the channels inside
+    filters: int
+    count: int
+    stride: int
+
+
+STEM, HEAD = 32, 1280  # channels
+BACKBONES: dict[str, tuple[Blocks, ...]] = {
+    "efficientnet-lite0": (
+        Blocks(3, 1, 16, 1, 1),
+        Blocks(3, 6, 24, 2, 2),
+        Blocks(5, 6, 40, 2, 2),
+        Blocks(3, 6, 80, 3, 2),
+        Blocks(5, 6, 112, 3, 1),
+        Blocks(5, 6, 192, 4, 2),
+        Blocks(3, 6, 320, 1, 1),
+    ),
+    "mobilenetv2": (
+        Blocks(3, 1, 16, 1, 1),
+        Blocks(3, 6, 24, 2, 2),
+        Blocks(3, 6, 32, 3, 2),
+        Blocks(3, 6, 64, 4, 2),
+        Blocks(3, 6, 96, 3, 1),
+        Blocks(3, 6, 160, 3, 2),
+        Blocks(3, 6, 320, 1, 1),
+    ),
+}
+LEVELS = (2, 4)  # rows whose maps are handed out, at an 8th and a 16th of the size; the head's are the last level
+
+
+@keras.saving.register_keras_serializable(package="sora")
+class BiasConv(keras.layers.Layer):
+    """Convolution of every frame with a bias, then ReLU6.
+
+    Arguments:
+        filters: None: depthwise, as many as there are channels.
+        size, stride: of the convolution, padded as TensorFlow's "same".
+        activate: apply ReLU6.
+
+    Input shape: `(batch, time, height, width, channels)`.
+    Output shape: `(batch, time, ceil(height / stride), ceil(width / stride), filters)`.
+
+    Example: `BiasConv(None, 5, stride=2)(x)`.
+    """
+
+    def __init__(
+        self, filters: int | None, size: int = 1, *, stride: int = 1, activate: bool = True, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.filters, self.size, self.stride, self.activate = filters, size, stride, activate
+        common: dict[str, Any] = {"strides": stride, "padding": "same", "dtype": self.dtype_policy}
+        self.convolution = (
+            keras.layers.DepthwiseConv2D(size, depthwise_initializer="he_normal", **common)
+            if filters is None
+            else keras.layers.Conv2D(filters, size, kernel_initializer="he_normal", **common)
+        )
+
+    def build(self, input_shape: tuple) -> None:
+        self.convolution.build((None, *input_shape[2:]))
+
+    def call(self, x: Any) -> Any:
+        time = x.shape[1]
+        x = self.convolution(ops.reshape(x, (-1, *x.shape[2:])))
+        if self.activate:
+            x = ops.relu6(x)
+        return ops.reshape(x, (-1, time, *x.shape[1:]))
+
+    def compute_output_shape(self, input_shape: tuple) -> tuple:
+        height, width = (None if side is None else -(-side // self.stride) for side in input_shape[2:4])
+        return (*input_shape[:2], height, width, self.filters or input_shape[-1])
+
+    def get_config(self) -> dict[str, Any]:
+        own = {"filters": self.filters, "size": self.size, "stride": self.stride, "activate": self.activate}
+        return {**super().get_config(), **own}
+
+
+@keras.saving.register_keras_serializable(package="sora")
+class InvertedResidual(keras.layers.Layer):
+    """1x1 that widens → depthwise → 1x1 that narrows without activation; added to its input where the shapes are equal.
+
+    Arguments:
+        filters: output channels.
+        size, stride: of the depthwise convolution.
+        expand: so many times the channels inside; 1: no first convolution.
+
+    Input shape: `(batch, time, height, width, channels)`.
+    Output shape: `(batch, time, ceil(height / stride), ceil(width / stride), filters)`.
+
+    Example: `InvertedResidual(40, size=5, stride=2)(x)`.
+    """
+
+    def __init__(self, filters: int, *, size: int = 3, stride: int = 1, expand: int = 6, **options: Any) -> None:
+        super().__init__(**options)
+        self.filters, self.size, self.stride, self.expand = filters, size, stride, expand
+        self.widen: BiasConv | None = None
+        self.depthwise = BiasConv(None, size, stride=stride, dtype=self.dtype_policy)
+        self.narrow = BiasConv(filters, activate=False, dtype=self.dtype_policy)
+
+    def build(self, input_shape: tuple) -> None:
+        shape = tuple(input_shape)
+        self.adds = self.stride == 1 and shape[-1] == self.filters
+        if self.expand > 1:
+            self.widen = BiasConv(self.expand * shape[-1], dtype=self.dtype_policy)
+            self.widen.build(shape)
+            shape = self.widen.compute_output_shape(shape)
+        self.depthwise.build(shape)
+        self.narrow.build(self.depthwise.compute_output_shape(shape))
+
+    def call(self, x: Any) -> Any:
+        inside = x if self.widen is None else self.widen(x)
+        inside = self.narrow(self.depthwise(inside))
+        return x + inside if self.adds else inside
+
+    def compute_output_shape(self, input_shape: tuple) -> tuple:
+        return (*self.depthwise.compute_output_shape(input_shape)[:-1], self.filters)
+
+    def get_config(self) -> dict[str, Any]:
+        own = {"filters": self.filters, "size": self.size, "stride": self.stride, "expand": self.expand}
+        return {**super().get_config(), **own}
+
+
+@keras.saving.register_keras_serializable(package="sora")
+class BackboneStream(keras.layers.Layer):
+    """One of `BACKBONES` on every frame; hands out three levels' features, each averaged over the picture.
+
+    Arguments:
+        backbone: its name.
+        trainable: of Keras; False leaves the weights as they are.
+
+    Input shape: `(batch, time, height, width, rgb)`, -1 to 1, as `KeyFrames` gives it and both networks were trained
+        with.
+    Output: a list of `(batch, time, channels)`, 40, 112 and 1280 channels for efficientnet-lite0.
+
+    Example: `BackboneStream("efficientnet-lite0", trainable=False)(KeyFrames(4)(clips))`.
+    """
+
+    def __init__(self, backbone: str, **options: Any) -> None:
+        super().__init__(**options)
+        if backbone not in BACKBONES:
+            raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, received {backbone!r}")
+        self.backbone = backbone
+        self.stem = BiasConv(STEM, 3, stride=2, dtype=self.dtype_policy)
+        self.rows = [
+            [
+                InvertedResidual(
+                    row.filters,
+                    size=row.size,
+                    stride=row.stride if not number else 1,
+                    expand=row.expand,
+                    dtype=self.dtype_policy,
+                )
+                for number in range(row.count)
+            ]
+            for row in BACKBONES[backbone]
+        ]
+        self.head = BiasConv(HEAD, dtype=self.dtype_policy)
+
+    def build(self, input_shape: tuple) -> None:
+        self.stem.build(input_shape)
+        shape = self.stem.compute_output_shape(input_shape)
+        for row in self.rows:
+            for block in row:
+                block.build(shape)
+                shape = block.compute_output_shape(shape)
+        self.head.build(shape)
+        if not self.trainable:  # type: ignore[has-type]
+            # Keras hands it down to the weights when it changes, not when it is given.
+            self.trainable = True
+            self.trainable = False
+
+    def call(self, x: Any) -> list[Any]:
+        return [pooled(level) for level in self.feature_maps(x)[1:]]
+
+    def feature_maps(self, x: Any, training: bool | None = None) -> list[Any]:
+        """The stem's and each level's features before they are averaged: `(batch, time, height, width, channels)`."""
+        x = self.stem(x)
+        maps = [x]
+        for number, row in enumerate(self.rows):
+            for block in row:
+                x = block(x)
+            if number in LEVELS:
+                maps.append(x)
+        return [*maps, self.head(x)]
+
+    def parts(self) -> list[list[keras.layers.Layer]]:
+        """The layers from the stem on that each level ends."""
+        parts: list[list[keras.layers.Layer]] = [[self.stem]]
+        for number, row in enumerate(self.rows):
+            parts[-1] += row
+            if number in LEVELS:
+                parts.append([])
+        parts[-1].append(self.head)
+        return parts
+
+    def convolutions(self) -> list[BiasConv]:
+        """In the order of the computation, which `pretrained` gives weights in."""
+        found = [self.stem]
+        for row in self.rows:
+            for block in row:
+                found += [part for part in (block.widen, block.depthwise, block.narrow) if part is not None]
+        return [*found, self.head]
+
+    def compute_output_shape(self, input_shape: tuple) -> list[tuple]:
+        widths = [BACKBONES[self.backbone][number].filters for number in LEVELS]
+        return [(*input_shape[:2], width) for width in (*widths, HEAD)]
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "backbone": self.backbone}
