@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +30,14 @@ from sora.settings import Model, Train
 if TYPE_CHECKING:
     import keras
 
+    from sora.model.loop import ClipDataset
+
 Emit = Callable[[dict[str, Any]], None]
 FRAME_CLIPS = 16  # clips whose frames are shuffled together, where frames are the samples
 FEW_STEPS = 50  # so many it takes until running statistics (momentum 0.9) have forgotten what they began as
 SETTLING_BATCHES = 8
+ASKED_CLIPS = 8  # at once
+ASKED_FRAME_CLIPS = 2  # at once, where frames are the samples: the article's network keeps 35 MB a frame of 56 pixels
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,9 @@ def fit(job: PeerJob, emit: Emit) -> dict[str, Any]:
         classes=classes,
         class_weights=train.class_weights,
     )
-    validation = Batches(shards, table[table["split"] == "val"], batch=FRAME_CLIPS)
+    validation = Batches(
+        shards, table[table["split"] == "val"], batch=ASKED_CLIPS if peer.builder else ASKED_FRAME_CLIPS
+    )  # fmt: skip
     keras.utils.set_random_seed(train.seed)
     if peer.builder:
         trained = asked = getattr(peer_networks, peer.builder)(clip, classes)
@@ -138,27 +144,49 @@ def fit(job: PeerJob, emit: Emit) -> dict[str, Any]:
         trained = peer_networks.article_frame(clip, classes, job.side)
         asked = peer_networks.of_frames(trained, clip)
         flops, samples = clip.frames * article.flops(job.side, job.side), batches.clips * clip.frames
+    done = _train(job, trained, asked, loop.ClipDataset(batches, classes), validation, emit)
+    videos, metrics = _answers(job, asked, emit)
+    return {
+        "videos": videos,
+        "metrics": metrics,
+        "training": {
+            "parameters": asked.count_params(),
+            "flops": flops,
+            **done,
+            "passes": done["steps"] * peer.batch / samples,
+            "clips_per_second": done["steps"] * peer.batch / samples * batches.clips / max(done["seconds"], 1e-6),
+        },
+    }
+
+
+def _train(
+    job: PeerJob, trained: keras.Model, asked: keras.Model, data: ClipDataset, validation: Batches, emit: Emit
+) -> dict[str, Any]:
+    """Trains for the job's time; leaves `asked`, which shares the weights, with the ones that are judged.
+
+    Returns {"steps", "epochs", "best_epoch", "seconds", "history", "settled"}.
+    """
+    import keras
+
+    peer, train = PEERS[job.network], Train(**job.train)
     optimizer = keras.optimizers.AdamW(peer.rate, weight_decay=train.weight_decay, global_clipnorm=5.0)
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=train.label_smoothing)
     trained.compile(optimizer, loss, jit_compile=False)
-
-    data = loop.ClipDataset(batches, classes)
-    best: tuple[float, int, list[np.ndarray]] = (math.inf, 0, [])
+    best = _Best()
     history: list[dict[str, float]] = []
     steps = told = epoch = 0
     spent, began = 0.0, time.monotonic()
     for ended, x, y, w in _samples(data, None if peer.builder else peer.batch, train.seed):
         optimizer.learning_rate = peer.rate * share_of_rate(spent / job.seconds)
-        value = float(trained.train_on_batch(x, y, sample_weight=w))
+        value = float(trained.train_on_batch(x, y, sample_weight=w))  # the mean of the epoch so far
         if not math.isfinite(value):
-            raise InputError(f"{job.network} diverged at step {steps + 1}")
+            raise InputError(f"{job.network} diverged at step {steps + 1}", mend="lower its rate in PEERS")
         steps += 1
         if ended:
             epoch += 1
-            history.append({"epoch": epoch, "loss": value})
-            if validation.clips:
-                best = _better(best, epoch, asked, validation, history)
+            trained.reset_metrics()
+            history.append({"epoch": epoch, "loss": value, **best.offer(epoch, asked, validation)})
         if steps == 1:
             began = time.monotonic()  # the first step compiles, which no network is charged for but Sora
         spent = time.monotonic() - began
@@ -169,29 +197,34 @@ def fit(job: PeerJob, emit: Emit) -> dict[str, Any]:
             break
     settled = steps < FEW_STEPS and _settle(asked, data)
     if settled:
-        best = (math.inf, 0, [])  # what went before was judged by other statistics
-    if validation.clips and (settled or not ended):
-        history.append({"epoch": epoch + (not ended), "loss": value})
-        best = _better(best, epoch + (not ended), asked, validation, history)
-    if best[2]:
-        asked.set_weights(best[2])
-    videos, metrics = _answers(job, asked, emit)
-    return {
-        "videos": videos,
-        "metrics": metrics,
-        "training": {
-            "parameters": asked.count_params(),
-            "flops": flops,
-            "steps": steps,
-            "passes": steps * peer.batch / samples,
-            "best_epoch": best[1] or epoch,
-            "epochs": epoch,
-            "seconds": spent,
-            "clips_per_second": steps * peer.batch / samples * batches.clips / max(spent, 1e-6),
-            "history": history,
-            "settled": settled,
-        },
-    }
+        best = _Best()  # what went before was judged by other statistics
+    if settled or not ended:
+        at = epoch if ended else epoch + 1
+        history.append({"epoch": at, "loss": value, **best.offer(at, asked, validation)})
+    if best.weights:
+        asked.set_weights(best.weights)
+    found = {"steps": steps, "epochs": epoch, "best_epoch": best.epoch or epoch, "seconds": spent}
+    return {**found, "history": history, "settled": settled}
+
+
+@dataclass
+class _Best:
+    """The weights of the lowest validation loss."""
+
+    loss: float = math.inf
+    epoch: int = 0  # none: there was no validation
+    weights: list[np.ndarray] = field(default_factory=list)
+
+    def offer(self, epoch: int, model: keras.Model, validation: Batches) -> dict[str, float]:
+        """Takes the model's weights if they are better. Returns {"val_loss"}, nothing where there are no videos."""
+        if not validation.clips:
+            return {}
+        logits = np.concatenate([np.asarray(model.predict_on_batch(x)) for x, _, _ in validation.epoch(0)])
+        shares = measure.video_probabilities(logits, np.arange(len(logits)), len(logits))
+        loss = measure.log_loss(shares, validation.labels)
+        if loss < self.loss:
+            self.loss, self.epoch, self.weights = loss, epoch, model.get_weights()
+        return {"val_loss": loss}
 
 
 def share_of_rate(progress: float) -> float:
@@ -203,7 +236,7 @@ def share_of_rate(progress: float) -> float:
 
 
 def _samples(
-    data: Any, frames: int | None, seed: int
+    data: ClipDataset, frames: int | None, seed: int
 ) -> Iterator[tuple[bool, np.ndarray, np.ndarray, np.ndarray]]:  # fmt: skip
     """Without end: (does an epoch end with it, x, y, w) of a step; with `frames` so many of the clips, shuffled."""
     while True:
@@ -222,22 +255,7 @@ def _samples(
         data.epoch += 1
 
 
-def _better(
-    best: tuple[float, int, list[np.ndarray]],
-    epoch: int,
-    model: keras.Model,
-    validation: Batches,
-    history: list[dict[str, float]],
-) -> tuple[float, int, list[np.ndarray]]:
-    """The best of the epochs so far: (validation loss, epoch, weights)."""
-    logits = np.concatenate([np.asarray(model.predict_on_batch(x)) for x, _, _ in validation.epoch(0)])
-    shares = measure.video_probabilities(logits, np.arange(len(logits)), len(logits))
-    loss = measure.log_loss(shares, validation.labels)
-    history[-1]["val_loss"] = loss
-    return (loss, epoch, model.get_weights()) if loss < best[0] else best
-
-
-def _settle(model: keras.Model, data: Any) -> bool:
+def _settle(model: keras.Model, data: ClipDataset) -> bool:
     """Measures the normalisations' statistics anew on training clips; not in the network's time.
 
     After a few steps running averages are still those that training began with, and the network would be judged by
@@ -265,12 +283,13 @@ def _settle(model: keras.Model, data: Any) -> bool:
 
 
 def _answers(job: PeerJob, model: keras.Model, emit: Emit) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Of the test videos, by the evaluation that Sora's own networks go through."""
+    """Of the test videos, by the evaluation that Sora's own networks go through: (videos, metrics)."""
     import keras
 
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
-    file = out / "model.keras"
+    file, table = out / "model.keras", pd.read_parquet(job.table)
+    table[table["split"] == "test"].to_parquet(out / "table.parquet", index=False)
     keras.Model(model.inputs, model.outputs[0]).save(file)  # without the optimiser
     recipe = Recipe(
         ClipSpec.from_dict(job.clip),
@@ -282,12 +301,12 @@ def _answers(job: PeerJob, model: keras.Model, emit: Emit) -> tuple[list[dict[st
         asdict(
             evaluation.EvalJob(
                 shards=job.shards,
-                table=job.table,
+                table=str(out / "table.parquet"),
                 models=[{"name": "fold", "file": str(file), "recipe": recipe.to_dict()}],
                 classes=job.classes,
                 data="",
                 out=job.out,
-                batch=8,
+                batch=ASKED_CLIPS if PEERS[job.network].builder else ASKED_FRAME_CLIPS,
             )
         ),
         emit,
