@@ -193,15 +193,13 @@ def plot(entries: list[dict[str, Any]], file: Path) -> None:
     figure = Figure(figsize=(7 * len(entries), 4.6), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     for axis, entry in zip(np.atleast_1d(figure.subplots(1, len(entries))), entries, strict=True):
-        for one in entry["networks"]:
-            colour = "#2f6fdb" if one["network"] == "sora" else "#6e7781"
-            x, y = one["GFLOP a clip"], one["accuracy"]
+        for number, one in enumerate(entry["networks"]):
+            ours = one["network"] == "sora"
+            y = one["accuracy"]
             axis.errorbar(
-                x, y, [[max(0, y - one["low"])], [max(0, one["high"] - y)]],
-                fmt="o", color=colour, capsize=3, elinewidth=1.2,
-            )  # fmt: skip
-            axis.annotate(
-                one["network"], (x, y), xytext=(6, 5), textcoords="offset points", color=colour, fontsize=9
+                one["GFLOP a clip"], y, [[max(0, y - one["low"])], [max(0, one["high"] - y)]],
+                fmt="*" if ours else "osD^vP"[number % 6], markersize=12 if ours else 6, color=f"C{number}",
+                capsize=3, elinewidth=1, label=one["network"],
             )  # fmt: skip
         axis.axhline(entry["majority"], color="#d9730d", linewidth=1, linestyle="--")
         title = f"{entry['name']}: {len(entry['folds'])} of {entry['folds_of']} trainings a network"
@@ -209,6 +207,7 @@ def plot(entries: list[dict[str, Any]], file: Path) -> None:
         axis.set_ylabel("accuracy, 95% interval; dashed: the largest class")
         axis.margins(x=0.15)
         axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
