@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks import article, peer_networks, peer_training, peers
+from benchmarks import article, common, peer_networks, peer_training, peers
 from sora.records import ClipSpec
 from tests.benchmarks.test_accuracy import TINY, fold
 from tests.clips import make_shards
@@ -97,6 +97,7 @@ def test_ahead_is_a_paired_difference() -> None:
 
 
 def test_it_trains_compares_and_never_trains_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "commit", lambda _: "commit")  # another session's commit would make other folds of it
     make_shards(tmp_path / "tiny", each=6)
     options = ["--data", str(tmp_path / "tiny" / "data"), "--group-pattern", r"/(\d+)\.mp4", "--seeds", "1",
                "--folds", "1", "--budget", "0.5", "--network", "article", "--network", "r3d-18*2", "--side", "16",
