@@ -88,9 +88,8 @@ def _profiled(model: keras.Model, spec: ClipSpec) -> int:
             collect(child)
 
     collect(found)
-    return sum(
-        count for kind, count in counts.items() if kind in ("Conv2D", "MatMul") or kind.startswith("BatchMatMul")
-    )
+    counted = ("Conv2D", "DepthwiseConv2dNative", "MatMul", "BatchMatMul")
+    return sum(count for kind, count in counts.items() if kind.startswith(counted))
 
 
 def test_streams_count_alike_alone_and_together() -> None:
