@@ -87,7 +87,9 @@ def settings_of(params: Path | None, changes: list[str]) -> Settings:
         section, dot, name = key.partition(".")
         if not (equals and dot and section in values):
             raise InputError(f"{change!r} is no change", mend="write section.key=value, as in train.epochs=40")
-        values[section] = {**values[section], name: yaml.safe_load(text)}
+        # A preset fills in what is not given: nothing of the section may be.
+        before = {} if key == "model.preset" else values[section]
+        values[section] = {**before, name: yaml.safe_load(text)}
     return parse(yaml.safe_dump(values), "the changed settings")
 
 

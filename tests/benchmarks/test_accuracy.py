@@ -98,6 +98,7 @@ def test_changes_are_checked_settings(tmp_path: Path) -> None:
     )
     (tmp_path / "params.yaml").write_text("train: {epochs: 7}")
     assert accuracy.settings_of(tmp_path / "params.yaml", ["train.batch=2"]).train.epochs == 7
+    assert accuracy.settings_of(None, ["model.preset=base"]).model.embedding == 256
     with pytest.raises(SettingsError, match=r"train\.epoches"):
         accuracy.settings_of(None, ["train.epoches=3"])
     for wrong in ("train.epochs", "epochs=3", "trains.epochs=3"):
