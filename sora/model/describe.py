@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from sora.errors import InputError
 from sora.presets import PRESETS
+from sora.processes import without_noise
 from sora.settings import Clip, Model, Settings
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ def describe(settings: Settings, *, classes: int | None = None, batch: int | Non
         InputError: a binary head for another number of classes than 2.
     """
     config, classes = settings.model, classes or len(settings.classes) or 2
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    from sora.model import classifier, cost
+    with without_noise():
+        from sora.model import classifier, cost
 
     try:
         model = classifier.build(config, settings.clip.spec(), classes)
