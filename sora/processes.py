@@ -46,7 +46,10 @@ def quiet_environment(**more: str) -> dict[str, str]:
 
 
 # What TensorFlow's libraries write while they are imported, whatever the level of their log.
-_NOISE = (b"absl::InitializeLog", b"port.cc", b"cudart_stub.cc", b"cuda_platform.cc", b"cpu_feature_guard.cc")
+_NOISE = (
+    *(b"absl::InitializeLog", b"port.cc", b"cudart_stub.cc", b"cuda_platform.cc", b"cpu_feature_guard.cc"),
+    b"rebuild TensorFlow with",  # the second line of the last
+)
 
 
 @contextmanager

@@ -39,11 +39,11 @@ def describe(settings: Settings, *, classes: int | None = None, batch: int | Non
         InputError: a binary head for another number of classes than 2.
     """
     config, classes = settings.model, classes or len(settings.classes) or 2
-    with without_noise():
-        from sora.model import classifier, cost
-
     try:
-        model = classifier.build(config, settings.clip.spec(), classes)
+        with without_noise():  # its libraries write at the import, and at the first weights
+            from sora.model import classifier, cost
+
+            model = classifier.build(config, settings.clip.spec(), classes)
     except ValueError as error:
         raise InputError(str(error), mend="correct the section `model` of params.yaml, or --classes") from error
     return {
