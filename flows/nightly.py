@@ -30,7 +30,6 @@ from sora.progress import bar, say
 from sora.settings import Project, Settings
 
 
-
 def _may_pass(_task: Any, _run: Any, state: State) -> bool:
     """Retry only what may pass by itself: a server or child that failed, not a wrong input or a full disk."""
     error = state.result(raise_on_failure=False)

@@ -68,7 +68,11 @@ def audit(project: Project, *, folds: int = 5, progress: Bar = lambda done, tota
             split=np.where(aside, "val", np.where(train, "train", "test"))
         )
         key = crossval.digest(
-            [crossval.configuration(settings), provenance.LEARNING, table[["sha256", "label", "split"]].to_csv(index=False)]
+            [
+                crossval.configuration(settings),
+                provenance.LEARNING,
+                table[["sha256", "label", "split"]].to_csv(index=False),
+            ]
         )
         keys.add(key)
 

@@ -19,7 +19,6 @@ from sora.errors import SettingsError
 from sora.presets import PRESETS
 from sora.records import LABEL_SEPARATOR, ClipSpec
 
-
 # Sections of params.yaml that no trained model depends on.
 NOT_OF_LEARNING = ("serve", "schedule", "alert", "services")
 # Settings (`section.name`) that came after the first release. Add every new one of the other sections here, with a

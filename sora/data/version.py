@@ -24,7 +24,7 @@ from sora.data.dvc import dvc, git
 from sora.errors import InputError, ServiceError, SettingsError, SoraError
 from sora.files import atomic
 from sora.processes import rebuild_error
-from sora.settings import Project, parse
+from sora.settings import Project
 
 STAGES = ("manifest", "validate", "shards")
 CODE_LOCK = "preprocessing.lock"
