@@ -22,17 +22,12 @@ from prefect.states import Cancelled
 
 from flows import alerts, show
 from flows.deployments import superseded
-from sora import nightly_log
+from sora import nightly_log, provenance
 from sora.errors import DiskFull, RunActive, ServiceError
 from sora.lock import run_lock
 from sora.processes import die_with_parent
 from sora.progress import bar, say
 from sora.settings import Project, Settings
-
-# Sections of params.yaml that no trained model depends on.
-ELSEWHERE = ("serve", "schedule", "alert", "services")
-# Code that a trained model or a decision depends on, below sora/.
-CODE = ("video", "data", "model", "report", "training.py", "evaluation.py", "promotion.py", "records.py")
 
 
 def _may_pass(_task: Any, _run: Any, state: State) -> bool:
@@ -73,19 +68,13 @@ class Work:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def key_of(project: Project, settings: Settings, data_version: str) -> dict[str, str]:
+def key_of(settings: Settings, data_version: str) -> dict[str, str]:
     """What decides whether anything changed since the last judged run: data, parameters, code."""
-    params = {name: value for name, value in settings.to_dict().items() if name not in ELSEWHERE}
-    code = hashlib.sha256()
-    package = Path(__file__).resolve().parent.parent / "sora"
-    for name in CODE:
-        place = package / name
-        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            code.update(path.read_bytes())
+    params = json.dumps(settings.of_learning(), sort_keys=True)
     return {
         "data_version": data_version,
-        "params_hash": hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:16],
-        "code_hash": code.hexdigest()[:16],
+        "params_hash": hashlib.sha256(params.encode()).hexdigest()[:16],
+        "code_hash": provenance.LEARNING,
     }
 
 
@@ -125,7 +114,7 @@ def _cycle(project: Project, settings: Settings, force: bool) -> dict[str, Any]:
     with alias_lock(project):
         registry.recover()  # a promotion that a crash interrupted
     data_version = _version_data(project)
-    key = key_of(project, settings, data_version)
+    key = key_of(settings, data_version)
     judged = registry.last_judged()
     if judged and not force and all(judged.get(name) == value for name, value in key.items()):
         say("nothing changed since the last judged run: data, parameters and code are the same")

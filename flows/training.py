@@ -27,8 +27,8 @@ from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.client import prefect_client
+from sora import provenance
 from sora.errors import InputError, ServiceError
-from sora.files import source_digest
 from sora.progress import Bar, bar, say
 from sora.settings import Project, Settings, parse
 
@@ -36,12 +36,6 @@ HANDOVER = PurePosixPath("handover/table.parquet")  # artifacts of the run: to t
 HANDBACK = "handback"  # … and back: model.keras, result.json
 # Of a project's state what the worker needs. The splits' ledger is not among it: the table holds what is used of it.
 STATE = ("data.dvc", "dvc.yaml", "dvc.lock", "preprocessing.lock", "params.yaml")
-# Code that both machines must have alike, below sora/.
-CODE = (
-    "model", "data/augment.py", "data/batches.py", "data/labels.py", "data/shards.py", "training.py", "files.py",
-    "records.py", "settings.py",
-)  # fmt: skip
-
 BEAT_SECONDS = 10.0
 SILENCE_SECONDS = 120.0  # without a beat: the worker is lost
 NO_WORKER_SECONDS = 60.0  # that a pool may be without a worker, which may just be restarting
@@ -66,11 +60,6 @@ def job_for(shards: Path, table: Path, settings: Settings, out: Path) -> Any:
     )
 
 
-def code_digest() -> str:
-    """Names the training code. Worker and nightly compare it: a model of other code might not even load."""
-    return source_digest(Path(__file__).resolve().parent.parent / "sora", CODE)
-
-
 # --- the worker's side ----------------------------------------------------------------------------------------------
 
 
@@ -83,16 +72,16 @@ def train(run_id: str, mlflow: str, state: dict[str, str], table_sha256: str, co
         mlflow: address of the MLflow server; MLFLOW_TRACKING_URI of the worker's machine goes before it.
         state: the texts of `STATE`.
         table_sha256: of the table of splits, which is an artifact of the run.
-        code: `code_digest` of the nightly's machine.
+        code: `provenance.LEARNING` of the nightly's machine: a model of another version might not even load.
     """
     from flows import show
     from flows.slots import device_slot
     from sora.registry import Registry
 
     clone = own_clone()
-    if code != code_digest():
+    if code != provenance.LEARNING:
         raise InputError(
-            f"the training code in this worker ({code_digest()}) is not the nightly's ({code})",
+            f"the training code in this worker ({provenance.LEARNING}) is not the nightly's ({code})",
             mend=f"bring {clone.root} to the nightly's commit, install it, and restart the worker",
         )
     if not re.fullmatch(r"[0-9a-f]{32}", run_id):
@@ -243,7 +232,7 @@ def request_training(
             "mlflow": registry.tracking_uri,
             "state": {name: texts[name] for name in STATE if name in texts},
             "table_sha256": hashlib.sha256(table.read_bytes()).hexdigest(),
-            "code": code_digest(),
+            "code": provenance.LEARNING,
         },
         timeout=0,
     )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sora import crossval
+from sora import crossval, provenance
 from sora.errors import InputError
 from sora.files import atomic, writing
 from sora.progress import Bar, say
@@ -68,7 +68,11 @@ def audit(project: Project, *, folds: int = 5, progress: Bar = lambda done, tota
             split=np.where(aside, "val", np.where(train, "train", "test"))
         )
         key = crossval.digest(
-            [crossval.configuration(settings), crossval.code(), table[["sha256", "label", "split"]].to_csv(index=False)]
+            [
+                crossval.configuration(settings),
+                provenance.LEARNING,
+                table[["sha256", "label", "split"]].to_csv(index=False),
+            ]
         )
         keys.add(key)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sora import evaluation, training
-from sora.files import atomic, source_digest, writing
+from sora.files import atomic, writing
 from sora.records import Recipe, Split, schema_of
 from sora.settings import Settings
 from sora.training import TrainJob
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FOLD_FILE = "fold.json"
-_CODE = ("model", "data", "training.py", "evaluation.py", "crossval.py", "report/measure.py")  # below sora/
 
 
 def configuration(settings: Settings) -> dict[str, Any]:
@@ -32,11 +31,6 @@ def configuration(settings: Settings) -> dict[str, Any]:
     values = settings.to_dict()
     train = {name: value for name, value in values["train"].items() if name != "work_pool"}
     return {**{name: values[name] for name in ("classes", "clip", "model", "eval")}, "train": train}
-
-
-def code() -> str:
-    """A short name of the code that decides what a fold computes."""
-    return source_digest(Path(__file__).resolve().parent, _CODE)
 
 
 def digest(value: Any) -> str:

@@ -155,9 +155,9 @@ def training_vectors(
 
 def cache_file(model_file: Path, recipe: Recipe) -> Path:
     """Beside the model, whose folder is named by its digest; named by what else decides the vectors."""
-    from sora.video import tag
+    from sora import provenance
 
-    made = json.dumps([recipe.clip.to_dict(), tag.clips()], sort_keys=True)
+    made = json.dumps([recipe.clip.to_dict(), provenance.clips()], sort_keys=True)
     return model_file.with_name(f"embeddings-{hashlib.sha256(made.encode()).hexdigest()[:16]}.npz")
 
 

@@ -19,6 +19,12 @@ from sora.errors import SettingsError
 from sora.presets import PRESETS
 from sora.records import LABEL_SEPARATOR, ClipSpec
 
+# Sections of params.yaml that no trained model depends on.
+NOT_OF_LEARNING = ("serve", "schedule", "alert", "services")
+# Settings (`section.name`) that came after the first release. Add every new one of the other sections here, with a
+# default that leaves what Sora computes as it was (else give `sora.provenance.LEARNING` a new name as well).
+ADDED: frozenset[str] = frozenset()
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -352,6 +358,24 @@ class Settings(_Section):
     def to_dict(self) -> dict[str, Any]:
         """Plain values (lists, not tuples) under params.yaml's own names."""
         return self.model_dump(mode="json", by_alias=True)
+
+    def of_learning(self) -> dict[str, Any]:
+        """What a trained model and the verdict on it depend on: `to_dict` without the sections `NOT_OF_LEARNING`, and
+        without the settings `ADDED` that have their default. So a new Sora with new settings trains nobody's model
+        again."""
+        values = self.to_dict()
+        defaults = Settings().to_dict()
+        return {
+            section: {
+                name: setting
+                for name, setting in value.items()
+                if f"{section}.{name}" not in ADDED or setting != defaults[section][name]
+            }
+            if isinstance(value, dict)
+            else value
+            for section, value in values.items()
+            if section not in NOT_OF_LEARNING
+        }
 
 
 def parse(text: str, source: str = "params.yaml") -> Settings:

@@ -20,6 +20,7 @@ FLOORS: list[tuple[int, str]] = [
     (0, "sora.progress"),
     (0, "sora.lock"),
     (0, "sora.files"),
+    (0, "sora.provenance"),
     (0, "sora.pool"),
     (1, "sora.client"),
     (1, "sora.video"),

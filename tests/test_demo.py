@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
+from sora import provenance
 from sora.data import version
 from sora.records import ClipSpec
 from sora.settings import Project
@@ -57,7 +58,7 @@ def test_the_lock_is_of_this_code(repository: Path) -> None:
     """Else `make run` in a clean clone would leave changed files behind."""
     assert (repository / version.CODE_LOCK).read_text() == version._code_lock_text()
     stages = yaml.safe_load((repository / "dvc.lock").read_text())["stages"]
-    for stage, code in version.code_hashes().items():
+    for stage, code in provenance.stages().items():
         assert stages[stage]["params"][version.CODE_LOCK][stage] == code
     assert stages["manifest"]["deps"][0]["md5"] == f"{version.data_version(Project(repository))}.dir"
 

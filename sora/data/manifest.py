@@ -16,13 +16,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from sora import pool
+from sora import pool, provenance
 from sora.data.scan import Found, scan
 from sora.errors import InputError, VideoError
 from sora.files import atomic, writing
 from sora.records import VideoRecord
 from sora.settings import Settings
-from sora.video import tag
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +62,7 @@ def build(
         DiskFull, ServiceError: the journal can't be written; worker processes can't start.
     """
     found = scan(folder, settings)
-    name = tag.facts()
+    name = provenance.facts()
     facts = {**_reusable(previous, name), **_journalled(journal, name)}
     total, done = len(found), 0
 

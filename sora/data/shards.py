@@ -22,11 +22,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from sora import pool
+from sora import pool, provenance
 from sora.errors import InputError, ServiceError, VideoError
 from sora.files import atomic, sync_folder, writing
 from sora.records import ClipSpec
-from sora.video import tag
 from sora.video.clips import windows
 
 if TYPE_CHECKING:
@@ -166,7 +165,7 @@ def _plan(manifest: pd.DataFrame, rejected: Collection[str], out: Path, spec: Cl
         spans = tuple((min(w.indices), max(w.indices)) for w in windows(int(frames), float(fps), spec))
         number = int(sha256[:8], 16) * buckets >> 32
         videos.setdefault(number, []).append(_Video(sha256, path, int(frames), float(fps), spans))
-    code = tag.clips()
+    code = provenance.clips()
     plan = []
     for number, members in sorted(videos.items()):
         content = [code, spec.to_dict(), [(video.sha256, video.clips) for video in members]]
@@ -181,7 +180,7 @@ def _old_rows(out: Path, spec: ClipSpec) -> dict[str, tuple[Path, int]]:
         old = ShardSet.open(out)
     except InputError:
         return {}
-    if old.spec != spec or old.code != tag.clips():
+    if old.spec != spec or old.code != provenance.clips():
         return {}
     first = old.index[old.index["clip"] == 0]
     header, size = len(_header(0, spec)), _clip_bytes(spec)
@@ -278,7 +277,7 @@ def _write_index(out: Path, plan: list[_Bucket], spec: ClipSpec) -> None:
             for name, cell in zip(columns, cells, strict=True):
                 columns[name].append(cell)
     files = {str(bucket.number): bucket.file.name for bucket in plan}
-    about = {"spec": spec.to_dict(), "code": tag.clips(), "files": files}
+    about = {"spec": spec.to_dict(), "code": provenance.clips(), "files": files}
     table = pa.table(columns, schema=_schema(pa)).replace_schema_metadata({_SORA: json.dumps(about)})
     with atomic(out / INDEX) as file:
         pq.write_table(table, file, compression="zstd")

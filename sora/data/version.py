@@ -19,12 +19,12 @@ from typing import Any
 
 import yaml
 
+from sora import provenance
 from sora.data.dvc import dvc, git
 from sora.errors import InputError, ServiceError, SettingsError, SoraError
 from sora.files import atomic
 from sora.processes import rebuild_error
-from sora.settings import Project, parse
-from sora.video import tag
+from sora.settings import Project
 
 STAGES = ("manifest", "validate", "shards")
 CODE_LOCK = "preprocessing.lock"
@@ -32,15 +32,6 @@ CODE_LOCK = "preprocessing.lock"
 STATE_FILES = ("data.dvc", "dvc.yaml", "dvc.lock", CODE_LOCK, "params.yaml", "splits.csv")
 # Folders that DVC never versions, wherever they stand.
 _UNVERSIONED = frozenset({".git", ".hg", ".dvc"})
-# Stage → modules whose bytes decide what it makes, beside those that `video.tag` names.
-_CODE = {
-    "manifest": ("manifest.py", "scan.py", "labels.py"),
-    "validate": ("expectations.py", "similar.py", "labels.py"),
-    "shards": ("shards.py",),
-}
-# Stages that read several labels of a video with `model.head: multilabel`. The head is among their code: dvc.yaml of
-# projects made before can't depend on it, nor on a setting that params.yaml may leave out.
-_OF_LABELS = ("manifest", "validate")
 _CODE_HEADER = "# Hashes of the code behind each stage of dvc.yaml. Sora writes this file; git keeps it.\n"
 
 
@@ -182,21 +173,6 @@ def status(project: Project) -> dict[str, Any]:
     return json.loads(dvc(project.root, "status", "--json"))
 
 
-def code_hashes(multilabel: bool = False) -> dict[str, str]:
-    """Stage → hash over the source of what it runs, the versions of the decoders, and the parameters' defaults."""
-    video = {"manifest": tag.facts(), "validate": "", "shards": tag.clips()}
-    defaults = json.dumps({name: parse("").to_dict()[name] for name in ("validate", "split", "clip", "shards")})
-    hashes = {}
-    for stage, modules in _CODE.items():
-        digest = hashlib.sha256((video[stage] + defaults).encode())
-        for module in modules:
-            digest.update((Path(__file__).parent / module).read_bytes())
-        if multilabel and stage in _OF_LABELS:
-            digest.update(b"multilabel")
-        hashes[stage] = digest.hexdigest()[:16]
-    return hashes
-
-
 def code_hash() -> str:
     """One name for the preprocessing code as a whole."""
     return hashlib.sha256(_code_lock_text().encode()).hexdigest()[:16]
@@ -208,7 +184,7 @@ def write_code_lock(project: Project) -> None:
 
 
 def _code_lock_text(multilabel: bool = False) -> str:
-    return _CODE_HEADER + "".join(f"{stage}: {value}\n" for stage, value in code_hashes(multilabel).items())
+    return _CODE_HEADER + "".join(f"{stage}: {value}\n" for stage, value in provenance.stages(multilabel).items())
 
 
 def _check_parameters(project: Project) -> None:

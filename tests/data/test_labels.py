@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sora.data import expectations, labels, splits, version
+from sora import provenance
+from sora.data import expectations, labels, splits
 from sora.data import table as tables
 from sora.data.scan import scan
 from sora.settings import Settings, parse
@@ -132,5 +133,5 @@ def test_counts_of_a_table() -> None:
 
 
 def test_the_head_is_part_of_the_code_behind_stages_that_read_labels() -> None:
-    plain, several = version.code_hashes(), version.code_hashes(multilabel=True)
+    plain, several = provenance.stages(), provenance.stages(multilabel=True)
     assert [stage for stage in plain if plain[stage] != several[stage]] == ["manifest", "validate"]

@@ -273,7 +273,7 @@ def test_an_interrupted_build_resumes_from_its_journal(folder, built, tmp_path):
 
 def test_facts_of_other_code_are_not_reused(folder, built, tmp_path, monkeypatch):
     journal = tmp_path / "journal"
-    monkeypatch.setattr("sora.video.tag.facts", lambda: "other")
+    monkeypatch.setattr("sora.provenance.facts", lambda: "other")
     after = build(folder, SETTINGS, previous=built, journal=journal)
     assert decodes(journal) == built["sha256"].nunique()
     monkeypatch.undo()

@@ -150,7 +150,7 @@ def test_other_clips_are_made_anew(data, table, whole, tmp_path, change, monkeyp
     if change == "spec":
         spec = ClipSpec(frames=4, height=32, width=32)
     else:
-        monkeypatch.setattr("sora.video.tag.clips", lambda: "other")
+        monkeypatch.setattr("sora.provenance.clips", lambda: "other")
     stats = build(table, data, out, spec)
     assert (stats.decoded, stats.buckets_kept) == (9, 0)
     assert len(list(out.iterdir())) == stats.buckets_written + 1

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sora import provenance
 from sora.data import manifest, version
 from sora.data.shards import ShardSet
 from sora.errors import DiskFull, InputError, NotTrainable, RunActive, ServiceError, SettingsError
@@ -125,8 +126,7 @@ def test_verdicts_of_earlier_data_come_with_their_pages(prepared_project: Projec
 
 
 def test_changed_code_reruns_its_stage_only(prepared_project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    hashes = version.code_hashes()
-    monkeypatch.setattr(version, "code_hashes", lambda multilabel: {**hashes, "shards": "0" * 16})
+    monkeypatch.setitem(provenance.STAGES, "shards", "shards-2")
     assert version.reproduce(prepared_project) == ["shards"]
 
 

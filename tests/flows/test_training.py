@@ -324,24 +324,6 @@ def test_a_server_that_is_away_loses_nobody_unless_it_stays_away(watch: tuple[_W
         it.unanswered(ServiceError("away"))
 
 
-def test_the_code_digest_changes_with_the_code_and_only_then(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import shutil
-
-    package = Path(training.__file__).parent.parent / "sora"
-    before = training.code_digest()
-    assert before == training.code_digest()
-    copy = tmp_path / "flows" / "training.py"
-    for name in training.CODE:
-        target = tmp_path / "sora" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        (shutil.copytree if (package / name).is_dir() else shutil.copy)(package / name, target)
-    monkeypatch.setattr(training, "__file__", str(copy))
-    assert training.code_digest() == before
-    with (tmp_path / "sora" / "training.py").open("a") as file:
-        file.write("# changed\n")
-    assert training.code_digest() != before
-
-
 def test_a_worker_without_a_clone_says_how_to_name_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from sora.errors import InputError
 
