@@ -48,7 +48,7 @@ def stages(multilabel: bool = False) -> dict[Stage, str]:
     """Stage of dvc.yaml → the name of what it computes; this is what preprocessing.lock holds.
 
     Args:
-        multilabel: the project's head. Two stages read several labels of a video with it. It stands in the name, because
+        multilabel: the project's head. Two stages read several labels of a video with it. It stands in the name, since
             the dvc.yaml of projects made before this head can't depend on a setting that they do not have.
     """
     names = dict(STAGES)
