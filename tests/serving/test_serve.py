@@ -116,7 +116,7 @@ def test_it_follows_the_champion_of_a_real_registry(models, video, tmp_path, cap
         it.process.send_signal(signal.SIGTERM)
         assert it.process.wait(30) == 0
         assert not [child for child in children if child.is_running()]
-        assert not services.running(project) and not list(project.state.glob("sora-serve-*"))
+        assert not services.running(project) and not list(project.state.glob("sora-uploads-*"))
     with serving(project, MLFLOW_TRACKING_URI="http://127.0.0.1:9") as it:  # a registry that is away
         it.until(serves(it, 2))
         assert it.send(video).json()["version"] == 2
