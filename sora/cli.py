@@ -327,15 +327,16 @@ def token() -> None:
 
 @token.command("add")
 @click.argument("name")
+@click.option("--review", is_flag=True, help="It may also review corrections: what is accepted is learned from.")
 @json_option
 @_common
-def token_add(name: str, as_json: bool) -> None:
+def token_add(name: str, review: bool, as_json: bool) -> None:
     """Make a token for NAME and print it: once, since only its hash is kept."""
     from sora.serving.tokens import TokenFile
 
-    made = TokenFile(_project().tokens).add(name)
+    made = TokenFile(_project().tokens).add(name, review=review)
     if as_json:
-        _print_json({"name": name, "token": made})
+        _print_json({"name": name, "token": made, "review": review})
     else:
         click.echo(made)
 
@@ -344,15 +345,15 @@ def token_add(name: str, as_json: bool) -> None:
 @json_option
 @_common
 def token_list(as_json: bool) -> None:
-    """The tokens' names, and when they were made."""
+    """The tokens' names, when they were made, and which may review corrections."""
     from sora.serving.tokens import TokenFile
 
     known = TokenFile(_project().tokens).tokens()
     if as_json:
-        _print_json([{"name": one.name, "created": one.created} for one in known])
+        _print_json([{"name": one.name, "created": one.created, "review": one.review} for one in known])
         return
     for one in known:
-        click.echo(f"{one.created[:16].replace('T', ' ')}  {one.name}")
+        click.echo(f"{one.created[:16].replace('T', ' ')}  {one.name}{'  (may review)' if one.review else ''}")
 
 
 @token.command("revoke")
@@ -439,12 +440,20 @@ def review(accept: str | None, reject: str | None, label: str | None, as_json: b
         else:
             click.echo(f"data/{answer['path']}: {NEXT}" if accept else f"rejected: {entry.filename} is removed")
         return
-    entries = inbox.entries()
+    entries, known = inbox.entries(), inbox.sources()
     if as_json:
-        _print_json([entry.to_dict() for entry in entries])
+        _print_json(
+            [
+                {**entry.to_dict(), "sent_by": [one.to_dict() for one in inbox.sent_by(entry, known)]}
+                for entry in entries
+            ]
+        )
         return
     for entry in entries:
         click.echo(f"{entry.id[:12]}  {entry.label}  (version {entry.version}: {entry.predicted})  {entry.filename}")
+        for source in inbox.sent_by(entry, known):
+            often = click.style("refused often: ", fg="yellow") if source.often_refused else "sent by "
+            click.echo(f"              {often}{source}")
         click.echo(f"              {inbox.file(entry)}", err=True)
     if not entries:
         click.echo("nothing waits for review")
