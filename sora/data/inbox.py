@@ -201,8 +201,8 @@ class Inbox:
                 self._check_room(entries, size)
                 now = datetime.now(UTC).isoformat(timespec="seconds")
                 entry = Entry(ident, suffix, size, filename, label, {label: 1}, predicted, version, now, by)
-                with atomic(self.file(entry)) as sink, video.open("rb") as source:
-                    shutil.copyfileobj(source, sink)
+                with atomic(self.file(entry)) as sink, video.open("rb") as clip:
+                    shutil.copyfileobj(clip, sink)
             with atomic(self.folder / f"{ident}.json") as sink:
                 sink.write(json.dumps(entry.to_dict(), ensure_ascii=False, indent=1).encode())
         return entry
