@@ -77,7 +77,6 @@ VERBS = [
     ("run",),
     ("predict", "video.mp4"),
     ("models",),
-    ("serve", "--port", "0"),
     ("token", "add", "phone"),
 ]
 

@@ -213,7 +213,7 @@ def test_review_at_the_terminal(project, inbox, clips):
     first, second = inbox.entries()
     listed = sora(project.root, "data", "review", "--json")
     assert listed.returncode == 0, listed.stderr
-    assert json.loads(listed.stdout) == [first.to_dict(), second.to_dict()]
+    assert json.loads(listed.stdout) == [{**one.to_dict(), "sent_by": []} for one in (first, second)]
     words = sora(project.root, "data", "review").stdout
     assert first.id[:12] in words and "wave" in words and "klein ö.mp4" in words
     accepted = sora(project.root, "data", "review", "--accept", first.id[:8], "--label", "jump", "--json")
