@@ -44,7 +44,7 @@ def test_sigkill_during_a_prediction_leaves_nothing_after_the_next_start(models,
             asked.join(30)
             assert list(own.glob("*.upload"))  # the fault: nobody was left to remove it
         with standing(tmp_path, poll_seconds=0.1) as new:
-            new.until_ready()
+            new.until(lambda: new.client.get("/healthz").status_code == 200)
             assert not own.exists() and used.exists() and len(folders(place)) == 2
             assert live.send(long).status_code == 200  # its folder still works
     assert not folders(place)
