@@ -118,3 +118,29 @@ def test_servers_that_start_at_once_sweep_none_of_the_others(tmp_path, count):
         process.communicate("")
         assert process.returncode == 0
     assert not folders(tmp_path)
+
+
+def test_a_killed_process_loses_its_folder_to_the_next_sweep(tmp_path):
+    """The lock ends with the process, however it ends, also while a child of it lives on."""
+    code = (
+        "import subprocess, sys\nfrom sora.serving.workplace import workplace\n"
+        "with workplace() as f:\n (f / 'x.upload').write_text('x')\n"
+        " child = subprocess.Popen(['sleep', '60'])\n print(f, child.pid, flush=True); sys.stdin.read()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert process.stdout is not None
+    folder, child = process.stdout.readline().split()
+    try:
+        assert sweep(tmp_path) == []
+        process.kill()
+        process.wait()
+        assert (Path(folder) / "x.upload").exists()
+        assert sweep(tmp_path) == [Path(folder)] and not folders(tmp_path)
+    finally:
+        os.kill(int(child), signal.SIGKILL)
