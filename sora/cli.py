@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import click
 from sora import __version__
 
 if TYPE_CHECKING:
+    from sora.errors import SoraError
     from sora.settings import Project
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
@@ -327,15 +329,16 @@ def token() -> None:
 
 @token.command("add")
 @click.argument("name")
+@click.option("--review", is_flag=True, help="It may also review corrections: what is accepted is learned from.")
 @json_option
 @_common
-def token_add(name: str, as_json: bool) -> None:
+def token_add(name: str, review: bool, as_json: bool) -> None:
     """Make a token for NAME and print it: once, since only its hash is kept."""
     from sora.serving.tokens import TokenFile
 
-    made = TokenFile(_project().tokens).add(name)
+    made = TokenFile(_project().tokens).add(name, review=review)
     if as_json:
-        _print_json({"name": name, "token": made})
+        _print_json({"name": name, "token": made, "review": review})
     else:
         click.echo(made)
 
@@ -344,15 +347,15 @@ def token_add(name: str, as_json: bool) -> None:
 @json_option
 @_common
 def token_list(as_json: bool) -> None:
-    """The tokens' names, and when they were made."""
+    """The tokens' names, when they were made, and which may review corrections."""
     from sora.serving.tokens import TokenFile
 
     known = TokenFile(_project().tokens).tokens()
     if as_json:
-        _print_json([{"name": one.name, "created": one.created} for one in known])
+        _print_json([{"name": one.name, "created": one.created, "review": one.review} for one in known])
         return
     for one in known:
-        click.echo(f"{one.created[:16].replace('T', ' ')}  {one.name}")
+        click.echo(f"{one.created[:16].replace('T', ' ')}  {one.name}{'  (may review)' if one.review else ''}")
 
 
 @token.command("revoke")
@@ -439,12 +442,20 @@ def review(accept: str | None, reject: str | None, label: str | None, as_json: b
         else:
             click.echo(f"data/{answer['path']}: {NEXT}" if accept else f"rejected: {entry.filename} is removed")
         return
-    entries = inbox.entries()
+    entries, known = inbox.entries(), inbox.sources()
     if as_json:
-        _print_json([entry.to_dict() for entry in entries])
+        _print_json(
+            [
+                {**entry.to_dict(), "sent_by": [one.to_dict() for one in inbox.sent_by(entry, known)]}
+                for entry in entries
+            ]
+        )
         return
     for entry in entries:
         click.echo(f"{entry.id[:12]}  {entry.label}  (version {entry.version}: {entry.predicted})  {entry.filename}")
+        for source in inbox.sent_by(entry, known):
+            often = click.style("refused often: ", fg="yellow") if source.often_refused else "sent by "
+            click.echo(f"              {often}{source}")
         click.echo(f"              {inbox.file(entry)}", err=True)
     if not entries:
         click.echo("nothing waits for review")
@@ -523,29 +534,53 @@ def _run(arguments: list[str]) -> int:
     except SoraError as error:
         if debug:
             raise
-        click.echo(f"sora: {error}", err=True)
+        click.echo(f"sora: {_with_disk(error, arguments)}", err=True)
         return error.exit_code
     except BrokenPipeError:
         return 0
     except Exception as error:
         if debug:
             raise
-        click.echo(f"sora: {_foreign(error)}", err=True)
+        click.echo(f"sora: {_foreign(error, arguments)}", err=True)
         return 3
     return 0
 
 
-def _foreign(error: Exception) -> str:
-    """Words for an exception that no seam translated."""
-    import errno
+def _with_disk(error: SoraError, arguments: list[str]) -> str:
+    """The error's words; where a server or a child process failed and the disk is full or read-only, also that."""
+    from sora.errors import DiskFull, ReadOnly, ServiceError
+    from sora.files import disk_failure
 
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return (
-            f"no space left on the disk ({error})\n  mend: make room (`sora gc --dry-run` shows what can go), run again"
-        )
+    if not isinstance(error, ServiceError) or isinstance(error, DiskFull | ReadOnly):
+        return str(error)
+    disk = disk_failure(_place(arguments), error.message)
+    return f"{error.message}\n  {disk}" if disk else str(error)
+
+
+def _foreign(error: Exception, arguments: list[str]) -> str:
+    """Words for an exception that no seam translated."""
+    from sora.files import disk_failure
+
+    # Libraries wrap what the system said: its words, or its error, are somewhere in the chain.
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    said = "\n".join(str(one) for one in chain)
+    disk = disk_failure(_place(arguments), said)
+    if disk is not None:
+        return f"{disk.message} ({type(error).__name__}: {error})\n  mend: {disk.mend}"
     if isinstance(error, PermissionError):
         return f"not allowed: {error}\n  mend: make the folder writable, or use another one"
     return f"{type(error).__name__}: {error}\n  mend: run again with --debug and report the traceback"
+
+
+def _place(arguments: list[str]) -> Path:
+    """The folder that a verb wrote to: the project's, or this one."""
+    given = [after for name, after in pairwise(arguments) if name == "--project"]
+    given += [name.removeprefix("--project=") for name in arguments if name.startswith("--project=")]
+    return Path(given[0] if given else ".").absolute()
 
 
 if __name__ == "__main__":

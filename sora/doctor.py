@@ -171,7 +171,10 @@ def _of_project(project: Project) -> Iterator[Callable[[], Check]]:
     def writable() -> Check:
         folder = project.state if project.state.exists() else project.root
         ok = os.access(folder, os.W_OK)
-        return Check("writable", ok, str(folder), "" if ok else f"give yourself the right to write: chmod u+w {folder}")
+        mend = "" if ok else f"give yourself the right to write: chmod u+w {folder}"
+        if os.statvfs(folder).f_flag & os.ST_RDONLY:
+            mend = "the file system is read-only: mount it for writing, or move the project to another disk"
+        return Check("writable", ok, str(folder), mend)
 
     yield params
     yield disk

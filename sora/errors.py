@@ -14,6 +14,7 @@ Foreign exceptions are translated at the seam of the module that calls the forei
     │   └── PromotionFailed    smoke test failed, nothing to go back to
     └── ServiceError        3  a server, disk or child process failed
         ├── DiskFull
+        ├── ReadOnly
         └── ApiProblem         Sora's API answered with a problem document
 """
 
@@ -104,3 +105,7 @@ class ApiProblem(ServiceError):
 
 class DiskFull(ServiceError):
     """No space left where Sora writes; what was complete before is still there."""
+
+
+class ReadOnly(ServiceError):
+    """The file system that Sora writes to is mounted read-only."""

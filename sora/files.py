@@ -10,7 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from sora.errors import DiskFull, ServiceError
+from sora.errors import DiskFull, ReadOnly, ServiceError
+
+_ROOM = 32_000_000  # bytes; a new project's servers did not start on disks of 4, 9 and 13 MB
+_MAKE_ROOM = (
+    "make room and run again: `sora gc --dry-run` shows what of the project can go (where nothing at all is free, "
+    "remove something else first: gc needs a little room itself)"
+)
+_REMOUNT = "mount it for writing (mount -o remount,rw …), or move the project to a disk that can be written"
+# What libraries and servers say, SQLite among them.
+_SAYS_FULL = ("No space left on device", "database or disk is full", "Disk quota exceeded")
+_SAYS_READ_ONLY = ("Read-only file system", "attempt to write a readonly database")
 
 
 @contextmanager
@@ -19,16 +29,38 @@ def writing(what: Path) -> Iterator[None]:
 
     Raises:
         DiskFull: no space or quota is left.
-        ServiceError: anything else that the system says (read-only, not permitted, input/output error).
+        ReadOnly: the file system is mounted read-only.
+        ServiceError: anything else that the system says (not permitted, input/output error).
     """
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(
-                f"no space left for {what}", mend="make room (`sora gc --dry-run` shows what can go) and run again"
-            ) from error
+            raise DiskFull(f"no space left for {what}", mend=_MAKE_ROOM) from error
+        if error.errno == errno.EROFS:
+            raise ReadOnly(f"can't write {what}: its file system is read-only", mend=_REMOUNT) from error
         raise ServiceError(f"can't write {what}: {error.strerror}", mend="make the folder writable") from error
+
+
+def disk_failure(place: Path, said: str = "") -> DiskFull | ReadOnly | None:
+    """The disk as the reason why a server, a child process or another library failed, or None.
+
+    Args:
+        place: where that wrote. A disk with less than `_ROOM` bytes free counts as full: whoever filled it has often
+            given some back by the time that somebody looks.
+        said: what it said of itself; its last words may have been lost for want of room.
+    """
+    where = next((one for one in (place, *place.parents) if one.exists()), Path("/"))
+    try:
+        facts = os.statvfs(where)
+    except OSError:
+        return None
+    free = facts.f_bavail * facts.f_frsize
+    if facts.f_flag & os.ST_RDONLY or any(word in said for word in _SAYS_READ_ONLY):
+        return ReadOnly(f"the file system of {where} is read-only", mend=_REMOUNT)
+    if free < _ROOM or any(word in said for word in _SAYS_FULL):
+        return DiskFull(f"the disk of {where} is full: {free:,} bytes are free", mend=_MAKE_ROOM)
+    return None
 
 
 def source_digest(package: Path, names: Iterable[str]) -> str:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from sora import empty_database
 from sora.errors import ServiceError
-from sora.files import writing
+from sora.files import disk_failure, writing
 from sora.processes import quiet_environment, start_child
 from sora.settings import Project
 
@@ -271,10 +271,7 @@ def wait_ready(
         while True:
             if child is not None and child.poll() is not None:
                 how = f"was killed by signal {-child.returncode}" if child.returncode < 0 else "ended"
-                raise ServiceError(
-                    f"the {server.name} server {how} while it started\n{log_tail(project, server.name)}",
-                    mend=f"see {log_file(project, server.name)}",
-                )
+                raise _failed(project, server, f"the {server.name} server {how} while it started")
             left = deadline - time.monotonic()
             try:
                 answer = client.get(base + server.probe, timeout=max(min(left, 10.0), 0.1))
@@ -287,11 +284,19 @@ def wait_ready(
                 said = str(error) or type(error).__name__
             failing = failing_since is not None and time.monotonic() - failing_since > _FAILING_SECONDS
             if left <= 0 or failing:
-                raise ServiceError(
-                    f"the {server.name} server at {url} does not answer ({said})\n{log_tail(project, server.name)}",
-                    mend=f"see {log_file(project, server.name)}; `sora doctor` names its process",
-                )
+                raise _failed(project, server, f"the {server.name} server at {url} does not answer ({said})")
             time.sleep(0.05)
+
+
+def _failed(project: Project, server: Server, what: str) -> ServiceError:
+    """What happened, with the end of the server's log; the disk as the reason where it is one."""
+    tail = log_tail(project, server.name)
+    disk = disk_failure(project.state, tail)
+    if disk is not None:
+        disk.message = f"{what}: {disk.message}"
+        return disk
+    see = f"see {log_file(project, server.name)}; `sora doctor` names its process while it lives"
+    return ServiceError(f"{what}\n{tail}", mend=see)
 
 
 def stop(children: Iterable[subprocess.Popen[bytes]]) -> None:
@@ -446,7 +451,9 @@ def _in_use(project: Project, *, counts: bool) -> Iterator[Callable[[], None]]:
 
     Without it, a `sora models` beside a `sora run` would lose its server in the middle when the run ends.
     """
-    descriptor = os.open(project.state / "services.use", os.O_RDWR | os.O_CREAT, 0o644)
+    use = project.state / "services.use"
+    with writing(use):
+        descriptor = os.open(use, os.O_RDWR | os.O_CREAT, 0o644)
 
     def others_are_done() -> None:
         deadline = time.monotonic() + _OTHERS_SECONDS

@@ -236,9 +236,20 @@ class Serve(_Section):
     drain_seconds: float = Field(0, ge=0, le=300)  # after SIGTERM: /readyz says 503 and all else goes on, for proxies
     decode_memory: int = Field(2_000_000_000, ge=100_000_000)  # bytes
     queue: int = Field(64, ge=1)
+    header_timeout: float = Field(10, gt=0, le=300)  # seconds from a request's first byte to the end of its headers
+    max_connections_per_peer: int = Field(128, ge=0)  # 0: no bound of its own; behind a proxy all are one peer's
+    origins: tuple[str, ...] = ()  # of pages that may send besides the server's own: a proxy that changes Host
     poll_seconds: float = Field(2, gt=0)
     inbox_files: int = Field(1000, ge=0)  # corrections that may wait for review
     inbox_bytes: int = Field(2_000_000_000, ge=0)  # of all of them together
+
+    @field_validator("origins")
+    @classmethod
+    def _are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if not re.fullmatch(r"https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?", origin):
+                raise ValueError(f"{origin!r} is no origin; write it as https://sora.example or http://10.0.0.5:8080")
+        return value
 
     def file_limits(self) -> dict[str, Any]:
         """The fields of `sora.video.decode.Limits`."""

@@ -10,12 +10,13 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,16 @@ from sora.errors import InputError, ServiceError
 from sora.files import atomic, writing
 from sora.settings import Project
 
+log = logging.getLogger("sora.data")
 FOLDER = "corrections"  # below a class's folder, or below data/ where labels.csv has the labels
 SHORT = 12  # digits of the sha256 in an accepted file's name
 NEXT = "the next `sora run` makes a new data version"  # what makes an accepted clip count
 _LOCK = ".lock"
 _LOCK_SECONDS = 30.0
-_MOST_SAID = 20  # labels kept of one clip
+_MOST_SAID = 20  # labels, and sources, kept of one clip
+_RECORDS = "sources.json"  # beside the clips: how the reviews of each source's corrections went
+_MOST_SOURCES = 200  # kept; the one whose last review is the longest ago goes first
+_OFTEN = 3  # a source with so many refused corrections, and more refused than accepted ones, is refused often
 # First bytes → suffix. Ours and never the client's, and none that `scan.ignored` takes for a document.
 _MAGIC = (
     (4, b"ftypqt", ".mov"), (4, b"ftyp3g", ".3gp"), (4, b"ftyp", ".mp4"), (4, b"moov", ".mov"), (4, b"mdat", ".mov"),
@@ -55,6 +60,27 @@ class NoEntry(InputError):
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """Who sent corrections, and what became of those that were reviewed."""
+
+    name: str  # a token's name, or `address …` where there are no tokens
+    accepted: int = 0  # into data/, under the label that it said
+    refused: int = 0  # rejected, or accepted under another label
+
+    @property
+    def often_refused(self) -> bool:
+        return self.refused >= _OFTEN and self.refused > self.accepted
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "often_refused": self.often_refused}
+
+    def __str__(self) -> str:
+        if not self.accepted + self.refused:
+            return f"{self.name}, none of whose corrections was reviewed yet"
+        return f"{self.name}, of whose corrections {self.refused} of {self.accepted + self.refused} were refused"
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One clip that waits for review."""
 
@@ -67,6 +93,7 @@ class Entry:
     predicted: str  # what the model answered
     version: int  # of the model
     received: str  # ISO 8601, UTC: the first time
+    sources: dict[str, str] = field(default_factory=dict)  # who said something of it → the label; empty in old entries
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -111,15 +138,45 @@ class Inbox:
                 return found[0]
         raise NoEntry(f"no correction {ident[:80]!r} waits for review", mend="`sora data review` lists what does")
 
+    def sources(self) -> dict[str, Source]:
+        """What is kept of every source, by name. None: nothing of theirs was reviewed yet."""
+        try:
+            kept = json.loads((self.folder / _RECORDS).read_text(encoding="utf-8"))
+            found = [Source(str(one["name"]), int(one["accepted"]), int(one["refused"])) for one in kept]
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            # Counts that help a reviewer must not keep the clips from being reviewed.
+            log.warning("%s can't be read, counting begins anew: %s", self.folder / _RECORDS, error)
+            return {}
+        return {one.name: one for one in found}
+
+    def sent_by(self, entry: Entry, known: dict[str, Source] | None = None) -> list[Source]:
+        """The sources of a clip, the last one to say something last. `known`: what `sources` gave."""
+        known = self.sources() if known is None else known
+        return [known.get(name, Source(name)) for name in entry.sources]
+
+    def _count(self, entry: Entry, label: str | None) -> None:
+        """Notes a review: `label` is what the clip was accepted under, None where it was rejected."""
+        known = self.sources()
+        for name, said in entry.sources.items():
+            before = known.pop(name, Source(name))
+            right = said == label
+            known[name] = replace(before, accepted=before.accepted + right, refused=before.refused + (not right))
+        kept = [asdict(one) for one in known.values()][-_MOST_SOURCES:]
+        with atomic(self.folder / _RECORDS) as sink:
+            sink.write(json.dumps(kept, ensure_ascii=False, indent=1).encode())
+
     def file(self, entry: Entry) -> Path:
         return self.folder / (entry.id + entry.suffix)
 
-    def add(self, video: Path, *, filename: str, label: str, predicted: str, version: int) -> Entry:
+    def add(self, video: Path, *, filename: str, label: str, predicted: str, version: int, source: str = "") -> Entry:
         """Stores a clip, or, if its bytes wait here already, only what was said of it.
 
         Arguments:
             video: a file that was found to be a usable video; it stays where it is.
             label, predicted: classes, checked by the caller.
+            source: who says so; the reviewer sees how often they were refused.
 
         Raises:
             InboxFull: the quota does not allow it.
@@ -130,19 +187,22 @@ class Inbox:
             stream.seek(0)
             suffix = suffix_of(stream.read(4096))
         size = video.stat().st_size
+        by = {source: label} if source else {}
         with self._locked():
             self._sweep()
             entries = self.entries()
             known = next((entry for entry in entries if entry.id == ident), None)
             if known is not None:
                 said = dict(list({**known.said, label: known.said.get(label, 0) + 1}.items())[-_MOST_SAID:])
-                entry = replace(known, label=label, said=said)
+                sources = {name: one for name, one in known.sources.items() if name != source}
+                sources = dict(list({**sources, **by}.items())[-_MOST_SAID:])
+                entry = replace(known, label=label, said=said, sources=sources)
             else:
                 self._check_room(entries, size)
                 now = datetime.now(UTC).isoformat(timespec="seconds")
-                entry = Entry(ident, suffix, size, filename, label, {label: 1}, predicted, version, now)
-                with atomic(self.file(entry)) as sink, video.open("rb") as source:
-                    shutil.copyfileobj(source, sink)
+                entry = Entry(ident, suffix, size, filename, label, {label: 1}, predicted, version, now, by)
+                with atomic(self.file(entry)) as sink, video.open("rb") as clip:
+                    shutil.copyfileobj(clip, sink)
             with atomic(self.folder / f"{ident}.json") as sink:
                 sink.write(json.dumps(entry.to_dict(), ensure_ascii=False, indent=1).encode())
         return entry
@@ -152,7 +212,7 @@ class Inbox:
         ids = {file.stem for file in self.folder.glob("*.json")}
         with writing(self.folder):
             for file in self.folder.iterdir():
-                if file.name != _LOCK and file.stem not in ids and file.is_file():
+                if file.name not in (_LOCK, _RECORDS) and file.stem not in ids and file.is_file():
                     file.unlink(missing_ok=True)
 
     def _check_room(self, entries: list[Entry], size: int) -> None:
@@ -199,6 +259,7 @@ class Inbox:
             if listed.is_file():
                 _append_row(listed, path.as_posix(), label)
             self._remove(entry)
+            self._count(entry, label)
         return path
 
     def _check_label(self, label: str) -> None:
@@ -228,6 +289,7 @@ class Inbox:
         with self._locked():
             entry = self.find(ident)
             self._remove(entry)
+            self._count(entry, None)
         return entry
 
     def _remove(self, entry: Entry) -> None:

@@ -62,6 +62,7 @@ def create_app(
         Guard,
         tokens=tokens if isinstance(tokens, Tokens) else Tokens(tokens),
         on_request=service.metrics.count,
+        origins=settings.origins,
     )
     _add_errors(app)
     routes.add_routes(app, service)

@@ -11,7 +11,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,6 +22,7 @@ from sora.serving.tokens import Tokens
 access = logging.getLogger("sora.serving.access")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OPEN = ("/", "/healthz", "/readyz", "/openapi.json")  # answer without a token; so does everything below /page/
+_READING = ("GET", "HEAD", "OPTIONS", "TRACE")  # methods that change nothing
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "media-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -39,15 +40,23 @@ class Guard:
     Arguments:
         tokens: where they are required, `/v1/*` and `/metrics` need one. Where not, only requests that name this
             machine as their host are answered, since a page on the internet can have a browser ask any address, by a
-            name of its own. The token's name is in `request.state.token` ("" without one) and in the log.
+            name of its own. The token's name is in `request.state.token` ("" without one) and in the log;
+            `request.state.review` says whether the caller may decide about corrections.
+        origins: of pages beside the server's own that may send what changes something.
         on_request: called with (route, method, status, token's name, seconds).
     """
 
     def __init__(
-        self, app: ASGIApp, *, tokens: Tokens, on_request: Callable[[str, str, int, str, float], None]
+        self,
+        app: ASGIApp,
+        *,
+        tokens: Tokens,
+        on_request: Callable[[str, str, int, str, float], None],
+        origins: Collection[str] = (),
     ) -> None:
         self._app = app
         self._tokens = tokens
+        self._origins = frozenset(origins)
         self._on_request = on_request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,8 +66,11 @@ class Guard:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        token = self._tokens.name(headers.get("authorization"))
-        scope.setdefault("state", {}).update(request_id=request_id, token=token or "")
+        caller = self._tokens.caller(headers.get("authorization"))
+        token = caller.name if caller else ""
+        # Without tokens whoever calls is at this machine, as its operator is.
+        review = caller.review if caller else not self._tokens.required
+        scope.setdefault("state", {}).update(request_id=request_id, token=token, review=review)
         start = time.perf_counter()
         status = 499  # the client went away before an answer
 
@@ -74,14 +86,14 @@ class Guard:
             await send(message)
 
         try:
-            problem = self._refusal(scope, headers, token is not None)
+            problem = self._refusal(scope, headers, caller is not None)
             await (problem.response() if problem else self._app)(scope, receive, answer)
         finally:
             seconds = time.perf_counter() - start
             # The template of the route, never the path: names of metrics and logs are bounded.
             route = getattr(scope.get("route"), "path", None) or ("/page" if "/page/" in scope["path"] else "other")
             method = scope["method"] if scope["method"] in ("GET", "POST", "HEAD") else "other"
-            self._on_request(route, method, status, token or "", seconds)
+            self._on_request(route, method, status, token, seconds)
             line = {
                 "event": "request",
                 "id": request_id,
@@ -111,17 +123,58 @@ class Guard:
                 "without tokens, only requests to this machine by its own name are answered",
                 mend="call http://127.0.0.1:… or http://localhost:…, or make a token (`sora token add NAME`)",
             )
-        if scope["method"] == "POST" and headers.get("sec-fetch-site", "same-origin") in ("cross-site", "same-site"):
-            return Problem(403, "a page of another site sent this", mend="use this server's own page, or a program")
+        if scope["method"] not in _READING and not self._is_own_page(scope, headers):
+            return Problem(
+                403,
+                "a page of another origin sent this",
+                mend="use this server's own page, or a program; where a proxy changes the Host header, list the "
+                "page's origin in serve.origins",
+                kind="other-origin",
+            )
         return None
+
+    def _is_own_page(self, scope: Scope, headers: Headers) -> bool:
+        """Whether no browser sent this, or one did for this server's own page.
+
+        Browsers say the relation themselves (Sec-Fetch-Site), and older ones, or those of a page without TLS, only the
+        page's origin. What neither says comes from a program: a browser adds Origin to whatever changes something.
+        """
+        origins = headers.getlist("origin")
+        if any(origin in self._origins for origin in origins):
+            return len(origins) == 1
+        site = headers.get("sec-fetch-site")
+        if site is not None:
+            return site in ("same-origin", "none")
+        # The scheme is what a trusted proxy says (X-Forwarded-Proto), as uvicorn has it.
+        own = f"{scope['scheme']}://{headers.get('host', '')}"
+        if not origins:
+            return True
+        page = _parts(origins[0])
+        return len(origins) == 1 and page is not None and page == _parts(own)
 
 
 def names_this_machine(host: str) -> bool:
-    """Whether a Host header or an address means the loopback interface."""
-    name = re.sub(r":[0-9]{1,5}$", "", host).strip("[]").lower()
-    if name == "localhost":
+    """Whether a Host header, with a port or without, means the loopback interface."""
+    bracketed = re.fullmatch(r"\[([^\[\]]*)\](?::[0-9]{1,5})?", host)
+    return is_loopback(bracketed[1] if bracketed else re.sub(r":[0-9]{1,5}$", "", host))
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address, or `localhost`, is of the loopback interface: nobody on another machine reaches it."""
+    if address.lower() == "localhost":
         return True
     try:
-        return ipaddress.ip_address(name).is_loopback
+        found = ipaddress.ip_address(address)
     except ValueError:
         return False
+    mapped = getattr(found, "ipv4_mapped", None)  # ::ffff:127.0.0.1
+    return (mapped or found).is_loopback
+
+
+def _parts(origin: str) -> tuple[str, str, int] | None:
+    """Scheme, host and port, the port also where it is the scheme's own; None where it is no origin (`null`)."""
+    found = re.fullmatch(r"(https?)://([A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?", origin)
+    if found is None:
+        return None
+    scheme, host, port = found.groups()
+    return scheme, host.lower(), int(port) if port else {"http": 80, "https": 443}[scheme]

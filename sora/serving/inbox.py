@@ -1,11 +1,14 @@
 """`/v1/corrections`: "this is wrong, it is …", and the review of what was said (see `sora.data.inbox`).
 
-Whoever may ask for predictions may correct and review: a token where the server has tokens, this machine where not.
+Whoever may ask for predictions may correct: a token where the server has tokens, this machine where not. Reviewing is a
+right of its own, since what is accepted is learned from: tokens of `sora token add NAME --review` have it, and, where
+there are no tokens, whoever is at this machine.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,6 +32,15 @@ _TEXT = {"type": "string", "minLength": 1, "description": "a class; several of a
 _FIELDS = {"label": _TEXT, "predicted": _TEXT, "version": {"type": "integer", "minimum": 1}}
 
 
+class Sender(BaseModel):
+    """Who sent a correction, and how the reviews of theirs went."""
+
+    name: str = Field(description="a token's name; `address …` of one that came without a token")
+    accepted: int
+    refused: int = Field(description="rejected, or accepted under another label than they said")
+    often_refused: bool
+
+
 class Correction(BaseModel):
     """A clip that waits for review."""
 
@@ -42,10 +54,16 @@ class Correction(BaseModel):
     received: str
 
 
+class Waiting(Correction):
+    """A clip as its reviewer sees it."""
+
+    sent_by: list[Sender]
+
+
 class Corrections(BaseModel):
     """The inbox, the newest last, and its quota."""
 
-    entries: list[Correction]
+    entries: list[Waiting]
     max_files: int
     max_bytes: int
 
@@ -84,10 +102,11 @@ def add_routes(
         return JSONResponse(_shown(await _correct(service, inbox, request)), status_code=201)
 
     @app.get("/v1/corrections", response_model=Corrections, responses=reviewed, summary="What waits for review")
-    async def listed() -> Response:
-        entries = await asyncio.to_thread(inbox.entries)
+    async def listed(request: Request) -> Response:
+        _check_right(request)
+        waiting = await asyncio.to_thread(_waiting, inbox)
         limits = {"max_files": inbox.max_files, "max_bytes": inbox.max_bytes}
-        return JSONResponse({"entries": [_shown(entry) for entry in entries], **limits})
+        return JSONResponse({"entries": waiting, **limits})
 
     @app.get(
         "/v1/corrections/{ident}/video",
@@ -95,7 +114,8 @@ def add_routes(
         responses=reviewed,
         summary="The clip itself",
     )
-    async def video(ident: str) -> Response:
+    async def video(request: Request, ident: str) -> Response:
+        _check_right(request)
         entry = await _in_inbox(lambda: inbox.find(ident))
         kind = MEDIA_TYPES.get(entry.suffix, "application/octet-stream")
         return FileResponse(inbox.file(entry), media_type=kind, filename=f"{entry.id[:12]}{entry.suffix}")
@@ -106,7 +126,8 @@ def add_routes(
         responses=reviewed,
         summary="Into data/, under its label or another",
     )
-    async def accept(ident: str, label: str | None = None) -> Response:
+    async def accept(request: Request, ident: str, label: str | None = None) -> Response:
+        _check_right(request)
         entry = await _in_inbox(lambda: inbox.find(ident))
         path = await _in_inbox(lambda: inbox.accept(entry.id, label))
         return JSONResponse({"id": entry.id, "path": path.as_posix(), "next": NEXT})
@@ -117,7 +138,8 @@ def add_routes(
         responses=reviewed,
         summary="Out of the inbox, for good",
     )
-    async def reject(ident: str) -> Response:
+    async def reject(request: Request, ident: str) -> Response:
+        _check_right(request)
         return JSONResponse({"id": (await _in_inbox(lambda: inbox.reject(ident))).id})
 
 
@@ -129,11 +151,45 @@ async def _correct(service: Service, inbox: Inbox, request: Request) -> Entry:
         await service.decoded(form.upload, predictor.recipe.clip, form.stage)  # nobody reviews what can't be played
         entry = await _in_inbox(
             lambda: inbox.add(
-                form.upload.path, filename=form.upload.name, label=label, predicted=predicted, version=version
+                form.upload.path,
+                filename=form.upload.name,
+                label=label,
+                predicted=predicted,
+                version=version,
+                source=_source(request),
             )
         )
         request.state.log = {"version": version, "bytes": form.upload.bytes, "correction": entry.id[:12]}
         return entry
+
+
+def _check_right(request: Request) -> None:
+    """Raises a Problem, 403, where the caller may not review."""
+    if not request.state.review:
+        raise Problem(
+            403,
+            "this token may send corrections and not review them",
+            mend="use a token that `sora token add NAME --review` made, or `sora data review` on the server's machine",
+            kind="no-review",
+        )
+
+
+def _source(request: Request) -> str:
+    """Who says so: the token's name, or the peer's address, which no token can be named like."""
+    if request.state.token:
+        return str(request.state.token)
+    try:
+        return f"address {ipaddress.ip_address(request.client.host if request.client else '')}"
+    except ValueError:  # a proxy's header said something else
+        return "address unknown"
+
+
+def _waiting(inbox: Inbox) -> list[dict[str, Any]]:
+    known = inbox.sources()
+    return [
+        {**_shown(entry), "sent_by": [one.to_dict() for one in inbox.sent_by(entry, known)]}
+        for entry in inbox.entries()
+    ]
 
 
 def _checked(fields: dict[str, str], predictor: Predictor) -> tuple[str, str, int]:

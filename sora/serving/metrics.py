@@ -35,6 +35,12 @@ class Metrics:
         self.version = Gauge("sora_model_version", "The version that serves; 0: none", registry=r)
         self.changes = Counter("sora_model_changes_total", "Champions taken over since the start", registry=r)
         self.refusals = Counter("sora_model_refusals_total", "Versions refused since the start", registry=r)
+        self.closed = Counter(
+            "sora_connections_closed_total",
+            "Connections that brought no request and were closed: late headers, an unread body, a peer's or all places",
+            ["reason"],
+            registry=r,
+        )
         for stage in STAGES:
             self.stage.labels(stage)
 

@@ -14,7 +14,7 @@ from sora import services
 from sora.data.inbox import Inbox
 from sora.errors import InputError, ServiceError, SoraError
 from sora.serving.app import create_app
-from sora.serving.guard import names_this_machine
+from sora.serving.guard import is_loopback
 from sora.serving.server import listen, serve
 from sora.serving.source import ModelCache, RegistrySource
 from sora.serving.tokens import ENVIRONMENT, TokenFile, Tokens
@@ -36,7 +36,7 @@ def run(project: Project, host: str | None = None, port: int | None = None) -> N
     settings = project.settings()
     host = host or settings.serve.host
     given, file = read_tokens(os.environ.get(ENVIRONMENT, "")), TokenFile(project.tokens)
-    strangers = not names_this_machine(host)
+    strangers = not is_loopback(host)
     if not given and not file.tokens() and strangers:
         raise InputError(
             f"serving on {host} lets others call, and there is no token",

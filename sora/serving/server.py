@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import threading
 from types import FrameType
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
 
 from sora.errors import ServiceError
+from sora.serving.connections import Connections
 from sora.serving.service import Service
 
 FINISH_SECONDS = 30  # that requests under way get when the server stops
@@ -46,16 +49,26 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
     that a proxy would send a call on a connection that closes at that moment. A second signal stops at once.
     """
     service: Service = app.state.service
+    settings = service.settings
+    connections = Connections(
+        most=settings.queue * 4 + 256,  # predictions have their own bound
+        most_a_peer=settings.max_connections_per_peer,
+        header_timeout=settings.header_timeout,
+        body_timeout=settings.upload_timeout,
+        on_closed=lambda reason: service.metrics.closed.labels(reason).inc(),
+    )
     config = uvicorn.Config(
         app,
-        loop="asyncio",  # also where uvloop and httptools are installed: with them a killed decoder costs more than one
-        http="h11",  # request, and the fuzzer breaks a connection
+        # asyncio and h11 also where uvloop and httptools are installed: with them a killed decoder costs more than one
+        # request, and the fuzzer breaks a connection.
+        loop="asyncio",
+        http=cast("type[asyncio.Protocol]", connections.protocol),
+        ws="none",  # there are none; an upgrade would take a connection out of the count
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=10,
         timeout_graceful_shutdown=FINISH_SECONDS,
-        limit_concurrency=service.settings.queue * 4 + 256,  # connections; predictions have their own bound
     )
     # uvicorn raises the signal again after its shutdown; a stop that was asked for is no failure.
     before = signal.signal(signal.SIGTERM, lambda *_: None)

@@ -4,8 +4,6 @@ a prediction through them."""
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -25,6 +23,7 @@ from sora.serving.follow import Follower, Refusal, Served
 from sora.serving.metrics import Metrics
 from sora.serving.problems import Problem
 from sora.serving.source import ModelCache, ModelSource
+from sora.serving.workplace import workplace
 from sora.settings import Serve
 
 
@@ -51,21 +50,22 @@ class Service:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        self.folder = Path(tempfile.mkdtemp(prefix="sora-serve-"))
-        self.pool = pool = DecodePool(self.settings, self.folder)
-        self.metrics.watch("sora_predictions_active", "Predictions under way", lambda: self.active)
-        self.metrics.watch("sora_queue_clips", "Portions of clips that wait for the model", lambda: len(self.batcher))
-        self.metrics.watch("sora_decoders_replaced", "Decoders that died or were killed", lambda: pool.replaced)
-        try:
-            await self.pool.start()
-            await self.batcher.start()
-            await self.follower.start()
-            yield
-        finally:
-            await self.follower.close()
-            await self.batcher.close()
-            await self.pool.close()
-            shutil.rmtree(self.folder, ignore_errors=True)
+        with workplace() as self.folder:
+            self.pool = pool = DecodePool(self.settings, self.folder)
+            self.metrics.watch("sora_predictions_active", "Predictions under way", lambda: self.active)
+            self.metrics.watch(
+                "sora_queue_clips", "Portions of clips that wait for the model", lambda: len(self.batcher)
+            )
+            self.metrics.watch("sora_decoders_replaced", "Decoders that died or were killed", lambda: pool.replaced)
+            try:
+                await self.pool.start()
+                await self.batcher.start()
+                await self.follower.start()
+                yield
+            finally:
+                await self.follower.close()
+                await self.batcher.close()
+                await self.pool.close()
 
     def _changed(self, served: Served) -> None:
         self.metrics.version.set(served.champion.version)

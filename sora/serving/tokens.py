@@ -35,6 +35,15 @@ class Token:
     name: str
     sha256: str
     created: str  # ISO 8601, UTC
+    review: bool = False  # may accept and reject corrections; tokens that were made before there was the right may not
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who a request comes from, by its token."""
+
+    name: str
+    review: bool = False
 
 
 class TokenFile:
@@ -58,12 +67,17 @@ class TokenFile:
             raise ServiceError(
                 f"{self.path} can't be read: {error}", mend="remove it, and add the tokens that are needed again"
             ) from error
-        if not all(isinstance(one.name, str) and re.fullmatch(r"[0-9a-f]{64}", str(one.sha256)) for one in found):
+        if not all(
+            isinstance(one.name, str)
+            and re.fullmatch(r"[0-9a-f]{64}", str(one.sha256))
+            and isinstance(one.review, bool)
+            for one in found
+        ):
             raise ServiceError(f"{self.path} holds something else", mend="remove it, and add the tokens again")
         return found
 
-    def add(self, name: str) -> str:
-        """Makes a token and returns it: it can't be told again.
+    def add(self, name: str, *, review: bool = False) -> str:
+        """Makes a token and returns it: it can't be told again. With `review` it may also decide about corrections.
 
         Raises:
             InputError: the name is taken or no name, or there are `MAX_TOKENS`.
@@ -82,7 +96,7 @@ class TokenFile:
             if len(known) >= MAX_TOKENS:
                 raise InputError(f"there are {MAX_TOKENS} tokens, the most", mend="`sora token revoke` unused ones")
             token = _PREFIX + secrets.token_urlsafe(32)
-            self._write([*known, Token(name, _digest(token).hex(), _now())])
+            self._write([*known, Token(name, _digest(token).hex(), _now(), review)])
         return token
 
     def revoke(self, name: str) -> int:
@@ -126,11 +140,11 @@ class Tokens:
     """
 
     def __init__(self, given: Sequence[str] = (), file: TokenFile | None = None, *, always: bool = False) -> None:
-        self._given = [(_digest(token), ENVIRONMENT) for token in given]
+        self._given = [(_digest(token), Caller(ENVIRONMENT)) for token in given]
         self._file = file
         self._always = always
         self._seen: tuple[int, int, int] | None = None  # the file, when `_kept` was read
-        self._kept: list[tuple[bytes, str]] = []
+        self._kept: list[tuple[bytes, Caller]] = []
         self._follow()
 
     @property
@@ -138,16 +152,16 @@ class Tokens:
         self._follow()
         return self._always or bool(self._given) or self._seen is not None
 
-    def name(self, authorization: str | None) -> str | None:
-        """The name of the token that an Authorization header carries; None: it carries none that may call.
+    def caller(self, authorization: str | None) -> Caller | None:
+        """Whose token an Authorization header carries; None: it carries none that may call.
 
         Comparison takes the same time wherever digests differ.
         """
         self._follow()
         scheme, _, token = (authorization or "").partition(" ")
         given = _digest(token.strip())
-        names = [name for digest, name in (*self._given, *self._kept) if hmac.compare_digest(given, digest)]
-        return names[0] if names and scheme.lower() == "bearer" else None
+        found = [caller for digest, caller in (*self._given, *self._kept) if hmac.compare_digest(given, digest)]
+        return found[0] if found and scheme.lower() == "bearer" else None
 
     def _follow(self) -> None:
         """Reads the file again if it is another one than before: a look at its facts, microseconds a request."""
@@ -167,7 +181,9 @@ class Tokens:
             return
         self._seen = seen
         try:
-            self._kept = [(bytes.fromhex(token.sha256), token.name) for token in self._file.tokens()]
+            self._kept = [
+                (bytes.fromhex(token.sha256), Caller(token.name, token.review)) for token in self._file.tokens()
+            ]
         except ServiceError as error:
             self._kept = []
             log.error("no token of the file may call: %s", error.message)

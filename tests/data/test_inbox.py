@@ -213,7 +213,7 @@ def test_review_at_the_terminal(project, inbox, clips):
     first, second = inbox.entries()
     listed = sora(project.root, "data", "review", "--json")
     assert listed.returncode == 0, listed.stderr
-    assert json.loads(listed.stdout) == [first.to_dict(), second.to_dict()]
+    assert json.loads(listed.stdout) == [{**one.to_dict(), "sent_by": []} for one in (first, second)]
     words = sora(project.root, "data", "review").stdout
     assert first.id[:12] in words and "wave" in words and "klein ö.mp4" in words
     accepted = sora(project.root, "data", "review", "--accept", first.id[:8], "--label", "jump", "--json")
@@ -225,3 +225,45 @@ def test_review_at_the_terminal(project, inbox, clips):
     assert gone.returncode == 2 and "mend:" in gone.stderr
     both = sora(project.root, "data", "review", "--accept", first.id, "--reject", first.id)
     assert both.returncode == 2
+
+
+def test_records_of_sources_are_bounded_and_never_in_the_way(project, inbox, clips, monkeypatch):
+    monkeypatch.setattr(inboxes, "_MOST_SOURCES", 2)
+    monkeypatch.setattr(inboxes, "_MOST_SAID", 3)
+    for name in ("a", "b", "c", "d", "e"):
+        entry = inbox.add(clips[0], **SAID, source=name)
+    assert list(entry.sources) == ["c", "d", "e"]
+    inbox.reject(entry.id)
+    assert list(inbox.sources()) == ["d", "e"] and inbox.sources()["e"].refused == 1
+    entry = inbox.add(clips[0], **SAID, source="d")
+    assert inbox.sources()["d"].refused == 1  # what sweeps after crashes keeps the records
+    inbox.accept(entry.id)
+    assert inbox.sources()["d"] == inboxes.Source("d", accepted=1, refused=1) and list(inbox.sources()) == ["e", "d"]
+    for damage in ("{", "[1]", '[{"name": "x"}]'):
+        (inbox.folder / "sources.json").write_text(damage)
+        assert inbox.sources() == {}
+        entry = inbox.add(clips[1], **SAID, source="d")
+        assert inbox.entries() == [entry]
+        inbox.reject(entry.id)
+        assert inbox.sources()["d"].refused == 1
+
+
+def test_entries_from_before_sources_are_reviewed_like_others(inbox, clips):
+    entry = inbox.add(clips[0], **SAID, source="phone")
+    file = inbox.folder / f"{entry.id}.json"
+    old = {name: value for name, value in json.loads(file.read_text()).items() if name != "sources"}
+    file.write_text(json.dumps(old))
+    (entry,) = inbox.entries()
+    assert inbox.sent_by(entry) == []
+    inbox.reject(entry.id)
+    assert inbox.sources() == {}
+
+
+def test_the_verb_names_who_is_refused_often(project, inbox, clips):
+    for _ in range(3):
+        inbox.reject(inbox.add(clips[0], **SAID, source="phone").id)
+    inbox.add(clips[0], **SAID, source="phone")
+    shown = sora(project.root, "data", "review")
+    assert "refused often: phone, of whose corrections 3 of 3 were refused" in shown.stdout, shown
+    (entry,) = json.loads(sora(project.root, "data", "review", "--json").stdout)
+    assert entry["sent_by"] == [{"name": "phone", "accepted": 0, "refused": 3, "often_refused": True}]

@@ -103,7 +103,7 @@ class Standing:
         return (self.folder / "server.log").read_text(encoding="utf-8", errors="replace")[-3000:]
 
     def leftovers(self) -> list[Path]:
-        return list((self.folder / "tmp").glob("sora-serve-*/*"))
+        return list((self.folder / "tmp").glob("sora-uploads-*/*"))
 
 
 if __name__ == "__main__":

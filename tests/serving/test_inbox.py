@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from sora.records import ModelVersion
 from sora.serving import card as card_module
 from sora.serving.app import create_app
 from sora.serving.source import ModelCache
+from sora.serving.tokens import TokenFile, Tokens
 from sora.settings import Project, Serve
 from tests.serving.conftest import CLASSES
 from tests.videos import make_video
@@ -31,11 +33,11 @@ def project(tmp_path: Path) -> Project:
 
 
 @asynccontextmanager
-async def running(project: Project, models, *, tokens=(), files: int = 5):
+async def running(project: Project, models, *, tokens=(), files: int = 5, **settings):
     folder = project.root.parent
     models[0].promote(ModelCache(folder / "registry"))
     app = create_app(
-        Serve(poll_seconds=0.05, decode_workers=1),
+        Serve(poll_seconds=0.05, decode_workers=1, **settings),
         ModelCache(folder / "registry"),
         ModelCache(folder / "cache"),
         tokens=tokens,
@@ -152,6 +154,7 @@ def test_review_needs_the_token_and_no_other_site(project, models, video):
             client.headers["authorization"] = f"Bearer {token}"
             assert (await correct(client, video)).status_code == 201
             client.headers["sec-fetch-site"] = "cross-site"
+            assert (await correct(client, video)).status_code == 403
             assert (await client.post(f"/v1/corrections/{'0' * 64}/accept")).status_code == 403
 
     asyncio.run(story())
@@ -197,5 +200,147 @@ def test_a_registry_that_hangs_does_not_hold_the_card(project, models, monkeypat
             card = (await client.get("/v1/card")).json()
             assert card["version"] == 1 and "not answered" in card["problem"]
             release.set()
+
+    asyncio.run(story())
+
+
+def test_reviewing_is_a_right_of_its_own(project, models, video):
+    file = TokenFile(project.tokens)
+    phone, boss = file.add("phone"), file.add("boss", review=True)
+    old = json.loads(file.path.read_text())
+    for one in old:
+        del one["review"]
+    given = "a-token-of-the-environment"
+
+    async def story():
+        async with running(project, models, tokens=Tokens([given], file)) as (client, _):
+            client.headers["authorization"] = f"Bearer {phone}"
+            entry = (await correct(client, video)).json()
+            assert "sent_by" not in entry
+            address = f"/v1/corrections/{entry['id']}"
+
+            async def asked():
+                return [
+                    await client.get("/v1/corrections"),
+                    await client.get(f"{address}/video"),
+                    await client.post(f"{address}/accept"),
+                    await client.post(f"{address}/reject"),
+                ]
+
+            for token in (phone, given):
+                client.headers["authorization"] = f"Bearer {token}"
+                for answer in await asked():
+                    assert answer.status_code == 403 and answer.json()["type"].endswith("no-review"), answer.text
+                    assert "--review" in answer.json()["mend"]
+            client.headers["authorization"] = f"Bearer {boss}"
+            (waiting,) = (await client.get("/v1/corrections")).json()["entries"]
+            assert waiting["id"] == entry["id"]
+            assert waiting["sent_by"] == [{"name": "phone", "accepted": 0, "refused": 0, "often_refused": False}]
+            assert (await client.get(f"{address}/video")).status_code == 200
+            # Tokens that were made before there was the right don't have it.
+            file.path.write_text(json.dumps(old))
+            assert {answer.status_code for answer in await asked()} == {403}
+            assert (await correct(client, video)).status_code == 201
+
+    asyncio.run(story())
+
+
+def test_a_source_that_is_refused_often_is_named(project, models, tmp_path):
+    file = TokenFile(project.tokens)
+    tokens = {name: file.add(name, review=name == "boss") for name in ("phone", "camera", "boss")}
+    clips = [make_video(tmp_path / f"{seed}.mp4", seed=seed) for seed in range(20, 25)]
+
+    async def story():
+        async with running(project, models, tokens=Tokens((), file)) as (client, _):
+
+            async def act(who, verb="", **query):
+                client.headers["authorization"] = f"Bearer {tokens[who]}"
+                return await client.post(f"/v1/corrections/{verb}", params=query)
+
+            async def sent(who, clip, **fields):
+                client.headers["authorization"] = f"Bearer {tokens[who]}"
+                return (await correct(client, clip, **fields)).json()["id"]
+
+            one = await sent("phone", clips[0])
+            assert (await act("boss", f"{one}/reject")).status_code == 200
+            two = await sent("phone", clips[1])
+            await sent("camera", clips[1], label="jump")  # of one clip they say different things: one of them is right
+            assert (await act("boss", f"{two}/accept", label="jump")).status_code == 200
+            three = await sent("phone", clips[2])
+            assert (await act("boss", f"{three}/reject")).status_code == 200
+            await sent("phone", clips[3])
+            await sent("camera", clips[4])
+            client.headers["authorization"] = f"Bearer {tokens['boss']}"
+            waiting = (await client.get("/v1/corrections")).json()["entries"]
+            senders = sorted((one for entry in waiting for one in entry["sent_by"]), key=lambda one: one["name"])
+            assert senders == [
+                {"name": "camera", "accepted": 1, "refused": 0, "often_refused": False},
+                {"name": "phone", "accepted": 0, "refused": 3, "often_refused": True},
+            ]
+
+    asyncio.run(story())
+
+
+def test_without_tokens_a_source_is_an_address(project, models, video):
+    async def story():
+        async with running(project, models) as (client, _):
+            await correct(client, video)
+            (waiting,) = (await client.get("/v1/corrections")).json()["entries"]
+            assert [one["name"] for one in waiting["sent_by"]] == ["address 127.0.0.1"]
+
+    asyncio.run(story())
+
+
+OWN = "http://127.0.0.1:8000"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        ({"origin": "https://evil.example"}, 403),  # row 11 of the review: this and the next were stored
+        ({"origin": "null"}, 403),
+        ({"origin": ""}, 403),
+        ({"origin": "http://127.0.0.1:8001"}, 403),
+        ({"origin": "http://127.0.0.1"}, 403),
+        ({"origin": "https://127.0.0.1:8000"}, 403),
+        ({"origin": "http://localhost:8000"}, 403),  # another name is another origin to a browser, too
+        ({"origin": f"{OWN}.evil.example"}, 403),
+        ({"origin": f"{OWN}@evil.example"}, 403),
+        ({"origin": OWN, "sec-fetch-site": "cross-site"}, 403),
+        ({"origin": OWN, "sec-fetch-site": "same-site"}, 403),
+        ({"sec-fetch-site": "something-new"}, 403),
+        ({"origin": OWN}, 201),
+        ({"origin": OWN, "sec-fetch-site": "same-origin"}, 201),
+        ({"host": "127.0.0.1", "origin": "http://127.0.0.1:80"}, 201),
+        ({"host": "LOCALHOST:8000", "origin": "http://localhost:8000"}, 201),
+        ({"host": "[::1]:8000", "origin": "http://[::1]:8000"}, 201),
+        ({}, 201),  # curl, our client
+        ({"host": "127.0.0.1:9", "origin": "https://sora.example"}, 201),  # serve.origins
+    ],
+)
+def test_only_the_own_page_and_programs_change_anything(project, models, video, sent, status):
+    async def story():
+        async with running(project, models, origins=("https://sora.example",)) as (client, _):
+            client.headers.update({"host": "127.0.0.1:8000", **sent})
+            assert (await client.get("/v1/model")).status_code == 200  # reading is the browser's business
+            answer = await correct(client, video)
+            assert answer.status_code == status, answer.text
+            waiting = (await client.get("/v1/corrections")).json()["entries"]
+            assert len(waiting) == (status == 201)
+            if status == 403:
+                assert answer.json()["mend"]
+                for address in ("v1/predict", "v1/explain", f"v1/corrections/{'0' * 64}/accept"):
+                    assert (await client.post(f"/{address}")).status_code == 403
+                assert (await client.delete("/v1/model")).status_code == 403
+
+    asyncio.run(story())
+
+
+def test_two_origins_are_none(project, models, video):
+    async def story():
+        async with running(project, models) as (client, _):
+            headers = [("host", "127.0.0.1:8000"), ("origin", OWN), ("origin", "https://evil.example")]
+            answer = await client.post("/v1/corrections", headers=headers)
+            assert answer.status_code == 403
 
     asyncio.run(story())

@@ -21,6 +21,7 @@ from sora.errors import InputError, ServiceError
 from sora.processes import start_child
 from sora.records import EvalReport
 from sora.registry import Registry
+from sora.serving.guard import is_loopback, names_this_machine
 from sora.serving.run import read_tokens, run
 from sora.serving.server import listen
 from sora.serving.tokens import TokenFile
@@ -30,18 +31,18 @@ from tests.serving.standing import Standing
 
 
 @contextmanager
-def serving(project: Project, **env: str) -> Iterator[Standing]:
+def serving(project: Project, *options: str, **env: str) -> Iterator[Standing]:
     project.state.mkdir(exist_ok=True)
     log = project.state / "server.log"
     environment = {**os.environ, "TMPDIR": str(project.state), "PYTHONUNBUFFERED": "1", **env}
     with log.open("wb") as sink:
-        command = [sys.executable, "-m", "sora.cli", "serve", "--project", str(project.root), "--port", "0"]
+        command = [sys.executable, "-m", "sora.cli", "serve", "--project", str(project.root), "--port", "0", *options]
         child = start_child(command, env=environment, stdout=sink, stderr=sink)
     try:
         address = None
         end = time.monotonic() + 60
         while address is None and time.monotonic() < end and child.poll() is None:
-            address = re.search(r"http://127\.0\.0\.1:\d+", log.read_text())
+            address = re.search(r"http://(127\.0\.0\.1|\[::1\]):\d+", log.read_text())
             time.sleep(0.05)
         assert address, log.read_text()
         with httpx.Client(base_url=address[0], timeout=60, trust_env=False) as client:
@@ -116,7 +117,7 @@ def test_it_follows_the_champion_of_a_real_registry(models, video, tmp_path, cap
         it.process.send_signal(signal.SIGTERM)
         assert it.process.wait(30) == 0
         assert not [child for child in children if child.is_running()]
-        assert not services.running(project) and not list(project.state.glob("sora-serve-*"))
+        assert not services.running(project) and not list(project.state.glob("sora-uploads-*"))
     with serving(project, MLFLOW_TRACKING_URI="http://127.0.0.1:9") as it:  # a registry that is away
         it.until(serves(it, 2))
         assert it.send(video).json()["version"] == 2
@@ -151,6 +152,33 @@ def test_strangers_need_a_token(tmp_path, monkeypatch):
     Project(tmp_path).tokens.write_text("{")
     with pytest.raises(ServiceError, match="can't be read"):
         run(Project(tmp_path), "0.0.0.0", 0)
+
+
+def test_loopback_in_all_its_spellings_needs_none(tmp_path, monkeypatch):
+    """Row 16 of the review: `--host ::1` asked for a token."""
+    (tmp_path / "params.yaml").write_text("name: tested\n", encoding="utf-8")
+    monkeypatch.delenv("SORA_API_TOKEN", raising=False)
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        taken.bind(("::", 0))
+        taken.listen()
+        for host in ("::1", "127.0.0.1", "127.0.0.2", "localhost", "LOCALHOST", "::ffff:127.0.0.1"):
+            with pytest.raises(ServiceError, match="can't listen"):  # it is past the question for tokens
+                run(Project(tmp_path), host, taken.getsockname()[1])
+    for host in ("127.0.0.1.example.org", "::2", "::ffff:10.0.0.1", "0.0.0.0", "localhost.example.org"):
+        assert not is_loopback(host) and not names_this_machine(host)
+    for header in ("[::1]", "[::1]:8000", "127.0.0.2:80", "localhost:1", "[::ffff:127.0.0.1]:8000", "127.0.0.1"):
+        assert names_this_machine(header)
+    for header in ("", ":80", "[127.0.0.1", "[::1]x", "[::1]:", "evil.example:80", "[::2]:80", "localhost:1:2"):
+        assert not names_this_machine(header)
+
+
+def test_it_serves_on_ipv6_loopback_and_prints_its_address_in_brackets(tmp_path):
+    (tmp_path / "params.yaml").write_text("name: tested\n", encoding="utf-8")
+    with serving(Project(tmp_path), "--host", "::1", MLFLOW_TRACKING_URI="http://127.0.0.1:9") as it:
+        assert str(it.client.base_url).startswith("http://[::1]:")
+        it.until(lambda: it.client.get("/healthz").status_code == 200)
+        assert it.client.get("/v1/model").status_code == 200
 
 
 def test_a_taken_port_says_so(tmp_path, monkeypatch):

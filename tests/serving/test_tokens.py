@@ -20,6 +20,8 @@ from sora.serving.tokens import MAX_TOKENS, TokenFile, Tokens
 from tests.e2e.conftest import sora
 from tests.serving.inside import ready, running, send, until
 
+REVIEW_IS_A_WORD = json.dumps([{"name": "a", "sha256": "0" * 64, "created": "", "review": "no"}])
+
 
 @pytest.fixture
 def file(tmp_path) -> TokenFile:
@@ -86,27 +88,27 @@ def test_they_are_bounded(file):
 
 
 @pytest.mark.parametrize(
-    "damage", ["{", "[1]", '[{"name": "a"}]', '[{"name": "a", "sha256": "", "created": ""}]', "{}x"]
+    "damage", ["{", "[1]", '[{"name": "a"}]', '[{"name": "a", "sha256": "", "created": ""}]', REVIEW_IS_A_WORD, "{}x"]
 )
 def test_a_damaged_file_says_so_and_lets_nobody_in(file, damage, lines):
     token = file.add("phone")
     tokens = Tokens(["given-at-the-start"], file)
-    assert tokens.name(f"Bearer {token}") == "phone"
+    assert tokens.caller(f"Bearer {token}").name == "phone"
     file.path.write_text(damage)
     with pytest.raises(ServiceError, match=r"tokens\.json"):
         file.tokens()
-    assert tokens.name(f"Bearer {token}") is None and tokens.required
+    assert tokens.caller(f"Bearer {token}") is None and tokens.required
     assert "no token of the file may call" in lines.messages[-1]
-    assert tokens.name("Bearer given-at-the-start") == "SORA_API_TOKEN"
+    assert tokens.caller("Bearer given-at-the-start").name == "SORA_API_TOKEN"
 
 
 def test_none_is_required_where_none_was_ever_made(file):
     tokens = Tokens((), file)
-    assert not tokens.required and tokens.name("Bearer ") is None
+    assert not tokens.required and tokens.caller("Bearer ") is None
     token = file.add("phone")
-    assert tokens.required and tokens.name(f"bearer {token}") == "phone"
+    assert tokens.required and tokens.caller(f"bearer {token}").name == "phone"
     file.revoke("phone")
-    assert tokens.required and tokens.name(f"Bearer {token}") is None  # nobody, rather than everybody
+    assert tokens.required and tokens.caller(f"Bearer {token}") is None  # nobody, rather than everybody
     file.path.unlink()
     assert not tokens.required
     assert Tokens((), file, always=True).required
@@ -157,8 +159,11 @@ def test_the_verbs(tmp_path: Path):
     printed = sora(tmp_path, "token", "add", "tablet")
     assert printed.returncode == 0 and printed.stdout.strip().startswith("sora_")
     (one, two) = json.loads(sora(tmp_path, "token", "list", "--json").stdout)
-    assert set(one) == {"name", "created"} and two["name"] == "tablet"
+    assert set(one) == {"name", "created", "review"} and two["name"] == "tablet" and not two["review"]
     assert "phone" in sora(tmp_path, "token", "list").stdout
+    assert json.loads(sora(tmp_path, "token", "add", "boss", "--review", "--json").stdout)["review"] is True
+    assert "boss  (may review)" in sora(tmp_path, "token", "list").stdout
+    sora(tmp_path, "token", "revoke", "boss")
     again = sora(tmp_path, "token", "add", "phone")
     assert again.returncode == 2 and "mend:" in again.stderr and not again.stdout
     assert json.loads(sora(tmp_path, "token", "revoke", "phone", "--json").stdout) == {"name": "phone", "left": 1}

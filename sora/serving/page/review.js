@@ -8,7 +8,7 @@ export async function refreshInbox() {
   try {
     found = await (await ask("v1/corrections")).json();
   } catch {
-    $("inbox-card").hidden = true; // this server takes no corrections, or a token is needed
+    $("inbox-card").hidden = true; // this server takes no corrections, or whoever looks may not review them
     return;
   }
   $("inbox-card").hidden = false;
@@ -30,6 +30,11 @@ function row(entry) {
     make("p", "quiet", `${new Date(entry.received).toLocaleString()}, ${bytes(entry.bytes)}, ${entry.id.slice(0, 12)}`),
   );
   if (others.length) facts.append(make("p", "quiet", `Others said: ${others.join(", ")}`));
+  for (const { name, accepted, refused, often_refused: often } of entry.sent_by) {
+    const reviewed = accepted + refused;
+    const record = reviewed ? `: ${refused} of ${reviewed} reviewed corrections refused` : "";
+    facts.append(make("p", often ? "warning" : "quiet", `${often ? "Refused often: " : "Sent by "}${name}${record}`));
+  }
   const act = async (verb, query, done) => {
     for (const control of item.querySelectorAll("button, select")) control.disabled = true;
     try {
