@@ -270,7 +270,11 @@ def _name(file: IO[bytes], draft: Path | None, target: Path) -> None:
     """Never over a file that came meanwhile."""
     try:
         if draft is None:
-            os.link(f"/proc/self/fd/{file.fileno()}", target, follow_symlinks=True)
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:  # with a folder's descriptor Python takes linkat(2), which alone follows the link in /proc
+                os.link(f"/proc/self/fd/{file.fileno()}", target.name, src_dir_fd=folder, dst_dir_fd=folder)
+            finally:
+                os.close(folder)
             return
         with suppress(PermissionError, NotImplementedError):  # a file system without links
             os.link(draft, target)
@@ -635,6 +639,7 @@ class _Git:
             if "No space left" in said:
                 raise DiskFull(f"no space left for git's history in {beside}")
             raise ServiceError(f"git bundle in {self._root} failed: {said}", mend="`git fsck`")
+        file.seek(0)
         return file
 
     def changed(self) -> set[str]:
