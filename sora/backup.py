@@ -667,7 +667,8 @@ class _Git:
 
     def _ask(self, *arguments: str) -> bytes | None:
         try:
-            done = subprocess.run(["git", *arguments], cwd=self._root, env=environment(), capture_output=True)
+            env = environment(GIT_OPTIONAL_LOCKS="0")  # a look refreshes no index that somebody else is using
+            done = subprocess.run(["git", *arguments], cwd=self._root, env=env, capture_output=True)
         except OSError:
             return None
         return done.stdout if done.returncode == 0 else None
