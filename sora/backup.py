@@ -145,7 +145,7 @@ def backup(
         ServiceError: a database is damaged, a file can't be read, or MLflow does not answer.
     """
     target = target.absolute()
-    _check_target(project, target)
+    check_target(project, target)
     started = time.monotonic()
     with backup_lock(project, seconds=wait):
         try:
@@ -221,7 +221,9 @@ def _record(project: Project, entry: Last) -> None:
 # --- the file -------------------------------------------------------------------------------------------------------
 
 
-def _check_target(project: Project, target: Path) -> None:
+def check_target(project: Project, target: Path) -> None:
+    """Whether a backup can be written there; raises the InputError of `backup` where not."""
+    target = target.absolute()
     if not target.parent.is_dir():
         raise InputError(f"there is no folder {target.parent}", mend="make it first")
     if target.parent.resolve().is_relative_to(project.root.resolve()):

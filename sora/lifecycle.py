@@ -174,6 +174,7 @@ def backup(
     """All of the project in the new file `target`; raises what `sora.backup.backup` does."""
     from sora import backup as backups
 
+    backups.check_target(project, target)  # before a server starts
     with open_registry(project) as registry:
         return backups.backup(
             project, registry, target, keep=backups.KEEP if keep is None else keep, data=data, progress=progress
