@@ -359,6 +359,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_says_so(project: Project, small_disk: Path, out: Path) -> None:
+    (project.state / "mlflow" / "artifacts" / "large").write_bytes(os.urandom(300_000))
     with pytest.raises(DiskFull) as error:
         made(project, small_disk / "b.tar")
     assert str(small_disk) in error.value.mend
