@@ -95,6 +95,17 @@ def nightly_failed(project: Project, *, flow_run: str, reason: str, mend: str = 
     return send(_webhook(project), event)
 
 
+def backup_failed(project: Project, *, reason: str, mend: str = "") -> bool:
+    """Sends `backup_failed`: the nightly itself may have ended well."""
+    event = {
+        "event": "backup_failed",
+        "project": str(project.root),
+        "reason": reason[-_LONGEST_REASON:],
+        "mend": mend,
+    }
+    return send(_webhook(project), event)
+
+
 def on_failure(flow: Any, flow_run: Any, state: Any) -> None:
     """Hook for the nightly flow's `on_failure` and `on_crashed`; its parameter `project` says which project."""
     root = (flow_run.parameters or {}).get("project")

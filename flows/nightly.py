@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from prefect.states import Cancelled
 from flows import alerts, show
 from flows.deployments import superseded
 from sora import nightly_log, provenance
-from sora.errors import DiskFull, RunActive, ServiceError
+from sora.errors import DiskFull, RunActive, ServiceError, SoraError
 from sora.lock import run_lock
 from sora.processes import die_with_parent
 from sora.progress import bar, say
@@ -101,8 +102,44 @@ def nightly(project: str, force: bool = False) -> dict[str, Any] | State:
             result = _cycle(here, here.settings(), force)
     except RunActive as error:
         return Cancelled(message=error.message)
+    except Exception:
+        _back_up(here)  # nights that fail are the ones after which a backup is wanted
+        raise
     nightly_log.write(here, outcome=result["outcome"], run_id=result["run_id"])
+    _back_up(here)
     return result
+
+
+def _back_up(project: Project) -> None:
+    """The backup of `backup.keep`. A failure is told (webhook, doctor, the task's state), and fails nothing else."""
+    from sora import backup
+
+    try:
+        settings = project.settings()
+        if settings.backup.keep:
+            _write_backup(project, settings)
+    except Exception as error:
+        reason, mend = (error.message, error.mend) if isinstance(error, SoraError) else (repr(error), "")
+        say(f"the backup failed: {reason}")
+        with suppress(OSError, SoraError):  # on the disk that is full
+            backup.note_failure(project, reason)
+        alerts.backup_failed(project, reason=reason, mend=mend)
+
+
+@_step(name="back up")
+def _write_backup(project: Project, settings: Settings) -> None:
+    from sora import backup
+    from sora.registry import Registry
+    from sora.services import mlflow_address
+
+    registry = Registry(mlflow_address(project), settings.name)
+    try:
+        with bar("Backing up") as update:
+            made = backup.nightly(project, settings, registry, progress=update)
+    finally:
+        registry.close()
+    for line in backup.describe(made):
+        say(line)
 
 
 def _cycle(project: Project, settings: Settings, force: bool) -> dict[str, Any]:

@@ -511,6 +511,50 @@ def gc(dry_run: bool, keep: int, as_json: bool) -> None:
     click.echo(f"{result['bytes']:>14,}  bytes {'would be' if dry_run else 'were'} freed")
 
 
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--without-data", is_flag=True, help="Leave the videos and clips out: DVC's remote must have them.")
+@click.option("--keep", type=click.IntRange(min=1), help="Recent versions whose data go along [default: 10].")
+@json_option
+@_common
+def backup(file: Path, without_data: bool, keep: int | None, as_json: bool) -> None:
+    """Write all of the project into the new FILE, while servers and runs go on. It holds secrets: keep it so."""
+    from dataclasses import asdict
+
+    from sora import lifecycle
+    from sora.backup import describe
+    from sora.progress import bar
+
+    with bar("Backing up") as update:
+        made = lifecycle.backup(_project(), file, keep=keep, data=not without_data, progress=update)
+    if as_json:
+        _print_json(asdict(made))
+        return
+    for line in describe(made):
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@json_option
+@_common
+def restore(file: Path, directory: Path, as_json: bool) -> None:
+    """Make the project that the backup FILE holds in the new or empty folder DIR."""
+    from dataclasses import asdict
+
+    from sora import restore as restoring
+    from sora.progress import bar
+
+    with bar("Restoring") as update:
+        restored = restoring.restore(file, directory, progress=update)
+    if as_json:
+        _print_json(asdict(restored))
+        return
+    for line in restoring.describe(restored):
+        click.echo(line)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs the verb and ends the process with its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments

@@ -184,6 +184,7 @@ def _of_project(project: Project) -> Iterator[Callable[[], Check]]:
     yield from _servers(project)
     yield partial(_champion, project)
     yield partial(_schedule, project)
+    yield partial(_backup, project)
 
 
 def _data(project: Project) -> Check:
@@ -302,3 +303,44 @@ def _schedule(project: Project) -> Check:
             "see that `sora up` runs, and .sora/logs/worker.log; `sora run` makes up for it",
         )
     return Check("nightly", True, f"{said}; {good}")
+
+
+def _backup(project: Project) -> Check:
+    from sora import backup, nightly_log
+
+    settings, last = project.settings(), backup.last(project)
+    wanted = settings.backup
+    if last is not None and last.failed is not None:
+        return Check(
+            "backup",
+            False,
+            f"{last.failed:%Y-%m-%d %H:%M} UTC: {last.reason.partition(chr(10))[0]}; {_last_backup(last.finished)}",
+            "see what the message says, then `sora backup FILE`",
+        )
+    if last is None or last.finished is None:
+        detail = (
+            "the next nightly makes the first" if wanted.keep else "none was made (`sora backup FILE`, backup.keep)"
+        )
+        return Check("backup", True, detail)
+    said = f"{_last_backup(last.finished)}: {last.file}"
+    if last.damaged:
+        return Check(
+            "backup", False, f"{said}; {'; '.join(last.damaged)}", "mend that in the project, then back up again"
+        )
+    made = nightly_log.Nightly(last.finished, "backup")
+    overdue = nightly_log.missed(made, datetime.now(UTC), settings.schedule) if wanted.keep else None
+    if overdue is not None:
+        mend = "see that `sora up` runs, and .sora/logs/worker.log; `sora backup FILE` makes one now"
+        return Check("backup", False, f"{said}; none since the nightly of {overdue:%Y-%m-%d %H:%M %Z}", mend)
+    folder = project.root / Path(wanted.folder or "").expanduser()
+    if wanted.keep and folder.is_dir() and folder.stat().st_dev == project.root.stat().st_dev:
+        said += "; backup.folder is on the project's own disk, whose failure takes both"
+    return Check("backup", True, said)
+
+
+def _last_backup(finished: datetime | None) -> str:
+    if finished is None:
+        return "there is no good one"
+    hours = (datetime.now(UTC) - finished).total_seconds() / 3600
+    age = f"{hours:.0f} h" if hours < 48 else f"{hours / 24:.0f} days"
+    return f"the last good one is {age} old"

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ from sora.data import version
 from sora.data.dvc import git
 from sora.errors import InputError, ServiceError
 from sora.files import writing
-from sora.lock import run_lock
+from sora.lock import backup_lock, run_lock
 from sora.processes import quiet_environment
 from sora.records import ModelVersion
 from sora.registry.history import Move, line
@@ -37,7 +37,7 @@ from sora.settings import Project
 DAYS = 7  # after which what an interrupted run left counts as abandoned
 LOG_BYTES = 20_000_000  # of a log; the end of a longer one is kept
 _LOG_END = 1_000_000
-_OBJECT = re.compile(r"[0-9a-f]{2}/[0-9a-f]{30}(\.dir)?")
+OBJECT = re.compile(r"[0-9a-f]{2}/[0-9a-f]{30}(\.dir)?")
 
 
 class Versions(Protocol):
@@ -66,10 +66,13 @@ def collect(project: Project, registry: Versions, *, keep: int = 10, dry_run: bo
     """Frees what `plan` lists, or with `dry_run` only lists it: `{items: [{what, bytes, why}], bytes}`.
 
     Raises:
-        RunActive: a run is active (not with `dry_run`).
+        RunActive: a run or a backup is active (not with `dry_run`).
         ServiceError: MLflow does not answer, or something can't be removed.
     """
-    with nullcontext() if dry_run else run_lock(project):
+    with ExitStack() as held:
+        if not dry_run:
+            held.enter_context(run_lock(project))
+            held.enter_context(backup_lock(project))
         items = plan(project, registry, keep=keep)
         if not dry_run:
             with writing(project.root):
@@ -82,10 +85,8 @@ def collect(project: Project, registry: Versions, *, keep: int = 10, dry_run: bo
 def plan(project: Project, registry: Versions, *, keep: int = 10) -> list[Item]:
     """What can go, in the order in which it should. Nothing changes."""
     versions = registry.versions()
-    kept = _kept(versions, registry.history() if versions else [], keep)
-    states = [_state(registry, number) for number in sorted(kept)]
-    states.append(_present(project))
-    states.append(_committed(project))
+    kept = kept_states(registry, versions, keep)
+    states = [*kept.values(), _present(project), committed_state(project)]
     digests = registry.digests() if versions else {}
     return [
         *_old_versions(project, registry, [v for v in versions if v.version not in kept]),
@@ -94,6 +95,12 @@ def plan(project: Project, registry: Versions, *, keep: int = 10) -> list[Item]:
         *_abandoned(project),
         *_long_logs(project),
     ]
+
+
+def kept_states(registry: Versions, versions: list[ModelVersion], keep: int) -> dict[int, dict[str, Any]]:
+    """The stored states of the versions that stay whole, by number: the served, the recent, those to roll back to."""
+    kept = _kept(versions, registry.history() if versions else [], keep)
+    return {number: _state(registry, number) for number in sorted(kept)}
 
 
 def _kept(versions: Iterable[ModelVersion], history: Iterable[Move], keep: int) -> set[int]:
@@ -115,7 +122,7 @@ def _present(project: Project) -> dict[str, Any]:
     return {n: (project.root / n).read_text(encoding="utf-8") for n in names if (project.root / n).is_file()}
 
 
-def _committed(project: Project) -> dict[str, Any]:
+def committed_state(project: Project) -> dict[str, Any]:
     """What git's last commit names: a fresh clone, or `git checkout`, comes back to it."""
     found = {}
     for name in ("data.dvc", "dvc.lock"):
@@ -182,7 +189,11 @@ def used_objects(project: Project, states: Iterable[Mapping[str, Any]]) -> set[s
     Raises:
         ServiceError: a folder's list of files can't be read, so that what it needs is not known.
     """
-    cache = version.cache_folder(project) / "files" / "md5"
+    return objects_of(version.cache_folder(project) / "files" / "md5", states)
+
+
+def objects_of(cache: Path, states: Iterable[Mapping[str, Any]]) -> set[str]:
+    """`used_objects` where the cache's folder of objects is known: asking DVC for it takes a second."""
     used: set[str] = set()
     for state in states:
         for md5 in _named(state):
@@ -225,7 +236,7 @@ def _cache_objects(project: Project, used: set[str]) -> Iterator[Item]:
     unused, leftovers = [], []
     for file in objects.glob("*/*"):
         name = file.relative_to(objects).as_posix()
-        if not _OBJECT.fullmatch(name):
+        if not OBJECT.fullmatch(name):
             if file.is_file() and file.stat().st_mtime < old:
                 leftovers.append(file)
         elif name not in used:

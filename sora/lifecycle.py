@@ -1,4 +1,4 @@
-"""What people do with versions between two nightlies: list, promote, roll back, reproduce, ask, clean up.
+"""What people do with versions between two nightlies: list, promote, roll back, reproduce, ask, clean up, back up.
 
 Each function starts an MLflow server of its own where none is up and ends it again.
 """
@@ -17,6 +17,8 @@ from sora.records import ModelVersion, Recipe
 from sora.settings import Project, parse
 
 if TYPE_CHECKING:
+    from sora.backup import Made
+    from sora.progress import Bar
     from sora.registry import Registry
 
 # Metrics that a second evaluation on the same machine must repeat, and how closely.
@@ -164,3 +166,16 @@ def gc(project: Project, *, keep: int, dry_run: bool) -> dict[str, Any]:
 
     with open_registry(project) as registry:
         return collecting.collect(project, registry, keep=keep, dry_run=dry_run)
+
+
+def backup(
+    project: Project, target: Path, *, keep: int | None = None, data: bool = True, progress: Bar | None = None
+) -> Made:
+    """All of the project in the new file `target`; raises what `sora.backup.backup` does."""
+    from sora import backup as backups
+
+    backups.check_target(project, target)  # before a server starts
+    with open_registry(project) as registry:
+        return backups.backup(
+            project, registry, target, keep=backups.KEEP if keep is None else keep, data=data, progress=progress
+        )

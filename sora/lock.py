@@ -58,3 +58,25 @@ def run_lock(project: Project) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def backup_lock(project: Project, *, seconds: float = 0.0) -> Iterator[None]:
+    """Keeps `sora gc` from removing what a backup is about to read, and backups from crossing. Runs go on.
+
+    Args:
+        seconds: that it waits for the other.
+
+    Raises:
+        RunActive: another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    project.state.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(project.state / "backup.lock", timeout=seconds):
+            yield
+    except Timeout as error:
+        raise RunActive(
+            f"a backup or `sora gc` is at work in {project.root}", mend="wait until it has ended, then try again"
+        ) from error

@@ -20,7 +20,7 @@ from sora.presets import PRESETS
 from sora.records import LABEL_SEPARATOR, ClipSpec
 
 # Sections of params.yaml that no trained model depends on.
-NOT_OF_LEARNING = ("serve", "schedule", "alert", "services")
+NOT_OF_LEARNING = ("serve", "schedule", "alert", "backup", "services")
 # Settings (`section.name`) that came after the first release. Add every new one of the other sections here, with a
 # default that leaves what Sora computes as it was (else give `sora.provenance.LEARNING` a new name as well).
 ADDED: frozenset[str] = frozenset()
@@ -293,6 +293,21 @@ class Alert(_Section):
         return value
 
 
+class Backup(_Section):
+    """What the nightly keeps elsewhere; `sora backup FILE` makes one at any time."""
+
+    keep: int = Field(0, ge=0, le=1000)  # files; 0: the nightly makes none
+    folder: str | None = None  # below it they lie; relative to the project, which must not hold it
+    data: bool = True  # with the footage and clips that the served and recent versions need
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> Backup:
+        # No default: a folder of the project, or beside it, would be lost with the disk that it guards against.
+        if self.keep and not self.folder:
+            raise ValueError("keep needs a folder: name one on another disk in backup.folder")
+        return self
+
+
 class Services(_Section):
     """Servers that run elsewhere. None: Sora starts its own below .sora/."""
 
@@ -317,6 +332,7 @@ class Settings(_Section):
     serve: Serve = Field(default_factory=Serve)
     schedule: Schedule = Field(default_factory=Schedule)
     alert: Alert = Field(default_factory=Alert)
+    backup: Backup = Field(default_factory=Backup)
     services: Services = Field(default_factory=Services)
 
     @field_validator("classes")

@@ -42,6 +42,8 @@ FLOORS: list[tuple[int, str]] = [
     (4, "sora.serving"),
     (4, "sora.doctor"),
     (4, "sora.gc"),
+    (4, "sora.backup"),
+    (4, "sora.restore"),
     (5, "sora.lifecycle"),
     (5, "sora.representation"),
     (5, "sora.up"),
