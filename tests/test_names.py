@@ -102,7 +102,7 @@ def test_escape_sequences_in_names_reach_no_terminal(tmp_path: Path, capsys: pyt
     assert (
         "\x1b]" not in text and "\x07" not in text and not any(line.startswith("[bold]") for line in text.split("\n"))
     )
-    code, printed, _ = sora(capsys, "check", str(folder), "--out", str(tmp_path / "out"), "--json")
+    _, printed, _ = sora(capsys, "check", str(folder), "--out", str(tmp_path / "out"), "--json")
     assert "\x1b" not in printed and f"jump/{ESCAPE}" in {one["path"] for one in json.loads(printed)["rejected"]}
     pages = (tmp_path / "out" / "data_docs" / "index.html").read_text(encoding="utf-8")
     assert "owned" in pages

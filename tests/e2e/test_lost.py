@@ -1,4 +1,4 @@
-"""What a user loses by accident between two nightlies, as they would: `splits.csv`, half a database, all of `.sora/`."""
+"""What a user loses by accident between two nightlies: `splits.csv`, half a database, all of `.sora/`."""
 
 from __future__ import annotations
 
