@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from sora import nightly_log
 from sora.errors import SoraError
+from sora.progress import say
 from sora.settings import Project, find_project
 
 _log = logging.getLogger(__name__)
@@ -175,11 +176,11 @@ def main() -> int:
         project = find_project(Path(sys.argv[1] if len(sys.argv) > 1 else "."))
         overdue = check_missed(project)
     except SoraError as error:
-        print(error, file=sys.stderr)
+        say(str(error))
         return error.exit_code
     if overdue is None:
         return 0
-    print(f"the nightly of {overdue.isoformat()} did not end well", file=sys.stderr)
+    say(f"the nightly of {overdue.isoformat()} did not end well")
     return 1
 
 

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,19 @@ from prefect.states import Cancelled
 from flows import alerts, show
 from flows.deployments import superseded
 from sora import nightly_log, provenance
+from sora.data.ledger import Recorded
 from sora.errors import DiskFull, RunActive, ServiceError, SoraError
 from sora.lock import run_lock
 from sora.processes import die_with_parent
 from sora.progress import bar, say
 from sora.settings import Project, Settings
+
+NO_HISTORY = "no_history"  # tag of a run that found splits dealt before, and no run that dealt them
+NO_HISTORY_WORDS = (
+    "splits.csv held {rows} videos' splits before this run, and MLflow knows no run that was judged on them: version "
+    "numbers begin anew, and how often this test split has judged is not known; fine in a new clone, otherwise .sora/ "
+    "or its mlflow.db was lost (`sora restore` brings a backup back)"
+)
 
 
 def _may_pass(_task: Any, _run: Any, state: State) -> bool:
@@ -39,6 +48,15 @@ def _may_pass(_task: Any, _run: Any, state: State) -> bool:
 
 _step: Any = partial(task, cache_policy=NO_CACHE, persist_result=False)
 _retried: Any = partial(_step, retries=2, retry_delay_seconds=5, retry_condition_fn=_may_pass)
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What was judged before this run: the last judged run's tags, its ledger, and what is not known, in words."""
+
+    judged: dict[str, Any] | None
+    recorded: Recorded | None
+    doubts: tuple[str, ...]
 
 
 class Work:
@@ -143,6 +161,7 @@ def _write_backup(project: Project, settings: Settings) -> None:
 
 
 def _cycle(project: Project, settings: Settings, force: bool) -> dict[str, Any]:
+    from sora.data import ledger
     from sora.lifecycle import alias_lock
     from sora.registry import Registry
     from sora.services import mlflow_address
@@ -150,9 +169,13 @@ def _cycle(project: Project, settings: Settings, force: bool) -> dict[str, Any]:
     registry = Registry(mlflow_address(project), settings.name)
     with alias_lock(project):
         registry.recover()  # a promotion that a crash interrupted
+    recorded = registry.judged_ledger()
+    judged = registry.last_judged()
+    found = ledger.require(project.splits_file, recorded, judged=judged is not None)
+    if recorded is not None:
+        ledger.remember(project, recorded)
     data_version = _version_data(project)
     key = key_of(settings, data_version)
-    judged = registry.last_judged()
     if judged and not force and all(judged.get(name) == value for name, value in key.items()):
         say("nothing changed since the last judged run: data, parameters and code are the same")
         result = {
@@ -168,7 +191,20 @@ def _cycle(project: Project, settings: Settings, force: bool) -> dict[str, Any]:
 
     ran = _reproduce(project)
     get_run_logger().info("DVC ran: %s", ", ".join(ran) or "nothing")
-    return _learn(project, settings, registry, key, judged, force)
+    past = Past(judged, recorded, _doubts(registry, judged, recorded, len(found)))
+    return _learn(project, settings, registry, key, past, force)
+
+
+def _doubts(registry: Any, judged: dict[str, Any] | None, recorded: Recorded | None, rows: int) -> tuple[str, ...]:
+    """What is not known of the history although the ledger, which outlives servers, says that there is one."""
+    if recorded is not None or not rows:
+        return ()
+    if judged is not None:
+        return ("no judged run's copy of splits.csv can be read in MLflow: it was not compared with anything",)
+    runs = list(registry.search_runs(limit=1000))
+    if runs and not any(tag["key"] == f"sora.{NO_HISTORY}" for run in runs for tag in run["data"].get("tags", [])):
+        return ()  # the first run of this history did not come to its end: it dealt these splits
+    return (NO_HISTORY_WORDS.format(rows=rows),)
 
 
 @_retried(name="version data")
@@ -187,9 +223,11 @@ def _reproduce(project: Project) -> list[str]:
 
 
 @_step(name="assign splits")
-def _assign(project: Project, settings: Settings, target: Path) -> dict[str, Any]:
+def _assign(project: Project, settings: Settings, target: Path, recorded: Recorded | None) -> dict[str, Any]:
     """Joins manifest, quarantine and ledger into the table of this run."""
-    from sora.data import manifest, splits, table
+    from sora.data import ledger, manifest, splits, table
+
+    ledger.require(project.splits_file, recorded)  # once more: the stages before may have taken an hour
 
     rows = manifest.read(project.manifest)
     rejected = {item["path"] for item in json.loads(project.quarantine.read_text(encoding="utf-8"))}
@@ -218,22 +256,28 @@ def _learn(
     settings: Settings,
     registry: Any,
     key: dict[str, str],
-    judged: dict[str, Any] | None,
+    past: Past,
     force: bool,
 ) -> dict[str, Any]:
+    from sora.data import ledger
     from sora.serving.predictor import Smoke
 
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     work = Work(project.state / "work" / name)
     table = work.folder / "table.parquet"
-    facts = _assign(project, settings, table)
+    doubts: list[str] = work.once("doubts", lambda: list(past.doubts))  # before splits are dealt: they answer it
+    for doubt in doubts:
+        say(f"warning: {doubt}")
+    facts = _assign(project, settings, table, past.recorded)
     if work.once("splits", lambda: facts["digest"]) != facts["digest"]:
         # The ledger changed under an interrupted run: what it did was for other splits.
         work.remove()
         work = Work(work.folder)
-        return _learn(project, settings, registry, key, judged, force)
+        return _learn(project, settings, registry, key, past, force)
 
     run_id = work.once("run", lambda: _open_run(project, settings, registry, key, facts))
+    if doubts:
+        registry.set_tags(run_id, {NO_HISTORY: "true"})
     say(f"splits: {facts['train']} train, {facts['val']} val, {facts['test']} test; {facts['rejected']} quarantined")
     try:
         registry.resume(run_id)
@@ -246,22 +290,22 @@ def _learn(
             )
             decision = work.once(
                 "judge",
-                lambda: _judge(settings, registry, outcome, facts, key, judged, force, version),
+                lambda: _judge(settings, registry, outcome, facts, key, past.judged, force, version),
             )
             result = {
                 "outcome": "refused",
                 "data_version": key["data_version"],
                 "run_id": run_id,
                 "version": version,
-                "reasons": decision["reasons"],
+                "reasons": [*decision["reasons"], *doubts],
                 "metrics": {f"test/{n}": v for n, v in outcome["candidate"]["reports"]["test"]["metrics"].items()},
             }
             if decision["promote"]:
-                failure = _promote(project, registry, version, decision["reasons"], smoke)
+                failure = _promote(project, registry, version, result["reasons"], smoke)
                 if failure is None:
                     result["outcome"] = "promoted"
                 else:
-                    result["reasons"] = [*decision["reasons"], failure]
+                    result["reasons"] = [*result["reasons"], failure]
         registry.set_decision(version, result["outcome"], result["reasons"])
         registry.finish(run_id, "FINISHED")
     except KeyboardInterrupt:
@@ -271,6 +315,9 @@ def _learn(
         registry.finish(run_id, "FAILED")
         raise
     (project.state / "reference.json").write_text(json.dumps(facts["counts"]), encoding="utf-8")
+    with suppress(ServiceError):  # a copy for `sora check` and `sora doctor`; the decision stands without it
+        if (recorded := registry.judged_ledger()) is not None:
+            ledger.remember(project, recorded)
     result["pages"] = show.report(project, registry, result, outcome, facts)
     work.remove()
     return result

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from sora.errors import InputError, SoraError
+from sora.progress import say
 from sora.settings import find_project
 
 
@@ -24,7 +25,7 @@ def main() -> int:
 
         pool = register(project, address).pool
     except SoraError as error:
-        print(error, file=sys.stderr)
+        say(str(error))
         return error.exit_code
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", *sys.argv[2:]]
     os.execv(sys.executable, command)

@@ -10,9 +10,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from sora.data import expectations, manifest
+from sora.data import expectations, ledger, manifest
 from sora.data.expectations import SET_RULES, ValidationReport
-from sora.errors import InputError
+from sora.errors import InputError, SoraError
 from sora.files import atomic, writing
 from sora.records import RULES
 from sora.settings import Project, Settings
@@ -78,6 +78,11 @@ def check(
     if project is None:
         journal.unlink(missing_ok=True)  # the manifest holds it all; a project's next run reads the journal
     report = expectations.validate(found, settings, reference=reference, docs=docs_of(out))
+    if project is not None:
+        try:
+            ledger.require(project.splits_file, ledger.remembered(project))
+        except SoraError as error:  # what `sora run` would say, too
+            report = report.stopped("splits_lost", error.message)
     with atomic(out / "report.json") as file:
         file.write(json.dumps(report.to_dict(), indent=1, ensure_ascii=False).encode() + b"\n")
     return report, out
@@ -97,11 +102,12 @@ def _project(folder: Path) -> Project | None:
 
 def show(report: ValidationReport, out: Path) -> None:
     """Prints a report for a person on standard output."""
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    from sora.progress import console as make_console
+    from sora.progress import markup as escape
+
+    console = make_console(soft_wrap=True)
     console.print(
         f"[bold]{report.videos:,}[/] videos, [green]{report.accepted:,} accepted[/], "
         + (f"[red]{len(report.rejected):,} rejected[/]" if report.rejected else "none rejected")

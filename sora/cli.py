@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sora import __version__
+from sora.progress import echo, json_text, one_line
 
 if TYPE_CHECKING:
     from sora.errors import SoraError
@@ -53,7 +54,7 @@ def _project() -> Project:
 
 
 def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    echo(json_text(json.dumps(value, ensure_ascii=False, allow_nan=False)))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -79,8 +80,8 @@ def init(directory: Path, data: Path, multilabel: bool, as_json: bool) -> None:
     if as_json:
         _print_json(made)
     else:
-        click.echo(f"{made['videos']} videos of {len(made['classes'])} classes: {', '.join(made['classes'])}")
-        click.echo(f"next: cd {made['project']} && sora check && sora run")
+        echo(f"{made['videos']} videos of {len(made['classes'])} classes: {', '.join(made['classes'])}")
+        echo(f"next: cd {made['project']} && sora check && sora run")
 
 
 @cli.command()
@@ -116,14 +117,14 @@ def run(force: bool, as_json: bool) -> None:
         _print_json(result)
         return
     version = f" version {result['version']}" if result["version"] is not None else ""
-    click.secho(f"{result['outcome']}{version}", bold=True)
+    echo(f"{result['outcome']}{version}", bold=True)
     for reason in result["reasons"]:
-        click.echo(f"  {reason}")
+        echo(f"  {reason}")
     shown = {k: v for k, v in result["metrics"].items() if k in ("test/accuracy", "test/macro_f1", "test/ece")}
     if shown:
-        click.echo("  " + "  ".join(f"{name} {value:.3f}" for name, value in shown.items()))
+        echo("  " + "  ".join(f"{name} {value:.3f}" for name, value in shown.items()))
     for place in result.get("pages", []):
-        click.echo(f"  {place}", err=True)
+        echo(f"  {place}", err=True)
 
 
 @cli.command()
@@ -138,11 +139,12 @@ def models(as_json: bool) -> None:
         keys = ("version", "aliases", "metrics", "data_version", "created", "decision", "reasons")
         _print_json([{key: version[key] for key in keys} for version in versions])
         return
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from sora.progress import console as make_console
+    from sora.progress import markup as escape
+
+    console = make_console()
     table = Table("version", "alias", "accuracy", "macro F1", "data", "created", "decision", box=None, pad_edge=False)
     for version in versions:
         metrics = version["metrics"]
@@ -184,7 +186,7 @@ def describe(preset: str | None, classes: int | None, batch: int | None, as_json
     if as_json:
         _print_json(found)
     else:
-        click.echo(describing.draw(found))
+        echo(describing.draw(found))
 
 
 @cli.command()
@@ -213,7 +215,7 @@ def _moved(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         _print_json(result)
     else:
-        click.echo(f"champion: version {result['champion']}, previous: {result['previous'] or 'none'}")
+        echo(f"champion: version {result['champion']}, previous: {result['previous'] or 'none'}")
 
 
 @cli.command()
@@ -228,11 +230,11 @@ def reproduce(version: int, as_json: bool) -> None:
     if as_json:
         _print_json(result)
     else:
-        click.echo(f"version {version}: {'matches' if result['matches'] else 'does NOT match'} what was recorded")
+        echo(f"version {version}: {'matches' if result['matches'] else 'does NOT match'} what was recorded")
         for name, recorded in sorted(result["recorded"].items()):
-            click.echo(f"  {name}: recorded {recorded:.4f}, now {result['metrics'].get(name, float('nan')):.4f}")
+            echo(f"  {name}: recorded {recorded:.4f}, now {result['metrics'].get(name, float('nan')):.4f}")
         for note in result.get("notes", []):
-            click.echo(f"  {note}")
+            echo(f"  {note}")
     if not result["matches"]:
         sys.exit(1)
 
@@ -250,9 +252,9 @@ def predict(files: tuple[Path, ...], as_json: bool) -> None:
         _print_json(answers)
     for answer in answers:
         if "error" in answer:
-            click.echo(f"{answer['path']}: {answer['error']}", err=True)
+            echo(f"{one_line(answer['path'])}: {answer['error']}", err=True)
         elif not as_json:
-            click.echo(f"{answer['path']}: {_answered(answer)}, version {answer['version']})")
+            echo(f"{one_line(answer['path'])}: {_answered(answer)}, version {answer['version']})")
     if any("error" in answer for answer in answers):
         sys.exit(2)
 
@@ -283,12 +285,12 @@ def embed(files: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
         _print_json(answers)
     elif out is not None and not failed:  # a row a file: with one missing, rows would stand for the wrong files
         representation.write(out, answers)
-        click.echo(f"{out}: {len(answers)} vectors of version {answers[0]['version']}")
+        echo(f"{out}: {len(answers)} vectors of version {answers[0]['version']}")
     for answer in failed:
-        click.echo(f"{answer['path']}: {answer['error']}", err=True)
+        echo(f"{one_line(answer['path'])}: {answer['error']}", err=True)
     if failed:
         if out is not None:
-            click.echo(f"{out} was not written: leave these files out", err=True)
+            echo(f"{out} was not written: leave these files out", err=True)
         sys.exit(2)
 
 
@@ -308,7 +310,7 @@ def similar(file: Path, count: int, as_json: bool) -> None:
         _print_json(found)
         return
     for neighbour in found["neighbours"]:
-        click.echo(f"{neighbour['similarity']:.3f}  {neighbour['label']}  {neighbour['path']}")
+        echo(f"{neighbour['similarity']:.3f}  {one_line(neighbour['label'])}  {one_line(neighbour['path'])}")
 
 
 @cli.command()
@@ -340,7 +342,7 @@ def token_add(name: str, review: bool, as_json: bool) -> None:
     if as_json:
         _print_json({"name": name, "token": made, "review": review})
     else:
-        click.echo(made)
+        echo(made)
 
 
 @token.command("list")
@@ -355,7 +357,7 @@ def token_list(as_json: bool) -> None:
         _print_json([{"name": one.name, "created": one.created, "review": one.review} for one in known])
         return
     for one in known:
-        click.echo(f"{one.created[:16].replace('T', ' ')}  {one.name}{'  (may review)' if one.review else ''}")
+        echo(f"{one.created[:16].replace('T', ' ')}  {one.name}{'  (may review)' if one.review else ''}")
 
 
 @token.command("revoke")
@@ -371,7 +373,7 @@ def token_revoke(name: str, as_json: bool) -> None:
     if as_json:
         _print_json({"name": name, "left": left})
     elif not left:
-        click.echo(f"no token is left, so nobody may call; remove {file.path} to serve this machine without tokens")
+        echo(f"no token is left, so nobody may call; remove {file.path} to serve this machine without tokens")
 
 
 @cli.command()
@@ -404,10 +406,37 @@ def doctor(as_json: bool) -> None:
         _print_json(result)
     else:
         for found in result["checks"]:
-            mark = click.style("ok  ", fg="green") if found["ok"] else click.style("MEND", fg="red")
-            click.echo(f"{mark} {found['name']}: {found['detail']}")
+            mark, colour = ("ok  ", "green") if found["ok"] else ("MEND", "red")
+            echo(f"{found['name']}: {found['detail']}", mark=mark, colour=colour)
             if not found["ok"] and found["mend"]:
-                click.echo(f"       → {found['mend']}")
+                echo(f"       → {found['mend']}")
+
+
+@cli.group()
+def splits() -> None:
+    """Which video is for training, validation and test: the ledger splits.csv."""
+
+
+@splits.command("restore")
+@click.option("--from", "version", type=click.IntRange(min=1), help="What VERSION recorded [default: the last judged].")
+@json_option
+@_common
+def splits_restore(version: int | None, as_json: bool) -> None:
+    """Bring lost or changed rows back as a judged run recorded them; new rows stay where they contradict nothing."""
+    from dataclasses import asdict
+
+    from sora import lifecycle
+
+    done = lifecycle.restore_splits(_project(), version)
+    if as_json:
+        _print_json(asdict(done))
+        return
+    echo(
+        f"as {done.source} recorded: {done.returned} rows came back, {done.corrected} were corrected, "
+        f"{done.kept} newer ones stay, {done.dropped} were dropped (the next run deals those); {done.rows} in all"
+    )
+    if done.copy:
+        echo(f"  what stood there before: {done.copy}", err=True)
 
 
 @cli.group()
@@ -440,7 +469,11 @@ def review(accept: str | None, reject: str | None, label: str | None, as_json: b
         if as_json:
             _print_json(answer)
         else:
-            click.echo(f"data/{answer['path']}: {NEXT}" if accept else f"rejected: {entry.filename} is removed")
+            echo(
+                f"data/{one_line(answer['path'])}: {NEXT}"
+                if accept
+                else f"rejected: {one_line(entry.filename)} is removed"
+            )
         return
     entries, known = inbox.entries(), inbox.sources()
     if as_json:
@@ -452,13 +485,15 @@ def review(accept: str | None, reject: str | None, label: str | None, as_json: b
         )
         return
     for entry in entries:
-        click.echo(f"{entry.id[:12]}  {entry.label}  (version {entry.version}: {entry.predicted})  {entry.filename}")
+        echo(
+            f"{entry.id[:12]}  {entry.label}  (version {entry.version}: {entry.predicted})  {one_line(entry.filename)}"
+        )
         for source in inbox.sent_by(entry, known):
             often = click.style("refused often: ", fg="yellow") if source.often_refused else "sent by "
-            click.echo(f"              {often}{source}")
-        click.echo(f"              {inbox.file(entry)}", err=True)
+            echo(f"              {often}{one_line(str(source))}")
+        echo(f"              {inbox.file(entry)}", err=True)
     if not entries:
-        click.echo("nothing waits for review")
+        echo("nothing waits for review")
 
 
 @data.command()
@@ -475,9 +510,10 @@ def audit(folds: int, as_json: bool) -> None:
     if as_json:
         _print_json(result)
         return
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+
+    from sora.progress import console
+    from sora.progress import markup as escape
 
     suspects = [found for found in result["findings"] if found["suspect"]]
     table = Table("video", "label", "looks like", "margin")
@@ -486,11 +522,11 @@ def audit(folds: int, as_json: bool) -> None:
         label = f"{found['label']} ({found['probability']:.0%})"
         table.add_row(escape(found["path"]), escape(label), escape(looks), f"{found['margin']:.2f}")
     if suspects:
-        Console().print(table)
-    click.echo(
+        console().print(table)
+    echo(
         f"{result['suspects']} of {result['videos']} labels are suspect; out-of-fold accuracy {result['accuracy']:.0%}"
     )
-    click.echo(f"  {result['page']}", err=True)
+    echo(f"  {result['page']}", err=True)
 
 
 @cli.command()
@@ -507,8 +543,8 @@ def gc(dry_run: bool, keep: int, as_json: bool) -> None:
         _print_json(result)
         return
     for item in result["items"]:
-        click.echo(f"{item['bytes']:>14,}  {item['what']}  ({item['why']})")
-    click.echo(f"{result['bytes']:>14,}  bytes {'would be' if dry_run else 'were'} freed")
+        echo(f"{item['bytes']:>14,}  {item['what']}  ({item['why']})")
+    echo(f"{result['bytes']:>14,}  bytes {'would be' if dry_run else 'were'} freed")
 
 
 @cli.command()
@@ -531,7 +567,7 @@ def backup(file: Path, without_data: bool, keep: int | None, as_json: bool) -> N
         _print_json(asdict(made))
         return
     for line in describe(made):
-        click.echo(line)
+        echo(line)
 
 
 @cli.command()
@@ -552,7 +588,7 @@ def restore(file: Path, directory: Path, as_json: bool) -> None:
         _print_json(asdict(restored))
         return
     for line in restoring.describe(restored):
-        click.echo(line)
+        echo(line)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -570,7 +606,7 @@ def _run(arguments: list[str]) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 3
     except (KeyboardInterrupt, click.Abort):
-        click.echo("stopped; run the same command again to go on", err=True)
+        echo("stopped; run the same command again to go on", err=True)
         return 130
     except click.ClickException as error:
         error.show()
@@ -578,14 +614,14 @@ def _run(arguments: list[str]) -> int:
     except SoraError as error:
         if debug:
             raise
-        click.echo(f"sora: {_with_disk(error, arguments)}", err=True)
+        echo(f"sora: {_with_disk(error, arguments)}", err=True)
         return error.exit_code
     except BrokenPipeError:
         return 0
     except Exception as error:
         if debug:
             raise
-        click.echo(f"sora: {_foreign(error, arguments)}", err=True)
+        echo(f"sora: {_foreign(error, arguments)}", err=True)
         return 3
     return 0
 

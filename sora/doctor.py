@@ -12,15 +12,21 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sora import databases
+from sora.data import ledger
 from sora.errors import SoraError
 from sora.settings import Project
+
+if TYPE_CHECKING:
+    from sora.registry import Registry
 
 _FREE_DISK = 2e9  # bytes
 _FREE_MEMORY = 1.5e9  # bytes: TensorFlow and a small model
@@ -54,6 +60,8 @@ def doctor(project: Project | None) -> dict[str, Any]:
 
 def _guarded(look: Callable[[], Check]) -> Check:
     name = (look.func if isinstance(look, partial) else look).__name__.strip("_")
+    if look_at := getattr(look, "args", ())[1:]:  # one check for each of several things
+        name = f"{look_at[0]} {name}"
     try:
         return look()
     except SoraError as error:
@@ -181,6 +189,8 @@ def _of_project(project: Project) -> Iterator[Callable[[], Check]]:
     yield writable
     yield partial(_data, project)
     yield partial(_lock, project)
+    yield partial(_splits, project)
+    yield from (partial(_database, project, name) for name in databases.NAMES)
     yield from _servers(project)
     yield partial(_champion, project)
     yield partial(_schedule, project)
@@ -216,6 +226,40 @@ def _lock(project: Project) -> Check:
     return Check("run", True, detail)
 
 
+def _splits(project: Project) -> Check:
+    """The ledger against what the last judged run recorded, which MLflow knows, or else the copy on this machine."""
+    with _open_registry(project) as registry:
+        recorded = registry.judged_ledger() if registry else ledger.remembered(project)
+        known = recorded is not None or _registry_has_runs(project, registry)
+    rows = ledger.require(project.splits_file, recorded)
+    if rows and not known:
+        return Check(
+            "splits",
+            False,
+            f"splits.csv holds the splits of {len(rows)} videos, but the registry is empty: nothing here was judged on "
+            "them",
+            "in a new clone: `sora run`; otherwise .sora/ or its mlflow.db was lost: `sora restore` a backup",
+        )
+    detail = f"{len(rows)} videos" if rows else "none are dealt yet"
+    return Check("splits", True, f"{detail}, all that {recorded.name} recorded among them" if recorded else detail)
+
+
+def _registry_has_runs(project: Project, registry: Registry | None) -> bool:
+    if registry is not None:
+        return any(True for _ in registry.search_runs(limit=1))
+    return databases.file_of(project, "mlflow").exists() or bool(project.settings().services.mlflow_tracking_uri)
+
+
+def _database(project: Project, name: str) -> Check:
+    found, check = databases.look(project, name), f"{name} database"
+    if not found.exists:
+        return Check(check, True, "none yet")
+    if found.damage:
+        return Check(check, False, f"{found.file} is damaged: {found.damage}", found.mend)
+    seen = "" if found.whole else "; it is busy or large, so it was not looked at to its end"
+    return Check(check, True, f"{found.size / 1e6:.1f} MB{seen}")
+
+
 def _servers(project: Project) -> Iterator[Callable[[], Check]]:
     def one(name: str, configured: str | None, probe: str) -> Check:
         from sora import services
@@ -248,6 +292,20 @@ def _servers(project: Project) -> Iterator[Callable[[], Check]]:
 
 
 def _champion(project: Project) -> Check:
+    with _open_registry(project) as registry:
+        if registry is None:
+            return _cached_champion(project)
+        champion = registry.champion_ref()
+    if champion is None:
+        return Check("champion", False, "none yet", "sora run: the first version that passes its gate becomes champion")
+    accuracy = champion.metrics.get("test/accuracy")
+    shown = "" if accuracy is None else f", test accuracy {accuracy:.3f}"
+    return Check("champion", True, f"version {champion.version}, data version {champion.data_version[:12]}{shown}")
+
+
+@contextmanager
+def _open_registry(project: Project) -> Iterator[Registry | None]:
+    """The registry where a server of it is known; no server is started."""
     from sora import services
     from sora.registry import Registry
 
@@ -255,17 +313,13 @@ def _champion(project: Project) -> Check:
     running = services.running(project).get("mlflow")
     address = settings.services.mlflow_tracking_uri or (running.url if running else None)
     if address is None:
-        return _cached_champion(project)
+        yield None
+        return
     registry = Registry(address, settings.name)
     try:
-        champion = registry.champion_ref()
+        yield registry
     finally:
         registry.close()
-    if champion is None:
-        return Check("champion", False, "none yet", "sora run: the first version that passes its gate becomes champion")
-    accuracy = champion.metrics.get("test/accuracy")
-    shown = "" if accuracy is None else f", test accuracy {accuracy:.3f}"
-    return Check("champion", True, f"version {champion.version}, data version {champion.data_version[:12]}{shown}")
 
 
 def _cached_champion(project: Project) -> Check:

@@ -10,9 +10,11 @@ Foreign exceptions are translated at the seam of the module that calls the forei
     │   └── VideoError         one video; carries the rule that it breaks
     ├── AnswerIsNo          1  all worked, and the answer is no
     │   ├── NotTrainable       validation stopped the run
+    │   │   └── SplitsLost     the split ledger lacks what was judged
     │   ├── RunActive          another run holds the project
     │   └── PromotionFailed    smoke test failed, nothing to go back to
     └── ServiceError        3  a server, disk or child process failed
+        ├── DatabaseDamaged    MLflow's or Prefect's SQLite file
         ├── DiskFull
         ├── ReadOnly
         └── ApiProblem         Sora's API answered with a problem document
@@ -75,6 +77,10 @@ class NotTrainable(AnswerIsNo):
     """Validation stopped the run: a rule about the whole set does not hold."""
 
 
+class SplitsLost(NotTrainable):
+    """The split ledger lacks rows that a judged run recorded: dealing them anew would leak training into the test."""
+
+
 class RunActive(AnswerIsNo):
     """Another run holds the project's lock."""
 
@@ -101,6 +107,10 @@ class ApiProblem(ServiceError):
     def kind(self) -> str:
         """The last part of the document's `type`: `too-large`, `not-a-video`, `queue-full`, `deadline`, …"""
         return str(self.problem.get("type", "")).rpartition(":")[2]
+
+
+class DatabaseDamaged(ServiceError):
+    """A server's database is no whole SQLite file any more."""
 
 
 class DiskFull(ServiceError):

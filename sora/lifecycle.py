@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sora.errors import InputError, ServiceError
+from sora.errors import AnswerIsNo, InputError, ServiceError
 from sora.progress import say
 from sora.records import ModelVersion, Recipe
 from sora.settings import Project, parse
 
 if TYPE_CHECKING:
     from sora.backup import Made
+    from sora.data.ledger import Restored
     from sora.progress import Bar
     from sora.registry import Registry
 
@@ -158,6 +159,27 @@ def _table(project: Project, target: Path) -> Path:
     rejected = {item["path"] for item in json.loads(project.quarantine.read_text(encoding="utf-8"))}
     table.join(rows, rejected, splits.read(project.splits_file)).to_parquet(target, index=False)
     return target
+
+
+def restore_splits(project: Project, version: int | None = None) -> Restored:
+    """Brings back the rows of the split ledger that `version` (default: the last judged run) recorded.
+
+    Raises:
+        InputError: there is no such version, or it has no whole ledger.
+        AnswerIsNo: nothing was judged yet, so there is nothing to restore.
+        RunActive: a run is active.
+    """
+    from sora.data import ledger
+    from sora.lock import run_lock
+
+    with run_lock(project), open_registry(project) as registry:
+        found = registry.version_ledger(version) if version is not None else registry.judged_ledger()
+        found = found or ledger.remembered(project)
+        if found is None:
+            raise AnswerIsNo(
+                "no judged run holds a copy of splits.csv", mend="`git checkout splits.csv`, or `sora restore` a backup"
+            )
+        return ledger.restore(project.splits_file, found, copies=project.state / "splits")
 
 
 def gc(project: Project, *, keep: int, dry_run: bool) -> dict[str, Any]:

@@ -21,10 +21,11 @@ import yaml
 
 from sora.data import labels, version
 from sora.data.dvc import environment
-from sora.data.scan import LABELS, ignored, scan
+from sora.data.scan import BAD_NAME, LABELS, ignored, is_utf8, scan, shown
 from sora.errors import DiskFull, InputError, ServiceError
 from sora.files import atomic, writing
 from sora.progress import Bar
+from sora.records import RULES
 from sora.settings import Project, parse
 
 _FICLONE = 0x40049409  # ioctl: the new file shares the old one's blocks (Btrfs, XFS, …)
@@ -106,6 +107,8 @@ def params_text(name: str, classes: list[str], *, multilabel: bool = False) -> s
 def _check_places(target: Path, source: Path) -> None:
     if not source.is_dir():
         raise InputError(f"{source} is no folder", mend="give a folder of labelled videos: --data FOLDER")
+    if not is_utf8(str(target)):
+        raise InputError(f"the project's folder {shown(str(target))} has a name that is not UTF-8", mend="rename it")
     if target == source or target.is_relative_to(source) or source.is_relative_to(target):
         raise InputError(f"{target} and {source} lie in each other", mend="name a folder beside the videos")
     if target.exists() and not target.is_dir():
@@ -161,10 +164,8 @@ def _videos(source: Path) -> Iterator[_Source]:
             path = below + entry.name
             if ignored(entry.name):
                 continue
-            try:
-                path.encode()
-            except UnicodeEncodeError:
-                raise InputError(f"the name {os.fsencode(entry.path)!r} is not UTF-8", mend="rename the file") from None
+            if not is_utf8(path):
+                raise InputError(f"{source}/{shown(path)}: {BAD_NAME}", mend=RULES["bad_name"])
             if entry.is_dir():
                 pending.append((Path(entry.path), path + "/", above | {identity}))
             elif entry.is_file():

@@ -17,6 +17,7 @@ THRESHOLD = 0.5  # a multi-label model answers the classes that are at least so 
 
 RULES: dict[str, str] = {
     # rule → the mend that is printed with it
+    "bad_name": "rename the file or folder: its name is not UTF-8 (for many: `convmv -f latin1 -t utf8 -r`)",
     "not_a_video": "remove the file or give it a name that is no video's (readme, licence, csv)",
     "unreadable": "re-export the video; FFmpeg can't decode any frame of it",
     "truncated": "copy the video again from its source: the file ends or breaks before its last frame",

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sora import empty_database
+from sora import databases, empty_database
 from sora.errors import ServiceError
 from sora.files import disk_failure, writing
 from sora.processes import quiet_environment, start_child
@@ -172,7 +172,7 @@ def servers(
     local = [name for name in wanted if not configured[name]]
     started: dict[str, subprocess.Popen[bytes]] = {}
     try:
-        with _in_use(project, counts=not standing) as others:
+        with databases.explained(project, local), _in_use(project, counts=not standing) as others:
             with _exclusive(project):
                 urls = {name: entry.url for name, entry in running(project).items() if name in local}
                 for name, url in urls.items():
@@ -238,6 +238,7 @@ def start(
     Raises:
         ServiceError: one ended or was not ready in time.
     """
+    databases.require(project, [server.name for server in wanted])
     urls: dict[str, str] = {}
     for server in sorted(wanted, key=lambda one: one.database is not None):  # the other starts while it is made
         port = free_port(host, (ports or {}).get(server.name, 0))

@@ -503,6 +503,8 @@ def find_project(start: Path) -> Project:
         SettingsError: there is none.
     """
     start = start.resolve()
+    if any("\ud800" <= character <= "\udfff" for character in str(start)):  # neither DVC nor SQLite take such a path
+        raise SettingsError(f"the folder {str(start)!a} has a name that is not UTF-8", mend="rename the folder")
     for folder in (start, *start.parents):
         if (folder / "params.yaml").is_file():
             return Project(folder)

@@ -21,7 +21,7 @@ from typing import Any
 from sora.errors import InputError, SoraError
 from sora.files import atomic
 from sora.processes import die_with_parent, error_event
-from sora.progress import Bar, bar, say
+from sora.progress import Bar, bar, echo, say
 from sora.settings import Project
 
 BALANCE = "balance_shifted"  # the expectation against the last judged run: no function of the bytes alone
@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
         if place:
             Path(place).write_text(json.dumps(error_event(error)), encoding="utf-8")
         return error.exit_code if isinstance(error, SoraError) else 3
-    print(", ".join(f"{what} {number}" for what, number in counts.items()))
+    echo(", ".join(f"{what} {number}" for what, number in counts.items()))
     return 0
 
 

@@ -30,6 +30,7 @@ from sora import nightly_log, services
 from sora.errors import InputError, RunActive, ServiceError
 from sora.files import writing
 from sora.processes import quiet_environment, start_child
+from sora.progress import echo
 from sora.services import Addresses, Running, Server
 from sora.serving.tokens import ENVIRONMENT, TokenFile
 from sora.settings import Project, Settings
@@ -76,7 +77,7 @@ def up(
     prefect_port: int = 4200,
     mlflow_port: int = 5000,
     api_port: int | None = None,
-    on_line: Callable[[str], None] = print,
+    on_line: Callable[[str], None] = echo,
 ) -> None:
     """Starts every part, waits until each answers, says where, and keeps them up until Ctrl-C or SIGTERM.
 

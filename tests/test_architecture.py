@@ -37,6 +37,7 @@ FLOORS: list[tuple[int, str]] = [
     (3, "sora.promotion"),
     (3, "sora.registry"),
     (3, "sora.nightly_log"),
+    (3, "sora.databases"),
     (4, "sora.empty_database"),
     (4, "sora.services"),
     (4, "sora.serving"),

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from sora import services
-from sora.errors import InputError, RunActive, ServiceError
+from sora.errors import DatabaseDamaged, InputError, RunActive, ServiceError
 from sora.services import Addresses, Running
 from sora.serving.tokens import TokenFile
 from sora.settings import Project
@@ -116,16 +116,17 @@ def test_two_that_start_at_once_share_one_server(tmp_path: Path) -> None:
             one.communicate()
 
 
-def test_a_damaged_database_is_said_with_the_log(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["mlflow", "prefect"])
+def test_a_damaged_database_is_said_before_a_server_starts(tmp_path: Path, name: str) -> None:
     project = make_project(tmp_path)
-    (project.state / "mlflow").mkdir(parents=True)
-    (project.state / "mlflow" / "mlflow.db").write_bytes(b"this is no database" * 100)
+    (project.state / name).mkdir(parents=True)
+    (project.state / name / f"{name}.db").write_bytes(b"this is no database" * 100)
     with (
-        pytest.raises(ServiceError, match=r"(?s)mlflow server.*not a database") as failure,
-        services.servers(project, prefect=False),
+        pytest.raises(DatabaseDamaged, match=rf"{name}'s database .*not a database") as failure,
+        services.servers(project),
     ):
         pass
-    assert "mlflow.log" in failure.value.mend
+    assert "sora restore" in failure.value.mend and not services.log_file(project, name).exists()
     assert belongs_to(project) == []
 
 

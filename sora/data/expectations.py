@@ -13,14 +13,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from sora.data import labels
+from sora.data import labels, ledger
 from sora.data.similar import near_duplicates
 from sora.errors import NotTrainable
 from sora.processes import QUIET_ENV
@@ -31,6 +31,8 @@ Severity = Literal["quarantine", "stop", "warn"]
 
 SET_RULES: dict[str, str] = {
     # rule about the whole set → the mend that is printed with it
+    "bad_name": RULES["bad_name"],
+    "splits_lost": f"{ledger.RESTORE}; {ledger.ANEW}",
     "no_videos": "put videos into data/<class>/",
     "too_few_classes": "add videos of another class, or mend those that were rejected",
     "class_too_rare": "add videos of that class, take it out of `classes`, or lower validate.min_videos_per_class",
@@ -41,10 +43,10 @@ SET_RULES: dict[str, str] = {
 }
 # Which of several broken rules a rejected video carries: the first of these.
 _ORDER = (
-    "symlink", "not_a_video", "unreadable", "unlabelled", "unknown_label", "label_conflict", "truncated", "too_short",
-    "too_small", "odd_frame_rate", "duplicate",
+    "bad_name", "symlink", "not_a_video", "unreadable", "unlabelled", "unknown_label", "label_conflict", "truncated",
+    "too_short", "too_small", "odd_frame_rate", "duplicate",
 )  # fmt: skip
-_DECODING = ("symlink", "not_a_video", "unreadable", "truncated", "unlabelled", "unknown_label")
+_DECODING = ("bad_name", "symlink", "not_a_video", "unreadable", "truncated", "unlabelled", "unknown_label")
 _SHOWN = 5  # examples in a finding's detail
 
 
@@ -85,6 +87,11 @@ class ValidationReport:
                 "not trainable: " + "; ".join(f"{found['rule']}: {found['detail']}" for found in stops),
                 mend="; ".join(SET_RULES[found["rule"]] for found in stops),
             )
+
+    def stopped(self, rule: str, detail: str) -> ValidationReport:
+        """This report with a rule more that stops runs and does not hold (`SET_RULES`)."""
+        finding = {"name": rule, "rule": rule, "success": False, "severity": "stop", "says": "", "observed": 1}
+        return replace(self, ok=False, expectations=[*self.expectations, {**finding, "detail": detail}])
 
     def contract(self) -> dict[str, Any]:
         """What `sora check --json` prints."""
@@ -224,6 +231,10 @@ def _videos(manifest: pd.DataFrame, settings: Settings, classes: list[str]) -> _
                    {"column": "problem", "value_set": [rule]}, _as_decoded)
             for rule, says in _DECODED.items()
         ),
+        # Not only rejected: DVC versions the folder as a whole, and can't with such a name in it.
+        _Check("bad_name.anywhere", "bad_name", "stop", "DVC can version every name.",
+               "ExpectColumnValuesToNotBeInSet", {"column": "problem", "value_set": ["bad_name"]},
+               lambda v: f"{v.path}: {v.detail}"),
         _Check("unlabelled", "unlabelled", "quarantine", "Every video has a label.", "ExpectColumnValuesToNotBeNull",
                {"column": "label"}, lambda v: v.detail or "it lies in no class folder and labels.csv does not name it"),
         _Check("unknown_label", "unknown_label", "quarantine", "Every label is one of the classes.",
@@ -274,6 +285,7 @@ def _videos(manifest: pd.DataFrame, settings: Settings, classes: list[str]) -> _
 
 
 _DECODED = {
+    "bad_name": "Every name is UTF-8.",
     "symlink": "Every video is a file of its own, not a link.",
     "not_a_video": "Every file is a video.",
     "unreadable": "Every video decodes.",

@@ -25,6 +25,8 @@ _DOCUMENTS = frozenset(
     """.split()  # noqa: SIM905
 )
 _DOCUMENT_NAMES = re.compile(r"(readme|licen[cs]e|copying|notice|authors|changelog|citation|makefile)[\w-]*", re.I)
+UNVERSIONED = frozenset({".git", ".hg", ".dvc"})  # folders that DVC never versions, wherever they stand
+BAD_NAME = "its name is not UTF-8, and no version of data/ can hold it"
 _SYSTEM_NAMES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 
 
@@ -104,13 +106,12 @@ def _walk(folder: Path, below: str, listed: dict) -> Iterator[tuple[str, str | N
         return
     for entry in entries:
         path = below + entry.name
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            shown = os.fsencode(path).decode("utf-8", "backslashreplace")
-            yield shown, "unreadable", "the name is not UTF-8; rename it"
+        if not is_utf8(path):
+            yield shown(path), "bad_name", BAD_NAME
             continue
         if ignored(entry.name, entry.is_dir(follow_symlinks=False)) and _key(path) not in listed:
+            if entry.is_dir(follow_symlinks=False):  # DVC versions what lies there all the same
+                yield from ((name, "bad_name", BAD_NAME) for name in badly_named(Path(entry.path), path + "/"))
             continue
         if entry.is_symlink():
             yield (
@@ -124,6 +125,30 @@ def _walk(folder: Path, below: str, listed: dict) -> Iterator[tuple[str, str | N
             yield path, "not_a_video", "no regular file"
         else:
             yield path, None, ""
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name from the file system is UTF-8; Python holds the bytes of others as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def shown(name: str) -> str:
+    """A name with the bytes that are not UTF-8 as `\\xff`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def badly_named(folder: Path, below: str = "") -> Iterator[str]:
+    """Paths below `folder`, as `shown`, whose names are not UTF-8: DVC can't version them. Links are not followed."""
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:
+        return
+    for entry in entries:
+        path = below + entry.name
+        if not is_utf8(path):
+            yield shown(path)
+        elif entry.is_dir(follow_symlinks=False) and entry.name not in UNVERSIONED:
+            yield from badly_named(Path(entry.path), path + "/")
 
 
 def _key(path: str) -> str:

@@ -11,9 +11,7 @@ renamed), so a crash leaves the old file or the new one, never half a line.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +19,8 @@ import numpy as np
 import pandas as pd
 
 from sora.data import labels, similar
+from sora.data import ledger as ledgers
+from sora.data.ledger import COLUMNS
 from sora.data.similar import near_duplicates
 from sora.errors import InputError, ServiceError
 from sora.files import atomic
@@ -29,9 +29,7 @@ from sora.settings import Settings
 
 __all__ = ["COLUMNS", "Assignment", "append", "assign", "digest", "near_duplicates", "read", "units"]
 
-COLUMNS = ("sha256", "split", "group")
 _TRAIN, _VAL, _TEST = (SPLITS.index(name) for name in ("train", "val", "test"))
-_RESTORE = "restore it from git (`git checkout splits.csv`) or correct that line; Sora never guesses a split"
 
 
 @dataclass(frozen=True)
@@ -50,33 +48,8 @@ def read(path: Path) -> pd.DataFrame:
     Raises:
         InputError: the file is no ledger, ends in the middle of a line, or gives a video two splits.
     """
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        return pd.DataFrame({name: pd.Series(dtype=str) for name in COLUMNS})
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"can't read the split ledger {path}: {error}", mend=_RESTORE) from error
-    header = ",".join(COLUMNS)
-    if text and not text.endswith("\n"):
-        last = text.count("\n") + 1
-        raise InputError(f"{path}: line {last} is torn (no end of line): {text.splitlines()[-1][:80]!r}", mend=_RESTORE)
-    if text.split("\n", 1)[0].rstrip("\r") != header:
-        raise InputError(f"{path}: the first line must be {header!r}, not {text[:80].splitlines()[:1]}", mend=_RESTORE)
-    try:
-        rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))[1:]
-    except csv.Error as error:
-        raise InputError(f"{path} is no CSV: {error}", mend=_RESTORE) from error
-    hexadecimal = set("0123456789abcdef")
-    seen: dict[str, str] = {}
-    for number, row in enumerate(rows, start=2):
-        if len(row) != 3 or len(row[0]) != 64 or not hexadecimal.issuperset(row[0]) or row[1] not in SPLITS:
-            shown = ",".join(row)[:100]
-            raise InputError(f"{path}: row {number} is not `sha256,split,group`: {shown!r}", mend=_RESTORE)
-        if seen.setdefault(row[0], row[1]) != row[1]:
-            raise InputError(f"{path}: row {number} puts {row[0][:12]}… in {row[1]}, an earlier one in {seen[row[0]]}",
-                             mend=_RESTORE)  # fmt: skip
-    ledger = pd.DataFrame(rows, columns=list(COLUMNS), dtype=str)
-    return ledger.drop_duplicates("sha256", ignore_index=True)
+    rows = [(row.sha256, row.split, row.group) for row in ledgers.read(path)]
+    return pd.DataFrame({name: pd.Series([row[i] for row in rows], dtype=str) for i, name in enumerate(COLUMNS)})
 
 
 def append(path: Path, assignment: Assignment) -> None:

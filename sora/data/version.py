@@ -21,17 +21,17 @@ import yaml
 
 from sora import provenance
 from sora.data.dvc import dvc, git
-from sora.errors import InputError, ServiceError, SettingsError, SoraError
+from sora.data.scan import BAD_NAME, UNVERSIONED, badly_named
+from sora.errors import InputError, NotTrainable, ServiceError, SettingsError, SoraError
 from sora.files import atomic
 from sora.processes import rebuild_error
+from sora.records import RULES
 from sora.settings import Project
 
 STAGES = ("manifest", "validate", "shards")
 CODE_LOCK = "preprocessing.lock"
 # What names a state of a project; a run stores these texts, and `restore` writes them.
 STATE_FILES = ("data.dvc", "dvc.yaml", "dvc.lock", CODE_LOCK, "params.yaml", "splits.csv")
-# Folders that DVC never versions, wherever they stand.
-_UNVERSIONED = frozenset({".git", ".hg", ".dvc"})
 _CODE_HEADER = "# Hashes of the code behind each stage of dvc.yaml. Sora writes this file; git keeps it.\n"
 
 
@@ -52,8 +52,13 @@ def add(project: Project) -> str:
 
     Raises:
         InputError: `data/` is no folder, is a link, or holds something that can't be versioned.
+        NotTrainable: a name in it is not UTF-8.
         ServiceError: DVC recorded another number of files than there are.
     """
+    bad = sorted(badly_named(project.data))
+    if bad:
+        some = ", ".join(f"data/{name}" for name in bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise NotTrainable(f"not trainable: bad_name: {some}: {BAD_NAME}", mend=RULES["bad_name"])
     expected = _count_files(project.data)
     dvc(project.root, "add", "--no-relink", "data")  # relinking would replace links in data/ by copies
     recorded = _data_out(project)
@@ -119,7 +124,7 @@ def _count_files(folder: Path) -> int:
         with os.scandir(folders.pop()) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
-                    if entry.name not in _UNVERSIONED:
+                    if entry.name not in UNVERSIONED:
                         folders.append(Path(entry.path))
                 elif entry.is_symlink() and not os.path.exists(entry.path):
                     raise InputError(

@@ -181,8 +181,8 @@ class Runs:
         facts = {key: value for key, value in state.items() if not _is_file(key, value)}
         self.log_text(run_id, f"{STATE_FOLDER}/{_FACTS}", json.dumps(facts))
 
-    def run_state(self, run_id: str) -> dict[str, Any]:
-        """What `log_state` stored.
+    def run_state(self, run_id: str, only: str = "") -> dict[str, Any]:
+        """What `log_state` stored; `only`: of the files that one.
 
         Raises:
             InputError: the run has none.
@@ -191,7 +191,8 @@ class Runs:
         names = [path.rsplit("/", 1)[-1] for path in self._rest.names(root, STATE_FOLDER)]
         if _FACTS not in names:
             raise InputError(f"run {run_id} has no stored state", mend="choose a version that a full `sora run` made")
-        texts = {name: self._rest.text(root, f"{STATE_FOLDER}/{name}") for name in names}
+        wanted = [name for name in names if only in ("", name) or name == _FACTS]
+        texts = {name: self._rest.text(root, f"{STATE_FOLDER}/{name}") for name in wanted}
         return {**json.loads(texts.pop(_FACTS)), **texts}
 
     def search_runs(self, filter_string: str = "", limit: int | None = None) -> Iterator[dict[str, Any]]:

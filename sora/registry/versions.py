@@ -14,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from sora.data import ledger
 from sora.errors import AnswerIsNo, DiskFull, InputError, ServiceError
 from sora.records import EvalReport, ModelVersion, Recipe
 from sora.registry import folder
@@ -26,6 +27,7 @@ JUDGED = ("promoted", "refused")
 REFUSED_BY_SERVER = "serving/refused"  # tag of a version
 _REASON_CHARS = 2000  # a tag holds 5000
 _NOTE_SECONDS = 5.0
+_LEDGERS = 20  # judged runs whose stored ledger is tried
 _LARGEST = 2**31 - 1  # version that a database column of MLflow's takes
 
 
@@ -238,6 +240,28 @@ class Versions(Runs):
             version = int(own["version"]) if own.get("version") else None
             return {**own, "run_id": str(run["info"]["run_id"]), "version": version, "metrics": metrics}
         return None
+
+    def judged_ledger(self) -> ledger.Recorded | None:
+        """The split ledger that the last judged run stored, of the last few the first that is whole; or None."""
+        for run in self.search_runs("tags.`sora.judged` = 'true'", limit=_LEDGERS):
+            number = tags_of(run["data"]).get("sora.version")
+            with suppress(InputError, NotFound):
+                return self._ledger_of(str(run["info"]["run_id"]), int(number) if number else None)
+        return None
+
+    def version_ledger(self, version: int) -> ledger.Recorded:
+        """The split ledger that a version's run stored.
+
+        Raises:
+            InputError: there is no such version, or no whole ledger with it.
+        """
+        return self._ledger_of(str(self._version(version).get("run_id", "")), version)
+
+    def _ledger_of(self, run_id: str, version: int | None) -> ledger.Recorded:
+        found = self.run_state(run_id, only="splits.csv").get("splits.csv")
+        if found is None:
+            raise InputError(f"run {run_id} has no stored splits.csv", mend="choose another version: --from VERSION")
+        return ledger.Recorded(run_id, version, tuple(ledger.parse(found.encode(), f"splits.csv of run {run_id}")))
 
     def times_judged(self, test_digest: str) -> int:
         """How many runs were judged on the test split with this digest (their tag `test_digest`)."""

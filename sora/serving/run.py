@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from sora import services
 from sora.data.inbox import Inbox
 from sora.errors import InputError, ServiceError, SoraError
+from sora.progress import say
 from sora.serving.app import create_app
 from sora.serving.guard import is_loopback
 from sora.serving.server import listen, serve
@@ -58,7 +58,7 @@ def run(project: Project, host: str | None = None, port: int | None = None) -> N
     follower = app.state.service.follower
     mlflow.start(lambda: follower.current is not None or _champion_of(cache) is None)
     address = f"http://{_written(listener)}/"
-    print(f"Sora answers at {address} once the model is loaded; Ctrl-C ends it", file=sys.stderr, flush=True)
+    say(f"Sora answers at {address} once the model is loaded; Ctrl-C ends it")
     try:
         serve(app, listener)
     finally:

@@ -146,7 +146,7 @@ def test_pipes_and_names_that_are_not_utf8(tmp_path):
     (Path(os.fsdecode(os.fsencode(tmp_path / "run") + b"/\xff.mp4"))).write_bytes(b"x")
     found = rows(tmp_path)
     assert found["run/pipe.mp4"][2] == "not_a_video"
-    assert found["run/\\xff.mp4"][2] == "unreadable"
+    assert found["run/\\xff.mp4"][2] == "bad_name"
     manifest.write(build(tmp_path, SETTINGS), tmp_path / "m.parquet")
 
 
