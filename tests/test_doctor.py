@@ -32,7 +32,7 @@ def project(tmp_path: Path) -> Project:
     for name in ("a/1.mp4", "b/2.mp4"):
         (project.data / name).parent.mkdir(parents=True)
         (project.data / name).write_bytes(b"12345")
-    project.data_dvc.write_text("outs:\n- md5: 00.dir\n  nfiles: 2\n  size: 10\n  path: data\n")
+    project.data_dvc.write_text(f"outs:\n- md5: {'0' * 32}.dir\n  nfiles: 2\n  size: 10\n  path: data\n")
     return project
 
 
