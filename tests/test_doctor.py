@@ -71,6 +71,15 @@ def test_data_that_is_not_what_was_versioned(project: Project) -> None:
     assert "no version" in found(project)["data"]["detail"]
 
 
+@pytest.mark.parametrize("name", ["data.dvc", "dvc.lock"])
+def test_torn_files_of_dvc_are_named(project: Project, name: str) -> None:
+    (project.root / name).write_text("outs:\n- md5: 12")
+    check = found(project)["data"]
+    assert not check["ok"]
+    assert name in check["detail"] and "is torn" in check["detail"]
+    assert f"remove {name}" in check["mend"]
+
+
 def test_a_run_that_is_active_is_named(project: Project) -> None:
     with run_lock(project):
         assert f"process {os.getpid()}" in found(project)["run"]["detail"]

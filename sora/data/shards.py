@@ -486,7 +486,7 @@ def _schema(pa: Any) -> Any:
 
 def _index_digest(about: dict[str, Any], index: pd.DataFrame) -> str:
     """Of what an index says, so that a flipped bit in it can't give a clip to another video."""
-    found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    found = hashlib.sha256(json.dumps([about, list(index.columns)], sort_keys=True).encode())
     for name in index.columns:
         values = index[name].to_numpy()
         found.update(values.tobytes() if values.dtype == np.int64 else "\n".join(values).encode())
@@ -530,7 +530,7 @@ class ShardSet:
             files = {int(number): name for number, name in about["files"].items()}
             index = table.to_pandas(ignore_metadata=True)
             digest = about.pop("digest", None)
-            if "digest" in index and digest != _index_digest(about, index):
+            if ("digest" in index or digest is not None) and digest != _index_digest(about, index):
                 raise ValueError(f"{INDEX} was changed after it was written")
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
             raise InputError(
