@@ -285,6 +285,7 @@ def _take_set(old: ShardSet | None, found: _Found, recorded: Recorded) -> None:
     contents = old.contents()
     damaged, unknown = [], []
     header, size = len(_header(0, old.spec)), _clip_bytes(old.spec)
+    row_of = old.index["row"].to_numpy()
     for number, content in contents.items():
         file = old.folder / old.files[number]
         damage = old.damage_of(number, content)
@@ -296,7 +297,7 @@ def _take_set(old: ShardSet | None, found: _Found, recorded: Recorded) -> None:
                 damage = Damage(file, "is not the file that DVC recorded", every, len(every))
         for sha256, places in old.places_of(number).items():
             if damage is None or sha256 not in damage.lost:
-                row = int(old.index["row"].to_numpy()[places[0]])
+                row = int(row_of[places[0]])
                 digests = content.digests[row : row + len(places)]
                 found.rows[sha256] = _Rows(file, header + row * size, digests)
         if damage is None:
@@ -509,6 +510,7 @@ class ShardSet:
         self.folder, self.spec, self.index, self.code, self.files = folder, spec, index, code, files
         self._bucket = index["bucket"].to_numpy()
         self._row = index["row"].to_numpy()
+        self._owner = index["sha256"].to_numpy()
         self._maps: dict[int, np.ndarray] = {}
         self._digests = index["digest"].to_numpy() if "digest" in index else None
         self._checked = np.zeros(len(index), bool)
@@ -594,8 +596,11 @@ class ShardSet:
     def places_of(self, number: int) -> dict[str, np.ndarray]:
         """sha256 of a bucket's videos → positions of their clips in the index."""
         places = np.flatnonzero(self._bucket == number)
-        owners = self.index["sha256"].to_numpy()[places]
-        return {sha256: places[owners == sha256] for sha256 in dict.fromkeys(owners)}
+        if not len(places):
+            return {}
+        owners = self._owner[places]  # those of one video lie side by side
+        starts = np.flatnonzero(np.concatenate([[True], owners[1:] != owners[:-1]]))
+        return dict(zip(owners[starts], np.split(places, starts[1:]), strict=True))
 
     def damage_of(self, number: int, content: _Content) -> Damage | None:
         """What is wrong with a bucket; without digests only what its length, its header and the disk say."""

@@ -481,7 +481,8 @@ def _set_aside(cache: Path, named: dict[str, str], checked: set[str]) -> dict[st
         if found == md5.removesuffix(".dir"):
             checked.add(md5)
             return True
-        os.replace(place, place.with_name(f"{place.name}.damaged"))
+        with writing(place):
+            os.replace(place, place.with_name(f"{place.name}.damaged"))
         return False
 
     damaged = {}
@@ -518,11 +519,11 @@ def _mend_from_files(project: Project, cache: Path, damaged: dict[str, str]) -> 
 
 def code_notes(project: Project, saved: dict[str, Any]) -> list[str]:
     """In words, what of the code differs from when `saved` was stored."""
-    now, notes = state(project), []
-    if saved.get("code_hash") not in (None, now["code_hash"]):
+    commit, notes = git(project.root, "rev-parse", "HEAD"), []
+    if saved.get("code_hash") not in (None, code_hash()):
         notes.append("the preprocessing code has changed since: the stored clips were used, today's would differ")
-    if saved.get("git_commit") != now["git_commit"]:
-        notes.append(f"git stood at {saved.get('git_commit')} then and stands at {now['git_commit']} now")
+    if saved.get("git_commit") != commit:
+        notes.append(f"git stood at {saved.get('git_commit')} then and stands at {commit} now")
     if saved.get("git_dirty"):
         notes.append("files were changed and not committed then")
     return notes

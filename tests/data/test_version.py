@@ -410,6 +410,16 @@ def test_the_way_back_that_is_named_works(prepared_project: Project) -> None:
     assert counts(prepared_project, "shards")["decoded"] == 0
 
 
+def test_a_version_comes_back_beside_torn_files(prepared_project: Project, tmp_path: Path) -> None:
+    """Its own data.dvc and dvc.lock are stored with it: what stands in the project does not matter."""
+    saved = version.state(prepared_project)
+    for name in ("data.dvc", "dvc.lock"):
+        (prepared_project.root / name).write_text("outs: [")
+    restored = version.restore(prepared_project, saved, tmp_path / "restored")
+    assert tree(restored.data) == tree(prepared_project.data)
+    assert version.code_notes(prepared_project, saved) == ["files were changed and not committed then"]
+
+
 def test_without_data_and_git_a_torn_data_dvc_is_said_to_be_lost(prepared_project: Project) -> None:
     prepared_project.data_dvc.write_text("outs:\n- md5: 12")
     shutil.rmtree(prepared_project.data)
