@@ -198,6 +198,9 @@ def _of_project(project: Project) -> Iterator[Callable[[], Check]]:
 
 
 def _data(project: Project) -> Check:
+    from sora.data.version import require_whole
+
+    require_whole(project)
     if not project.data.is_dir():
         return Check("data", False, f"{project.data} is missing", "sora run (it fetches what data.dvc names)")
     if not project.data_dvc.is_file():

@@ -118,6 +118,7 @@ def _state(registry: Versions, number: int) -> dict[str, Any]:
 
 
 def _present(project: Project) -> dict[str, Any]:
+    version.require_whole(project)  # what a torn one named is not known: nothing may go
     names = ("data.dvc", "dvc.lock")
     return {n: (project.root / n).read_text(encoding="utf-8") for n in names if (project.root / n).is_file()}
 

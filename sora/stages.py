@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,10 @@ def validate(project: Project) -> dict[str, int]:
 
 
 def shards(project: Project) -> dict[str, int]:
-    """Writes the clips of accepted videos; only the buckets of changed videos."""
+    """Writes the clips of accepted videos; only the buckets of changed videos and of damaged clips."""
     from sora.data import manifest as manifests
     from sora.data import shards as sharding
+    from sora.data import version
 
     if _from_scratch():
         shutil.rmtree(project.shards, ignore_errors=True)
@@ -86,6 +88,7 @@ def shards(project: Project) -> dict[str, int]:
             buckets=settings.shards.buckets,
             workers=settings.shards.workers,
             progress=update,
+            recorded=cache(lambda: version.recorded_files(project, project.shards)),
         )
     return asdict(made)
 

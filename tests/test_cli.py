@@ -72,6 +72,27 @@ def test_wrong_usage(tmp_path: Path) -> None:
     assert sora(tmp_path, "fly").returncode == 2
 
 
+def test_torn_files_of_dvc(project: Path) -> None:
+    """What reads data.dvc and dvc.lock names them with the way back, what doesn't goes on."""
+    lock, data = project / "dvc.lock", project / "data.dvc"
+    whole = data.read_text()
+    try:
+        data.write_text(whole[: len(whole) // 3])
+        refused(sora(project, "run", "--json"), 2, str(data), "is torn", "git checkout HEAD -- data.dvc")
+        assert sora(project, "check", "--json").returncode == 0
+        doctor = json.loads(sora(project, "doctor", "--json").stdout)["checks"]
+        [check] = [check for check in doctor if check["name"] == "data"]
+        assert not check["ok"] and str(data) in check["detail"]
+        models = sora(project, "models", "--json")
+        assert models.returncode == 0 and json.loads(models.stdout) == []
+        data.write_text(whole)
+        lock.write_text("<<<<<<< HEAD\n")
+        refused(sora(project, "run", "--json"), 2, str(lock), "unfinished git merge", "remove dvc.lock")
+    finally:
+        data.write_text(whole)
+        lock.unlink(missing_ok=True)
+
+
 def test_a_wrong_setting_is_named(project: Path) -> None:
     path = project / "params.yaml"
     text = path.read_text(encoding="utf-8")

@@ -32,7 +32,7 @@ def project(tmp_path: Path) -> Project:
     for name in ("a/1.mp4", "b/2.mp4"):
         (project.data / name).parent.mkdir(parents=True)
         (project.data / name).write_bytes(b"12345")
-    project.data_dvc.write_text("outs:\n- md5: 00.dir\n  nfiles: 2\n  size: 10\n  path: data\n")
+    project.data_dvc.write_text(f"outs:\n- md5: {'0' * 32}.dir\n  nfiles: 2\n  size: 10\n  path: data\n")
     return project
 
 
@@ -69,6 +69,15 @@ def test_data_that_is_not_what_was_versioned(project: Project) -> None:
     assert not found(project)["data"]["ok"]
     project.data_dvc.unlink()
     assert "no version" in found(project)["data"]["detail"]
+
+
+@pytest.mark.parametrize("name", ["data.dvc", "dvc.lock"])
+def test_torn_files_of_dvc_are_named(project: Project, name: str) -> None:
+    (project.root / name).write_text("outs:\n- md5: 12")
+    check = found(project)["data"]
+    assert not check["ok"]
+    assert name in check["detail"] and "is torn" in check["detail"]
+    assert f"remove {name}" in check["mend"]
 
 
 def test_a_run_that_is_active_is_named(project: Project) -> None:

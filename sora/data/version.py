@@ -10,21 +10,24 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sora import provenance
+from sora import pool, provenance
 from sora.data.dvc import dvc, git
 from sora.data.scan import BAD_NAME, UNVERSIONED, badly_named
 from sora.errors import InputError, NotTrainable, ServiceError, SettingsError, SoraError
-from sora.files import atomic
+from sora.files import atomic, writing
 from sora.processes import rebuild_error
+from sora.progress import say
 from sora.records import RULES
 from sora.settings import Project
 
@@ -32,6 +35,7 @@ STAGES = ("manifest", "validate", "shards")
 CODE_LOCK = "preprocessing.lock"
 # What names a state of a project; a run stores these texts, and `restore` writes them.
 STATE_FILES = ("data.dvc", "dvc.yaml", "dvc.lock", CODE_LOCK, "params.yaml", "splits.csv")
+_MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 _CODE_HEADER = "# Hashes of the code behind each stage of dvc.yaml. Sora writes this file; git keeps it.\n"
 
 
@@ -51,10 +55,12 @@ def add(project: Project) -> str:
     """Records the bytes of `data/` in `data.dvc` and the cache; returns the data version.
 
     Raises:
-        InputError: `data/` is no folder, is a link, or holds something that can't be versioned.
+        InputError: `data/` is no folder, is a link, or holds something that can't be versioned; data.dvc or dvc.lock is
+            damaged.
         NotTrainable: a name in it is not UTF-8.
         ServiceError: DVC recorded another number of files than there are.
     """
+    require_whole(project)
     bad = sorted(badly_named(project.data))
     if bad:
         some = ", ".join(f"data/{name}" for name in bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
@@ -87,7 +93,7 @@ def ensure_data(project: Project) -> bool:
     """Gets `data/` from the cache or the remote where a clone has only data.dvc. True when it had to.
 
     Raises:
-        InputError: there is neither `data/` nor data.dvc.
+        InputError: there is neither `data/` nor data.dvc, or data.dvc is damaged.
         ServiceError: neither the cache nor the remote has the files.
     """
     if project.data.is_dir():
@@ -96,20 +102,73 @@ def ensure_data(project: Project) -> bool:
         raise InputError(
             f"{project.root} has neither data/ nor data.dvc", mend="put the videos into data/<class>/ and run again"
         )
+    require_whole(project)
     pull(project, ["data.dvc"])
     return True
 
 
 def _data_out(project: Project) -> dict[str, Any]:
+    return _read_whole(project, "data.dvc")["outs"][0]
+
+
+def require_whole(project: Project) -> None:
+    """Checks that data.dvc and dvc.lock, where they are there, are what DVC wrote.
+
+    Raises:
+        InputError: one is torn or holds the marks of a merge. It says how to get it back; nothing is restored unasked,
+            since git's last commit may name other data than the damaged file did.
+    """
+    for name in ("data.dvc", "dvc.lock"):
+        if (project.root / name).exists():
+            _read_whole(project, name)
+
+
+def _read_whole(project: Project, name: str) -> dict[str, Any]:
+    path = project.root / name
     try:
-        out = yaml.safe_load(project.data_dvc.read_text(encoding="utf-8"))["outs"][0]
-        out["md5"]
-        return out
-    except (OSError, yaml.YAMLError, KeyError, IndexError, TypeError) as error:
-        raise InputError(
-            f"{project.data_dvc} is not what DVC writes: {error!r}",
-            mend="restore it from git, or remove it and run again",
-        ) from error
+        text = path.read_text(encoding="utf-8")
+        fault = _fault(name, text)
+    except (OSError, UnicodeDecodeError) as error:
+        text, fault = "", f"can't be read: {error}"
+    if fault:
+        raise InputError(f"{path} {fault}", mend=_how_to_restore(project, name))
+    return yaml.safe_load(text)
+
+
+def _fault(name: str, text: str) -> str:
+    """What is wrong with the text of a data.dvc or dvc.lock; "" when nothing is."""
+    if not text.strip():
+        return "is empty"
+    if re.search(r"^(<{7}|={7}|>{7})( |$)", text, re.MULTILINE):
+        return "holds the conflict marks of an unfinished git merge"
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        return f"is torn: it is no YAML ({' '.join(str(error).split())})"
+    try:
+        if name == "data.dvc":
+            entries = [value["outs"][0]]
+        else:
+            own = [stage for name, stage in value["stages"].items() if name in STAGES]
+            entries = [entry for stage in own for entry in (*stage["deps"], *stage["outs"])]
+        wrong = [entry for entry in entries if not (entry["path"] and _MD5.fullmatch(str(entry["md5"])))]
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        return f"is torn: it is not what DVC writes ({error!r})"
+    return f"is torn: {wrong[0]['md5']!r} is no MD5" if wrong else ""
+
+
+def _how_to_restore(project: Project, name: str) -> str:
+    last = git(project.root, "show", f"HEAD:./{name}")
+    from_git = f"`git checkout HEAD -- {name}` in {project.root} brings back what git's last commit holds"
+    if name == "dvc.lock":
+        anew = f"remove {name}: the next `sora run` writes it anew, and keeps what is prepared and intact"
+    elif project.data.is_dir():
+        anew = f"remove {name}: the next `sora run` writes it anew from data/"
+    else:
+        anew = f"get {name} from another clone: without data/ nothing else says which data it named"
+    if last is None or _fault(name, last):
+        return f"{anew} (git has no whole copy of it)"
+    return f"{from_git}; or {anew}"
 
 
 def _count_files(folder: Path) -> int:
@@ -147,25 +206,46 @@ def _count_files(folder: Path) -> int:
 def reproduce(project: Project, *, force: bool = False) -> list[str]:
     """Brings `prepared/` up to date; returns the names of the stages that ran. `force`: all of them, from scratch.
 
+    The clips that training reads next are those that were written: damaged ones are made anew, here or in the stage.
+
     Raises:
         NotTrainable: a rule about the whole set does not hold.
         SettingsError: params.yaml lacks a section that dvc.yaml names.
         SoraError: what a stage raised.
         RunActive: another DVC command works in this project.
+        InputError: data.dvc or dvc.lock is damaged.
     """
+    require_whole(project)
     _check_parameters(project)
     write_code_lock(project)
+    ran = _repro(project, *(["--force"] if force else []), fresh=force)
+    # The stage compares what it finds with the digests. But DVC knows files by size and time: where a disk forgot bits,
+    # it sees nothing to do.
+    if "shards" not in ran and _shards_are_damaged(project):
+        ran += _repro(project, "--force", "--single-item", "shards")
+    return ran
+
+
+def _shards_are_damaged(project: Project) -> bool:
+    from sora.data.shards import ShardSet
+
+    try:
+        return bool(ShardSet.open(project.shards).damage())
+    except InputError:
+        return True
+
+
+def _repro(project: Project, *options: str, fresh: bool = False) -> list[str]:
     with tempfile.TemporaryDirectory(prefix="sora-stage-") as folder:
         error_file = Path(folder) / "error.json"
         more = {"SORA_STAGE_ERROR": str(error_file), "SORA_STAGE_OWNER": str(os.getpid())}
-        if force:
+        if fresh:
             more["SORA_STAGE_FRESH"] = "1"
         if sys.stderr.isatty():
             more["SORA_STAGE_TTY"] = os.ttyname(sys.stderr.fileno())
         try:
             # DVC's run cache would bring verdicts back without the Data Docs that belong to them.
-            options = ["--no-run-cache", *(["--force"] if force else [])]
-            output = dvc(project.root, "repro", *options, relay=True, env=more)
+            output = dvc(project.root, "repro", "--no-run-cache", *options, relay=True, env=more)
         except SoraError as error:
             if error_file.exists():
                 raise rebuild_error(json.loads(error_file.read_text(encoding="utf-8"))) from error
@@ -173,8 +253,24 @@ def reproduce(project: Project, *, force: bool = False) -> list[str]:
     return re.findall(r"^Running stage '([^']+)'", output, re.MULTILINE)
 
 
+def recorded_files(project: Project, folder: Path) -> dict[str, str]:
+    """Names of the files of an output's folder → MD5, as dvc.lock and DVC's cache have them; {} where they don't."""
+    try:
+        lock = yaml.safe_load((project.root / "dvc.lock").read_text(encoding="utf-8"))
+        path = folder.relative_to(project.root).as_posix()
+        outs = (out for stage in lock["stages"].values() for out in stage.get("outs", ()))
+        md5 = next(out["md5"] for out in outs if out["path"] == path)
+        listing = _object(cache_folder(project), md5).read_bytes()
+        if f"{hashlib.md5(listing, usedforsecurity=False).hexdigest()}.dir" != md5:
+            return {}
+        return {entry["relpath"]: entry["md5"] for entry in json.loads(listing)}
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError, StopIteration):
+        return {}
+
+
 def status(project: Project) -> dict[str, Any]:
     """What `dvc status` says: {} when data and stages are up to date, else {stage: [what changed]}."""
+    require_whole(project)
     return json.loads(dvc(project.root, "status", "--json"))
 
 
@@ -246,7 +342,11 @@ def state(project: Project) -> dict[str, Any]:
 
     The texts of `STATE_FILES` (those that exist) by name, and `git_commit` (None without one), `git_dirty`,
     `data_version`, `code_hash`.
+
+    Raises:
+        InputError: data.dvc or dvc.lock is damaged: nobody could come back to it.
     """
+    require_whole(project)
     texts = {
         name: (project.root / name).read_text(encoding="utf-8")
         for name in STATE_FILES
@@ -269,9 +369,12 @@ def restore(project: Project, saved: dict[str, Any], target: Path, *, data: bool
     The project's own files stay as they are. `data=False` leaves `data/` out: manifest, verdicts and shards suffice to
     evaluate a model.
 
+    Objects of the cache are compared with their names before they are laid out. A damaged one is set aside, and taken
+    from the project's own files or the remote, whichever has its bytes; that is said.
+
     Raises:
         InputError: the state names no data, or `target` is not empty.
-        ServiceError: neither cache nor remote has what the state names.
+        ServiceError: neither cache nor remote has what the state names, or what they have is damaged (it names it).
     """
     if "data.dvc" not in saved or "dvc.lock" not in saved:
         raise InputError("this version has no stored data.dvc and dvc.lock: it can't be restored")
@@ -284,25 +387,123 @@ def restore(project: Project, saved: dict[str, Any], target: Path, *, data: bool
     for name in ("config", "config.local"):
         if (project.root / ".dvc" / name).is_file():
             _copy_config(project.root / ".dvc" / name, target / ".dvc" / name)
-    settings = [("core.no_scm", "true"), ("cache.dir", str(cache_folder(project)))]
+    cache = cache_folder(project)
+    settings = [("core.no_scm", "true"), ("cache.dir", str(cache))]
     for key, value in settings:
         dvc(target, "config", "--local", key, value)
     restored = Project(target)
     targets = [*(["data.dvc"] if data else []), *STAGES]
+    checked: set[str] = set()
+    damaged = _set_aside(cache, _named(saved, data), checked)
+    while True:
+        _mend_from_files(project, cache, damaged)
+        _lay_out(restored, targets, cache, damaged)
+        # Of what came from the remote nothing was checked yet, nor what a damaged list of files named.
+        more = _set_aside(cache, _named(saved, data), checked)
+        if not more:
+            break
+        twice = [md5 for md5 in more if md5 in damaged]
+        if twice:
+            raise ServiceError(
+                f"the remote's copy of {_object(cache, twice[0])} ({more[twice[0]]}) is damaged, too",
+                mend="remove it from the remote, and `dvc push` from a clone that has it whole",
+            )
+        damaged |= more
+        for folder in (restored.data, restored.prepared):
+            shutil.rmtree(folder, ignore_errors=True)
+    for md5, path in damaged.items():
+        say(f"{_object(cache, md5)}, which DVC's cache keeps of {path}, was damaged: it was replaced by a whole copy")
+    return restored
+
+
+def _lay_out(restored: Project, targets: list[str], cache: Path, damaged: dict[str, str]) -> None:
     try:
         checkout(restored, targets)
     except ServiceError:
-        pull(restored, targets)
-    return restored
+        try:
+            pull(restored, targets)
+        except SoraError as error:
+            lost = [md5 for md5 in damaged if not _object(cache, md5).exists()]
+            if not lost:
+                raise
+            places = ", ".join(f"{_object(cache, md5)} ({damaged[md5]})" for md5 in lost[:3])
+            raise ServiceError(
+                f"{len(lost)} objects of DVC's cache are damaged, and no remote has them: {places}. Their bytes were "
+                f"set aside as *.damaged. DVC says: {error.message}",
+                mend="`dvc push` where they are whole and run again, or put the original files back into data/ and "
+                "`dvc add data`",
+            ) from error
+
+
+def _named(saved: dict[str, Any], data: bool) -> dict[str, str]:
+    """MD5 of an output that a state names → its path."""
+    outs = yaml.safe_load(saved["data.dvc"])["outs"] if data else []
+    for stage in yaml.safe_load(saved["dvc.lock"])["stages"].values():
+        outs = [*outs, *stage.get("outs", ())]
+    return {str(out["md5"]): str(out["path"]) for out in outs if "md5" in out}
+
+
+def _set_aside(cache: Path, named: dict[str, str], checked: set[str]) -> dict[str, str]:
+    """Renames objects whose bytes are not those of their name, so that DVC looks for others: MD5 → path of the file.
+
+    Objects that are missing are passed over. `checked` holds what was found whole, and gets more.
+    """
+
+    def whole(md5: str) -> bool | None:
+        place = _object(cache, md5)
+        try:
+            with place.open("rb") as file:
+                found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        except FileNotFoundError:
+            return None
+        except OSError:  # a sector that can't be read
+            found = ""
+        if found == md5.removesuffix(".dir"):
+            checked.add(md5)
+            return True
+        with writing(place):
+            os.replace(place, place.with_name(f"{place.name}.damaged"))
+        return False
+
+    damaged = {}
+    with ThreadPoolExecutor(pool.cores()) as threads:
+        files = dict(named)
+        for md5 in [md5 for md5 in named if md5.endswith(".dir")]:
+            if md5 not in checked and whole(md5) is False:
+                damaged[md5] = named[md5]
+            if md5 in checked:
+                listed = json.loads(_object(cache, md5).read_bytes())
+                files |= {entry["md5"]: f"{named[md5]}/{entry['relpath']}" for entry in listed}
+        todo = [md5 for md5 in files if md5 not in checked and md5 not in damaged]
+        for md5, state in zip(todo, threads.map(whole, todo), strict=True):
+            if state is False:
+                damaged[md5] = files[md5]
+    return damaged
+
+
+def _mend_from_files(project: Project, cache: Path, damaged: dict[str, str]) -> None:
+    """Copies what the project's own folder still has whole back into the cache."""
+    for md5, path in damaged.items():
+        place, source = _object(cache, md5), project.root / path
+        if place.exists() or not source.is_file():
+            continue
+        draft = place.with_name(f"{place.name}.{os.getpid()}.part")
+        with writing(place):
+            shutil.copyfile(source, draft)
+            with draft.open("rb") as file:
+                if hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == md5:
+                    draft.chmod(0o444)  # as DVC keeps them
+                    os.replace(draft, place)
+            draft.unlink(missing_ok=True)
 
 
 def code_notes(project: Project, saved: dict[str, Any]) -> list[str]:
     """In words, what of the code differs from when `saved` was stored."""
-    now, notes = state(project), []
-    if saved.get("code_hash") not in (None, now["code_hash"]):
+    commit, notes = git(project.root, "rev-parse", "HEAD"), []
+    if saved.get("code_hash") not in (None, code_hash()):
         notes.append("the preprocessing code has changed since: the stored clips were used, today's would differ")
-    if saved.get("git_commit") != now["git_commit"]:
-        notes.append(f"git stood at {saved.get('git_commit')} then and stands at {now['git_commit']} now")
+    if saved.get("git_commit") != commit:
+        notes.append(f"git stood at {saved.get('git_commit')} then and stands at {commit} now")
     if saved.get("git_dirty"):
         notes.append("files were changed and not committed then")
     return notes
@@ -311,6 +512,10 @@ def code_notes(project: Project, saved: dict[str, Any]) -> list[str]:
 def cache_folder(project: Project) -> Path:
     """Where DVC keeps the bytes of this project's data versions."""
     return Path(dvc(project.root, "cache", "dir").strip())
+
+
+def _object(cache: Path, md5: str) -> Path:
+    return cache / "files" / "md5" / md5[:2] / md5[2:]
 
 
 def _copy_config(source: Path, target: Path) -> None:

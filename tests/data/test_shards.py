@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import signal
 import subprocess
@@ -65,7 +66,7 @@ def test_clips_are_those_of_the_videos(data, table, whole):
 
 def test_the_index_tells_what_lies_where(table, whole):
     index = ShardSet.open(whole).index
-    assert list(index.columns) == ["sha256", "clip", "bucket", "row", "first", "last"]
+    assert list(index.columns) == ["sha256", "clip", "bucket", "row", "first", "last", "digest"]
     assert index.equals(index.sort_values(["sha256", "clip"], ignore_index=True))
     assert (index["bucket"] == index["sha256"].map(bucket_of)).all()
     assert set(index["sha256"]) == set(table["sha256"])
@@ -194,7 +195,7 @@ def test_a_video_that_no_longer_decodes_is_named(data, table, whole, tmp_path):
     with pytest.raises(ServiceError, match=r"jump/g01_0\.mp4 does not decode any more"):
         build(table, more, tmp_path / "s")
     assert not (tmp_path / "s" / INDEX).exists()
-    assert not list((tmp_path / "s").glob(".*"))
+    assert not list((tmp_path / "s").glob(".*.part"))
     shutil.copy(data / "jump" / "g01_0.mp4", more / "jump" / "g01_0.mp4")
     build(table, more, tmp_path / "s")
     assert tree(tmp_path / "s") == tree(whole)
@@ -242,7 +243,210 @@ def test_a_full_disk_loses_nothing(data, table, whole, small_disk):
         build(table, data, small_disk / "s")
     assert caught.value.mend and caught.value.exit_code == 3
     finished = len(list((small_disk / "s").glob("bucket-*.npy")))
-    assert finished >= 1 and not list((small_disk / "s").glob(".*"))
+    assert finished >= 1 and not list((small_disk / "s").glob(".*.part"))
     filler.unlink()
     assert build(table, data, small_disk / "s").buckets_kept == finished
     assert tree(small_disk / "s") == tree(whole)
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def overwrite(file: Path, share: float = 7 / 8) -> None:
+    """The end of a file becomes noise, in place."""
+    size = file.stat().st_size
+    start = int(size * (1 - share))
+    with file.open("r+b") as stream:
+        stream.seek(start)
+        stream.write(np.random.default_rng(0).bytes(size - start))
+
+
+def largest(folder: Path) -> Path:
+    return max(folder.glob("bucket-*.npy"), key=lambda file: file.stat().st_size)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-5000])
+
+
+def spoil_header(file: Path) -> None:
+    file.write_bytes(b"\0" * 16 + file.read_bytes()[16:])
+
+
+def noise_in_all(folder: Path) -> None:
+    for file in folder.glob("bucket-*.npy"):
+        overwrite(file)
+
+
+def swap(folder: Path) -> None:
+    files = sorted(folder.glob("bucket-*.npy"), key=lambda file: file.stat().st_size)
+    first, second = files[0].read_bytes(), files[1].read_bytes()
+    files[0].write_bytes(second)
+    files[1].write_bytes(first)
+
+
+def flip_a_bit(folder: Path) -> None:
+    file = largest(folder)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "noise": noise_in_all,
+    "a bit": flip_a_bit,
+    "cut": lambda folder: cut(largest(folder)),
+    "empty": lambda folder: largest(folder).write_bytes(b""),
+    "header": lambda folder: spoil_header(largest(folder)),
+    "missing": lambda folder: largest(folder).unlink(),
+    "swapped": swap,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_buckets_are_made_anew_and_said(data, table, whole, tmp_path, name, capsys):
+    out = shutil.copytree(whole, tmp_path / "s")
+    DAMAGES[name](out)
+    assert ShardSet.open(out).damage()
+    stats = build(table, data, out)
+    assert tree(out) == tree(whole)
+    assert stats.buckets_written >= 1
+    assert stats.decoded == stats.damaged == (9 - stats.reused)
+    assert (stats.damaged > 0) == (name != "header")  # behind a spoilt header the clips are whole: nothing is decoded
+    said = capsys.readouterr().err
+    assert "bucket-" in said and "are made anew from the videos" in said
+    assert not ShardSet.open(out).damage()
+
+
+def test_only_the_damaged_videos_of_a_bucket_are_decoded(data, table, whole, tmp_path, capsys):
+    out = shutil.copytree(whole, tmp_path / "s")
+    flip_a_bit(out)
+    [damage] = ShardSet.open(out).damage()
+    assert damage.file == largest(out) and len(damage.lost) == 1 < damage.videos
+    stats = build(table, data, out)
+    assert (stats.decoded, stats.damaged, stats.buckets_written) == (1, 1, 1)
+    assert tree(out) == tree(whole)
+    assert f"{largest(out)} holds other bytes than were written" in capsys.readouterr().err
+
+
+def test_damaged_clips_are_not_copied_into_a_new_bucket(data, table, whole, tmp_path):
+    more = shutil.copytree(data, tmp_path / "data")
+    make_video(more / "jump" / "new.mp4", frames=24, fps=12, seed=99)
+    grown = manifest.build(more, Settings(), previous=table, workers=1)
+    out = shutil.copytree(whole, tmp_path / "s")
+    noise_in_all(out)
+    build(grown, more, out)
+    build(grown, more, tmp_path / "fresh")
+    assert tree(out) == tree(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("name", ["noise", "a bit", "cut", "empty", "header", "missing", "swapped"])
+def test_who_reads_a_damaged_clip_is_told(whole, tmp_path, name):
+    out = shutil.copytree(whole, tmp_path / "s")
+    DAMAGES[name](out)
+    found = ShardSet.open(out)
+    with pytest.raises(ServiceError, match=r"bucket-.*\.npy") as caught:
+        found.clips(range(len(found)))
+    assert "sora run --force" in caught.value.mend
+
+
+def test_whole_clips_are_compared_once(whole, monkeypatch):
+    found = ShardSet.open(whole)
+    found.clips(range(len(found)))
+    monkeypatch.setattr(shards, "_digest", lambda clip: pytest.fail("compared again"))
+    found.clips(range(len(found)))
+
+
+def test_every_bit_of_the_index_counts(data, table, whole, tmp_path):
+    """A flipped bit is found, or changes nothing that is read."""
+    out = shutil.copytree(whole, tmp_path / "s")
+    written = (out / INDEX).read_bytes()
+    reference = ShardSet.open(whole)
+    rng = np.random.default_rng(0)
+    found = 0
+    for place in rng.integers(0, len(written), 300):
+        spoilt = bytearray(written)
+        spoilt[place] ^= 1 << int(rng.integers(8))
+        (out / INDEX).write_bytes(spoilt)
+        try:
+            read = ShardSet.open(out)
+        except InputError:
+            found += 1
+            continue
+        assert read.index.equals(reference.index) and read.files == reference.files and read.spec == reference.spec
+    assert found > 100
+
+
+def test_a_damaged_index_costs_no_decoding_where_dvc_knows_the_buckets(data, table, whole, tmp_path, capsys):
+    known = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in whole.iterdir()}
+    for text in (None, b"PAR1 half"):
+        out = shutil.copytree(whole, tmp_path / f"s{text is None}")
+        (out / INDEX).unlink() if text is None else (out / INDEX).write_bytes(text)
+        assert build(table, data, out, recorded=lambda: known).decoded == 0
+        assert tree(out) == tree(whole)
+    assert "is damaged and made anew" in capsys.readouterr().err
+
+
+def test_without_index_and_record_nothing_is_trusted(data, table, whole, tmp_path, capsys):
+    out = shutil.copytree(whole, tmp_path / "s")
+    noise_in_all(out)
+    (out / INDEX).unlink()
+    stats = build(table, data, out)
+    assert stats.decoded == stats.damaged == 9
+    assert tree(out) == tree(whole)
+    assert "can't be checked" in capsys.readouterr().err
+
+
+def older(out: Path) -> None:
+    """Makes a set what the Sora before digests left."""
+    import pyarrow.parquet as pq
+
+    kept = pq.read_table(out / INDEX)
+    about = json.loads(kept.schema.metadata[b"sora.shards"])
+    del about["digest"]
+    plain = kept.drop_columns(["digest"]).replace_schema_metadata({b"sora.shards": json.dumps(about)})
+    pq.write_table(plain, out / INDEX, compression="zstd")
+
+
+def test_an_older_set_gets_digests_without_decoding(data, table, whole, tmp_path, capsys):
+    out = shutil.copytree(whole, tmp_path / "s")
+    older(out)
+    assert not ShardSet.open(out).has_digests
+    assert len(ShardSet.open(out).clips([0, 1])) == 2
+    known = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in out.iterdir()}
+    accepted = shutil.copytree(out, tmp_path / "accepted")
+    assert build(table, data, out, recorded=lambda: known) == BuildStats(0, 9, 0, len(known) - 1)
+    assert not capsys.readouterr().err
+    assert tree(out) == tree(whole)
+    assert build(table, data, accepted).decoded == 0
+    assert "an older Sora" in capsys.readouterr().err
+    assert tree(accepted) == tree(whole)
+    assert build(table, data, accepted).decoded == 0 and not capsys.readouterr().err
+
+
+def test_damage_in_an_older_set_is_found_by_dvcs_record(data, table, whole, tmp_path, capsys):
+    out = shutil.copytree(whole, tmp_path / "s")
+    older(out)
+    known = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in out.iterdir()}
+    noise_in_all(out)
+    stats = build(table, data, out, recorded=lambda: known)
+    assert stats.decoded == stats.damaged == 9
+    assert tree(out) == tree(whole)
+    assert "is not the file that DVC recorded" in capsys.readouterr().err
+
+
+def test_what_an_interrupted_build_left_is_compared_too(data, table, whole, tmp_path):
+    """Two buckets were finished and the index was not written; then one of them is damaged."""
+    more = shutil.copytree(data, tmp_path / "data")
+    last = max(table["sha256"])
+    [path] = table.loc[table["sha256"] == last, "path"]
+    (more / path).write_bytes(b"text")
+    out = tmp_path / "s"
+    with pytest.raises(ServiceError):
+        build(table, more, out)
+    finished = sorted(out.glob("bucket-*.npy"))
+    assert finished and len(list(out.glob(".*.sums"))) == len(finished)
+    overwrite(finished[0])
+    stats = build(table, data, out)
+    assert stats.buckets_kept == len(finished) - 1 and stats.damaged
+    assert tree(out) == tree(whole)

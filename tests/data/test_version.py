@@ -307,3 +307,188 @@ def test_a_full_disk_is_told_and_costs_nothing(fresh_project: Project, tmp_path:
     finally:
         subprocess.run(["umount", str(cache)], check=True)
     version.add(fresh_project)
+
+
+# --- damaged clips --------------------------------------------------------------------------------------------------
+
+
+def overwrite(file: Path, *, quietly: bool = False) -> None:
+    """7/8 of a file become noise, in place. `quietly`: as a disk forgets bits; size, time and inode stay the same."""
+    before = file.stat()
+    file.chmod(0o644)
+    with file.open("r+b") as stream:
+        stream.seek(before.st_size // 8)
+        stream.write(os.urandom(before.st_size - before.st_size // 8))
+    if quietly:
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    file.chmod(before.st_mode)
+
+
+@pytest.mark.parametrize("quietly", [False, True])
+def test_noise_in_the_shards_never_becomes_the_recorded_state(
+    prepared_project: Project, quietly: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, lock = tree(prepared_project.prepared), (prepared_project.root / "dvc.lock").read_text()
+    assert version.reproduce(prepared_project) == []
+    for file in prepared_project.shards.glob("bucket-*.npy"):
+        overwrite(file, quietly=quietly)
+    assert version.reproduce(prepared_project) == ["shards"]
+    assert tree(prepared_project.prepared) == before
+    assert (prepared_project.root / "dvc.lock").read_text() == lock
+    assert version.status(prepared_project) == {}
+    assert counts(prepared_project, "shards")["damaged"] == 8
+    assert "clips of 1 of its 1 videos are damaged; they are made anew" in capsys.readouterr().err
+
+
+def test_noise_in_the_shards_and_a_new_video(prepared_project: Project, tmp_path: Path) -> None:
+    for file in prepared_project.shards.glob("bucket-*.npy"):
+        overwrite(file)
+    make_video(prepared_project.data / "wave" / "g01_9.mp4", seed=50)
+    version.add(prepared_project)
+    assert version.reproduce(prepared_project) == ["manifest", "validate", "shards"]
+    assert not ShardSet.open(prepared_project.shards).damage()
+    repaired, lock = tree(prepared_project.prepared), (prepared_project.root / "dvc.lock").read_text()
+    version.reproduce(prepared_project, force=True)
+    assert (tree(prepared_project.prepared), (prepared_project.root / "dvc.lock").read_text()) == (repaired, lock)
+
+
+def test_damage_found_by_dvc_repro_by_hand(prepared_project: Project) -> None:
+    before = tree(prepared_project.prepared)
+    lock = (prepared_project.root / "dvc.lock").read_text()
+    next(prepared_project.shards.glob("bucket-*.npy")).unlink()
+    (prepared_project.shards / "index.parquet").write_bytes(b"PAR1 half")
+    version.dvc(prepared_project.root, "repro", "--no-run-cache")
+    assert tree(prepared_project.prepared) == before
+    assert (prepared_project.root / "dvc.lock").read_text() == lock
+    # The buckets that were left are known by the MD5s that DVC recorded: one video alone was decoded.
+    assert counts(prepared_project, "shards")["decoded"] == 1
+
+
+# --- torn files of DVC ----------------------------------------------------------------------------------------------
+
+CONFLICT = "<<<<<<< HEAD\nouts: []\n=======\nouts: {}\n>>>>>>> theirs\n"
+TEARS = {
+    "half": lambda text: text[: len(text) // 2],
+    "cut in an MD5": lambda text: text[: text.rindex("md5: ") + 15],
+    "empty": lambda text: "",
+    "no YAML": lambda text: "outs: [",
+    "another YAML": lambda text: "- 1\n",
+    "conflict": lambda text: CONFLICT,
+    "zeros": lambda text: "\0" * len(text),
+    "no text": lambda text: b"\xff\xfe\x00",
+}
+
+
+@pytest.mark.parametrize("name", ["data.dvc", "dvc.lock"])
+@pytest.mark.parametrize("tear", TEARS)
+def test_torn_files_are_named_with_the_way_back(prepared_project: Project, name: str, tear: str) -> None:
+    file = prepared_project.root / name
+    torn = TEARS[tear](file.read_text())
+    file.write_bytes(torn if isinstance(torn, bytes) else torn.encode())
+    calls = [version.add, version.reproduce, version.state, version.status, version.require_whole]
+    if name == "data.dvc":
+        calls.append(version.data_version)
+    for call in calls:
+        with pytest.raises(InputError) as caught:
+            call(prepared_project)
+        assert str(file) in caught.value.message
+        # `sora init` leaves data.dvc to git, and nobody has committed a dvc.lock yet.
+        wanted = "git checkout HEAD -- data.dvc" if name == "data.dvc" else "remove dvc.lock"
+        assert wanted in caught.value.mend
+
+
+def test_the_way_back_that_is_named_works(prepared_project: Project) -> None:
+    lock = prepared_project.root / "dvc.lock"
+    whole = prepared_project.data_dvc.read_text(), lock.read_text()
+    prepared_project.data_dvc.write_text(CONFLICT)
+    version.git(prepared_project.root, "checkout", "HEAD", "--", "data.dvc")
+    lock.write_text(whole[1][:300])
+    lock.unlink()
+    version.add(prepared_project)
+    version.reproduce(prepared_project)
+    assert (prepared_project.data_dvc.read_text(), lock.read_text()) == whole
+    assert counts(prepared_project, "shards")["decoded"] == 0
+
+
+def test_a_version_comes_back_beside_torn_files(prepared_project: Project, tmp_path: Path) -> None:
+    """Its own data.dvc and dvc.lock are stored with it: what stands in the project does not matter."""
+    saved = version.state(prepared_project)
+    for name in ("data.dvc", "dvc.lock"):
+        (prepared_project.root / name).write_text("outs: [")
+    restored = version.restore(prepared_project, saved, tmp_path / "restored")
+    assert tree(restored.data) == tree(prepared_project.data)
+    assert version.code_notes(prepared_project, saved) == ["files were changed and not committed then"]
+
+
+def test_without_data_and_git_a_torn_data_dvc_is_said_to_be_lost(prepared_project: Project) -> None:
+    prepared_project.data_dvc.write_text("outs:\n- md5: 12")
+    shutil.rmtree(prepared_project.data)
+    shutil.rmtree(prepared_project.root / ".git")
+    with pytest.raises(InputError, match="is torn") as caught:
+        version.ensure_data(prepared_project)
+    assert "from another clone" in caught.value.mend
+
+
+# --- damaged objects of the cache -----------------------------------------------------------------------------------
+
+
+def object_of(project: Project, md5: str) -> Path:
+    return project.root / ".dvc" / "cache" / "files" / "md5" / md5[:2] / md5[2:]
+
+
+def data_object(project: Project) -> Path:
+    """Of data/wave/g00_0.mp4."""
+    listing = json.loads(object_of(project, f"{version.data_version(project)}.dir").read_text())
+    [md5] = [entry["md5"] for entry in listing if entry["relpath"] == "wave/g00_0.mp4"]
+    return object_of(project, md5)
+
+
+def test_a_damaged_object_is_replaced_from_the_projects_own_files(
+    prepared_project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = version.state(prepared_project)
+    overwrite(data_object(prepared_project), quietly=True)
+    restored = version.restore(prepared_project, saved, tmp_path / "restored")
+    assert tree(restored.data) == tree(prepared_project.data)
+    said = capsys.readouterr().err
+    assert str(data_object(prepared_project)) in said and "data/wave/g00_0.mp4" in said and "damaged" in said
+
+
+def test_damaged_objects_are_fetched_from_the_remote(
+    prepared_project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a video, of the list of videos, of all buckets; the project has moved on and has none of them itself."""
+    saved = version.state(prepared_project)
+    old = tree(prepared_project.data), tree(prepared_project.prepared)
+    version.push(prepared_project)
+    listing = object_of(prepared_project, f"{saved['data_version']}.dir")
+    overwrite(data_object(prepared_project), quietly=True)
+    for file in version.recorded_files(prepared_project, prepared_project.shards).values():
+        overwrite(object_of(prepared_project, file), quietly=True)
+    overwrite(listing, quietly=True)
+    shutil.rmtree(prepared_project.data)
+    shutil.rmtree(prepared_project.prepared)
+    restored = version.restore(prepared_project, saved, tmp_path / "restored")
+    assert (tree(restored.data), tree(restored.prepared)) == old
+    assert capsys.readouterr().err.count("was replaced by a whole copy") == 2 + len(list(restored.shards.iterdir()))
+    assert data_object(prepared_project).with_name(f"{data_object(prepared_project).name}.damaged").exists()
+
+
+def test_an_object_that_is_damaged_everywhere_is_named(prepared_project: Project, tmp_path: Path) -> None:
+    saved, object_ = version.state(prepared_project), data_object(prepared_project)
+    shutil.rmtree(prepared_project.data)
+    overwrite(object_, quietly=True)
+    with pytest.raises(ServiceError, match=r"no remote has them.*data/wave/g00_0\.mp4") as caught:
+        version.restore(prepared_project, saved, tmp_path / "restored")
+    assert str(object_) in caught.value.message and "dvc push" in caught.value.mend
+
+
+def test_a_remote_whose_copy_is_damaged_too_is_named(prepared_project: Project, tmp_path: Path) -> None:
+    saved, object_ = version.state(prepared_project), data_object(prepared_project)
+    version.push(prepared_project)
+    shutil.rmtree(prepared_project.data)
+    [theirs] = (prepared_project.root / ".dvc-remote").rglob(object_.name)
+    overwrite(theirs)
+    overwrite(object_, quietly=True)
+    with pytest.raises(ServiceError, match=r"damaged, too"):
+        version.restore(prepared_project, saved, tmp_path / "restored")
