@@ -44,6 +44,7 @@ lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 # Under 20 minutes: preprocessing, loading, training throughput.
 bench: setup
