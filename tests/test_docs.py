@@ -43,3 +43,22 @@ def test_codespell_finds_what_is_misspelt(repository: Path, tmp_path: Path) -> N
         text=True,
     )
     assert done.returncode == 65 and "receives" in done.stdout
+
+
+def test_the_table_of_advisories_names_the_locked_versions(repository: Path) -> None:
+    """A lock that moves on must take the table with it: its date and its judgements are about these versions."""
+    text = (repository / "docs" / "security.md").read_text(encoding="utf-8").split("## Dependencies", 1)[1]
+    lock = (repository / "requirements.lock").read_text(encoding="utf-8")
+    pins = dict(re.findall(r"^([A-Za-z0-9_.\-]+)==(\S+)", lock, re.MULTILINE))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    judged = 0
+    for row in rows:
+        if row[0] == "advisory":
+            package, locked = row.index("package"), row.index("locked")
+            continue
+        names = [name for name in re.findall(r"[\w.-]+", row[package]) if name in pins]
+        known = [name for name in names if row[locked].startswith(pins[name])]
+        bundled = re.findall(r"PyAV ([\d.]+)|^([\d.]+) with", row[locked])
+        assert known or (bundled and any(pins["av"] in found for found in bundled)), row
+        judged += 1
+    assert judged >= 20
