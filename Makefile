@@ -16,7 +16,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --no-deps --no-compile
 # Some packages carry templates that are no Python; what does not compile does not matter.
 COMPILE = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 
-.PHONY: setup setup-dev run test lint up clean bench bench-accuracy bench-soak release audit
+.PHONY: setup setup-dev run test test-fast coverage lint up clean bench bench-accuracy bench-soak release audit
 
 setup: $(RUNS)
 
@@ -48,8 +48,20 @@ run: setup
 up: setup
 	$(BIN)/sora up
 
+# tests/tiers.py orders the files, the longest first; xdist's own order (most tests first) would end with some of them.
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# All tests. The summary before the last line says what was skipped, and why.
 test: setup-dev
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(PYTEST)
+
+# No server, no training, no TensorFlow.
+test-fast: setup-dev
+	$(PYTEST) -m "not slow"
+
+# All tests, and which lines of sora and flows they ran, in every process: a table, and pages in .coverage-html.
+coverage: setup-dev
+	$(PYTEST) --cov --cov-report=term --cov-report=html:.coverage-html $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .
