@@ -4,6 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := $(VENV)/installed
 TESTS := $(VENV)/installed-dev
+# Tools with environments of their own, so that neither lock carries them.
+RELEASE := .venv-release
+AUDIT := .venv-audit
+DIST ?= dist
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 JOBS ?= 2
 # Bytecode is compiled after the installation, on all cores: pip's own took three times as long, and without any an
 # environment that forbids writing it would have every process compile everything again.
@@ -11,7 +16,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --no-deps --no-compile
 # Some packages carry templates that are no Python; what does not compile does not matter.
 COMPILE = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 
-.PHONY: setup setup-dev run test lint up clean bench bench-accuracy bench-soak
+.PHONY: setup setup-dev run test test-fast coverage lint up clean bench bench-accuracy bench-soak release audit
 
 setup: $(RUNS)
 
@@ -31,19 +36,38 @@ $(TESTS): $(RUNS) requirements-dev.lock
 	@$(COMPILE)
 	@touch $@
 
+$(RELEASE)/installed $(AUDIT)/installed: .venv-%/installed: requirements-%.lock
+	@rm -rf .venv-$*
+	@$(PYTHON) -m venv .venv-$* || python3 -m venv .venv-$*
+	@.venv-$*/bin/python -m pip install --quiet --no-deps --require-hashes -r $<
+	@touch $@
+
 run: setup
 	$(BIN)/sora run
 
 up: setup
 	$(BIN)/sora up
 
+# tests/tiers.py orders the files, the longest first; xdist's own order (most tests first) would end with some of them.
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# All tests. The summary before the last line says what was skipped, and why.
 test: setup-dev
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(PYTEST)
+
+# No server, no training, no TensorFlow.
+test-fast: setup-dev
+	$(PYTEST) -m "not slow"
+
+# All tests, and which lines of sora and flows they ran, in every process: a table, and pages in .coverage-html.
+coverage: setup-dev
+	$(PYTEST) --cov --cov-report=term --cov-report=html:.coverage-html $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 # Under 20 minutes: preprocessing, loading, training throughput.
 bench: setup
@@ -57,5 +81,16 @@ bench-accuracy: setup
 bench-soak: setup
 	$(BIN)/python -m benchmarks.serving_soak $(ARGS)
 
+# Archives for a release and, beside them, the bill of materials of the locked environment (CycloneDX, validated).
+release: $(RELEASE)/installed
+	$(RELEASE)/bin/python -m build --no-isolation --outdir $(DIST)
+	$(RELEASE)/bin/cyclonedx-py requirements --pyproject pyproject.toml --spec-version 1.6 --output-format JSON \
+		--output-reproducible --output-file $(DIST)/sora-video-$(VERSION).cdx.json requirements.lock
+
+# Known vulnerabilities of everything locked, asked of PyPI's advisory service. No part of `make test`: it needs that
+# service, and its answer changes without a change here.
+audit: $(AUDIT)/installed
+	@$(AUDIT)/bin/python infra/audit.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) .sora prepared data
+	rm -rf $(VENV) $(RELEASE) $(AUDIT) .sora prepared data

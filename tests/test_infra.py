@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -17,6 +16,7 @@ from packaging.requirements import Requirement
 
 from flows.slots import LEASE_STORAGE
 from sora.settings import Serve
+from tests.programs import find, needs
 
 SECRETS = ("PASSWORD", "SECRET", "TOKEN", "ACCESS_KEY", "AUTH_STRING")
 
@@ -172,9 +172,8 @@ def test_the_proxy_asks_what_the_api_answers(infra: Path) -> None:
     assert "uri /readyz hdr Host localhost" in text
 
 
+@needs("haproxy")
 def test_the_proxy_takes_its_configuration(infra: Path) -> None:
-    haproxy = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin:/usr/local/sbin")
-    if haproxy is None:
-        pytest.skip("HAProxy is not installed (Debian: apt install haproxy)")
+    haproxy = str(find("haproxy"))
     done = subprocess.run([haproxy, "-c", "-f", str(infra / "haproxy.cfg")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,8 +16,9 @@ import httpx
 from websockets.sync.client import ClientConnection, connect
 
 from sora.processes import start_child
+from tests import programs
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = programs.find("chromium")
 _KEYS = {
     "Tab": {"windowsVirtualKeyCode": 9, "code": "Tab", "key": "Tab"},
     "Enter": {"windowsVirtualKeyCode": 13, "code": "Enter", "key": "Enter", "text": "\r"},

@@ -11,12 +11,13 @@ import pytest
 from sora.data.inbox import Inbox
 from sora.serving.source import ModelCache
 from sora.settings import Project
-from tests.serving.browser import CHROMIUM, chromium
+from tests.programs import needs
+from tests.serving.browser import chromium
 from tests.serving.conftest import CLASSES, make_model
 from tests.serving.standing import standing
 from tests.videos import make_video
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+pytestmark = needs("chromium")
 
 ANSWERED = "document.querySelector('#result .label')?.textContent"
 # Every text of the page against what lies behind it: the lowest contrast ratio (WCAG 2), and whose it is.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sora.serving.tokens import TokenFile
+from tests.programs import needs
 from tests.videos import make_video
 
 ADDRESS = "http://127.0.0.1:8000"
@@ -29,9 +29,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@needs("curl")
 def test_curl(api, repository, folder):
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
     file = TokenFile(api.folder / "tokens.json")
     token = file.add("readme")
     ran = 0

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 from sora.client import Client
 from sora.errors import SoraError
 from sora.processes import start_child
 from sora.serving.source import ModelCache
 from sora.serving.tokens import TokenFile
+from tests.programs import find, needs
 from tests.serving.standing import Standing, free_port, standing
 
-HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin:/usr/local/sbin")
+HAPROXY = find("haproxy")
 
 
 def test_two_replicas_follow_one_champion_and_one_file_of_tokens(api, models, video):
@@ -70,7 +68,7 @@ def test_a_stop_is_shown_before_it_is_done(models, video, tmp_path):
         assert server.process.wait(20) == 0
 
 
-@pytest.mark.skipif(HAPROXY is None, reason="HAProxy is not installed (Debian: apt install haproxy)")
+@needs("haproxy")
 def test_behind_a_proxy_a_replica_can_stop_and_the_champion_move_and_no_call_fails(api, models, video, tmp_path):
     """The configuration of infra/ with this test's ports; callers ask without pause all the while."""
     registry = ModelCache(api.folder / "registry")
@@ -105,6 +103,7 @@ def _proxy(ports: list[int], folder: Path) -> Iterator[str]:
     config = folder / "haproxy.cfg"
     config.write_text(text)
     with (folder / "haproxy.log").open("wb") as log:
+        assert HAPROXY is not None
         child = start_child([HAPROXY, "-f", str(config)], stdout=log, stderr=log)
     address = f"http://127.0.0.1:{front}"
     try:
