@@ -22,7 +22,7 @@ from prefect.states import Cancelled
 
 from flows import alerts, show
 from flows.deployments import superseded
-from sora import nightly_log
+from sora import nightly_log, redaction
 from sora.errors import DiskFull, RunActive, ServiceError
 from sora.lock import run_lock
 from sora.processes import die_with_parent
@@ -119,9 +119,9 @@ def nightly(project: str, force: bool = False) -> dict[str, Any] | State:
 def _cycle(project: Project, settings: Settings, force: bool) -> dict[str, Any]:
     from sora.lifecycle import alias_lock
     from sora.registry import Registry
-    from sora.services import mlflow_address
+    from sora.services import login, mlflow_address
 
-    registry = Registry(mlflow_address(project), settings.name)
+    registry = Registry(mlflow_address(project), settings.name, login(project, "mlflow"))
     with alias_lock(project):
         registry.recover()  # a promotion that a crash interrupted
     data_version = _version_data(project)
@@ -258,7 +258,7 @@ def _open_run(project: Project, settings: Settings, registry: Any, key: dict[str
     tags = {**key, "splits": facts["digest"], "test_digest": facts["test_digest"]}
     if state["git_commit"]:
         tags["git_commit"] = state["git_commit"]
-    run_id = registry.start_run(params=settings.to_dict(), tags=tags)
+    run_id = registry.start_run(params=redaction.params(settings.to_dict()), tags=tags)
     registry.log_dataset(run_id, data_version=key["data_version"], counts=facts["counts"], source=str(project.data))
     registry.log_state(run_id, state)
     registry.log_metrics(

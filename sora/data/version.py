@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from sora import redaction
 from sora.data.dvc import dvc, git
 from sora.errors import InputError, ServiceError, SettingsError, SoraError
 from sora.files import atomic
@@ -264,13 +265,15 @@ def state(project: Project) -> dict[str, Any]:
     """All that is needed to come back to what this project is now.
 
     The texts of `STATE_FILES` (those that exist) by name, and `git_commit` (None without one), `git_dirty`,
-    `data_version`, `code_hash`.
+    `data_version`, `code_hash`. params.yaml is without its secrets: the state is stored where others read it.
     """
     texts = {
         name: (project.root / name).read_text(encoding="utf-8")
         for name in STATE_FILES
         if (project.root / name).is_file()
     }
+    if "params.yaml" in texts:
+        texts["params.yaml"] = redaction.params_text(texts["params.yaml"])
     commit = git(project.root, "rev-parse", "HEAD")
     changed = git(project.root, "status", "--porcelain") if commit else None
     return {
