@@ -170,7 +170,6 @@ def test_a_damaged_secret_is_said(tmp_path: Path, text: str) -> None:
     with pytest.raises(ServiceError, match="does not hold a secret") as failure:
         secret(project)
     assert "remove the file" in failure.value.mend
-    assert text == "" or text not in str(failure.value).replace(project.root.name, "").replace(str(project.state), "")
 
 
 # --- the attacks ----------------------------------------------------------------------------------------------------

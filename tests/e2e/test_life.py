@@ -70,6 +70,15 @@ def test_the_run_is_in_mlflow_and_prefect(running: Running, first: dict) -> None
     assert {"nightly", "recall", "confusion"} <= {artifact["key"] for artifact in artifacts}
 
 
+def test_the_webhook_is_not_stored(running: Running, first: dict) -> None:
+    """Neither among MLflow's parameters nor in its artifacts, nor in Prefect's database."""
+    state = running.project / ".sora"
+    files = [file for file in state.rglob("*") if file.is_file()]
+    assert any(file.name == "params.yaml" for file in files) and state / "mlflow" / "mlflow.db" in files
+    assert not [file for file in files if b"T0KEN-in-the-path" in file.read_bytes()]
+    assert state.stat().st_mode & 0o777 == 0o700
+
+
 def test_promoted_by_hand_and_served(running: Running, first: dict) -> None:
     assert sora_json(running.project, "promote", "1")["champion"] == 1
     model = served(running, 1)
