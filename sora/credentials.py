@@ -10,7 +10,6 @@ import os
 import re
 import secrets
 import stat
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,7 +92,11 @@ def _make(file: Path) -> None:
             out.write(f"{USER}:{secrets.token_urlsafe(32)}\n")
             out.flush()
             os.fsync(out.fileno())
-        with suppress(FileExistsError):  # another process was quicker: its secret counts
+        try:
             os.link(draft, file)
+        except FileExistsError:
+            pass  # another process was quicker: its secret counts
+        except OSError:  # a file system without links
+            os.replace(draft, file)
     finally:
-        draft.unlink()
+        draft.unlink(missing_ok=True)
