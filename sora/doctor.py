@@ -268,7 +268,7 @@ def _secrets(project: Project) -> Check:
         if found & 0o077:
             return Check("secrets", False, f"others may use {place} (mode {found:o})", f"chmod {wanted:o} {place}")
     asked = []
-    for name, entry in services.running(project).items():
+    for name, entry in sorted(services.running(project).items()):
         if name not in _ASKED:
             continue
         try:

@@ -26,12 +26,14 @@ def make_project(root: Path, text: str = "name: tested\n") -> Project:
 LOGIN = ("sora", "the-secret-of-the-tests-servers")
 
 
-def prefect_client(project: Project) -> httpx.Client:
+@contextmanager
+def prefect_client(project: Project) -> Iterator[httpx.Client]:
     """A plain HTTP client of the project's own Prefect, with what its server asks for: the secret and a CSRF token."""
-    client = httpx.Client(base_url=running(project)["prefect"].url, auth=secret(project).pair, trust_env=False)
-    token = client.get("/csrf-token", params={"client": "tests"}).raise_for_status().json()["token"]
-    client.headers.update({"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "tests"})
-    return client
+    address, login = running(project)["prefect"].url, secret(project).pair
+    with httpx.Client(base_url=address, auth=login, timeout=30, trust_env=False) as client:
+        token = client.get("/csrf-token", params={"client": "tests"}).raise_for_status().json()["token"]
+        client.headers.update({"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "tests"})
+        yield client
 
 
 @contextmanager
