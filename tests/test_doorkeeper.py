@@ -395,13 +395,15 @@ def test_doctor_names_a_server_that_asks_nobody(tmp_path: Path) -> None:
 def test_people_log_in_to_both_pages(up: Up, tmp_path: Path) -> None:
     login = secret(up.project)
     with chromium(tmp_path) as browser:
-        browser.open(up.prefect.removesuffix("/api"))
-        browser.until("Boolean(document.querySelector('input[type=password]'))", 60)
+        browser.call("Page.navigate", url=up.prefect.removesuffix("/api"))
+        browser.until("Boolean(document.querySelector('input[type=password]'))", 120)
         browser.js("document.querySelector('input[type=password]').focus()")
         browser.call("Input.insertText", text=login.auth_string)
         browser.press("Enter")
         browser.until("!document.querySelector('input[type=password]') && document.body.innerText.includes('Runs')", 60)
-        # As from the form that the browser shows for a 401; it remembers for the pages after it.
-        browser.open(f"http://{login.user}:{login.password}@{up.mlflow.removeprefix('http://')}/")
-        browser.open(f"{up.mlflow}/")
-        browser.until("document.body.innerText.includes('Experiments')", 60)
+        # As from the form that the browser shows for a 401: it remembers user and password for the pages after it.
+        where = up.mlflow.removeprefix("http://")
+        browser.open(f"http://{login.user}:{login.password}@{where}/api/2.0/mlflow/experiments/get?experiment_id=0")
+        assert "Default" in browser.js("document.body.innerText")
+        browser.call("Page.navigate", url=f"{up.mlflow}/")
+        browser.until("Boolean(document.body) && document.body.innerText.includes('Experiments')", 120)
