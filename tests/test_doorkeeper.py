@@ -271,6 +271,20 @@ def test_nobody_without_the_secret_runs_a_command(up: Up, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_a_flow_run_of_the_worker_knows_the_secret(up: Up) -> None:
+    """It reports to Prefect and asks MLflow before it finds that this project has no data."""
+    with prefect_client(up.project) as client:
+        deployment = client.post("/deployments/filter", json={}).json()[0]["id"]
+        run = client.post(f"/deployments/{deployment}/create_flow_run", json={}).json()["id"]
+        end = time.monotonic() + 240
+        state = {"type": "SCHEDULED"}
+        while state["type"] not in ("FAILED", "CRASHED", "COMPLETED", "CANCELLED") and time.monotonic() < end:
+            time.sleep(1)
+            state = client.get(f"/flow_runs/{run}").json()["state"]
+    assert state["type"] == "FAILED" and "neither data/ nor data.dvc" in state["message"], state
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/events/in", "/events/out", "/logs/out"])
 def test_websockets_ask_as_well(up: Up, path: str) -> None:
     address = up.prefect.replace("http://", "ws://") + path
@@ -338,22 +352,28 @@ def test_the_secret_is_nowhere_but_in_its_file(up: Up) -> None:
     assert stat.S_IMODE(up.project.state.stat().st_mode) == 0o700
 
 
+def _secrets(project: Project) -> dict[str, object]:
+    return next(check for check in doctor(project)["checks"] if check["name"] == "secrets")
+
+
 @pytest.mark.slow
 def test_doctor_says_who_is_asked(up: Up) -> None:
-    def found() -> dict[str, object]:
-        return next(check for check in doctor(up.project)["checks"] if check["name"] == "secrets")
+    found = _secrets(up.project)
+    assert found["ok"] and "mlflow and prefect ask for a login" in str(found["detail"])
 
-    assert found()["ok"] and "mlflow and prefect ask for a login" in str(found()["detail"])
-    up.project.state.chmod(0o755)
-    try:
-        assert not found()["ok"] and "chmod 700" in str(found()["mend"])
-    finally:
-        up.project.state.chmod(0o700)
-    secret_file(up.project).chmod(0o640)
-    try:
-        assert not found()["ok"] and "chmod 600" in str(found()["mend"])
-    finally:
-        secret_file(up.project).chmod(0o600)
+
+def test_doctor_says_what_others_may_use(tmp_path: Path) -> None:
+    project = make_project(tmp_path)
+    assert _secrets(project)["ok"]
+    secret(project)
+    assert _secrets(project)["ok"]
+    project.state.chmod(0o755)
+    found = _secrets(project)
+    assert not found["ok"] and "chmod 700" in str(found["mend"])
+    project.state.chmod(0o700)
+    secret_file(project).chmod(0o640)
+    found = _secrets(project)
+    assert not found["ok"] and "chmod 600" in str(found["mend"])
 
 
 def test_doctor_names_a_server_that_asks_nobody(tmp_path: Path) -> None:
