@@ -161,8 +161,11 @@ def export(project: Path, folder: Path) -> None:
 
     home = Project(project)
     with open_registry(home):
-        from sora.services import running
+        from sora.services import login, running
 
+        own = login(home, "mlflow")
+        assert own is not None
+        os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = own.pair
         mlflow.set_tracking_uri(running(home)["mlflow"].url)
         mlflow.artifacts.download_artifacts(f"models:/{home.settings().name}@champion", dst_path=str(folder))
 

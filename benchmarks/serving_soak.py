@@ -24,7 +24,7 @@ from benchmarks import common
 from benchmarks.common import SORA, table
 from benchmarks.served import CLIENTS, arguments, clip_file, failures, serving, workplace
 from sora.registry import Registry
-from sora.services import running
+from sora.services import login, running
 from sora.settings import Project
 
 SLACK = 1.0  # seconds beyond the poll interval for the version that was kept
@@ -35,7 +35,7 @@ class Alias:
 
     def __init__(self, project: Project) -> None:
         self.moves: list[tuple[float, int]] = []  # (time.monotonic(), version)
-        self._registry = Registry(running(project)["mlflow"].url, project.settings().name)
+        self._registry = Registry(running(project)["mlflow"].url, project.settings().name, login(project, "mlflow"))
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()

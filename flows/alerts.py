@@ -1,7 +1,11 @@
-"""Tells a webhook (`alert.webhook` in params.yaml) that a nightly failed, or that one did not happen.
+"""Tells a webhook (SORA_ALERT_WEBHOOK in the environment, or `alert.webhook`) that a nightly failed or did not happen.
 
 The address is often a secret itself (chat services put the token into the path), so no log line holds more of it than
-the host. An alert that can't be delivered is logged and nothing else: it must not fail the flow that it reports on.
+the host, and the environment is the better place for it: params.yaml is in git. Redirects are not followed, and a name
+that stands for this machine or its link (where clouds keep their metadata) is not called: only an address that was
+written as such may lead there.
+
+An alert that can't be delivered is logged and nothing else: it must not fail the flow that it reports on.
 
 `python -m flows.alerts [PROJECT]` looks once whether a nightly is overdue, for cron or a container beside the worker:
 a worker that is down can't report that it is down.
@@ -9,8 +13,11 @@ a worker that is down can't report that it is down.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import logging
+import os
+import socket
 import sys
 import time
 import urllib.error
@@ -26,6 +33,7 @@ from sora.progress import say
 from sora.settings import Project, find_project
 
 _log = logging.getLogger(__name__)
+ENVIRONMENT = "SORA_ALERT_WEBHOOK"
 _TIMEOUT = 10.0  # seconds, each try
 _PAUSES = (1.0, 4.0)  # seconds before the second and the third try
 _LONGEST_REASON = 4000  # characters; a training's log tail would be refused by most chat services
@@ -58,6 +66,8 @@ def send(webhook: str | None, event: dict[str, Any]) -> bool:
     try:
         if urlsplit(webhook).scheme not in ("http", "https"):  # urllib would open files as well
             raise ValueError("scheme")
+        if _leads_inside(webhook):
+            raise _Inside
         request = urllib.request.Request(
             webhook,
             data=json.dumps(event, default=str).encode(),
@@ -78,14 +88,39 @@ def send(webhook: str | None, event: dict[str, Any]) -> bool:
             if not again or pause is None:
                 break
             time.sleep(pause)
+    except _Inside:
+        reason = "its name stands for this machine or its link: write the address itself if that is meant"
     except Exception as error:  # a webhook that is no address, an event that is no JSON
         reason = type(error).__name__
     _log.warning("alert %s was not delivered to %s: %s", event.get("event"), redacted(webhook), reason)
     return False
 
 
+class _Inside(Exception):
+    """A name leads to this machine or its link."""
+
+
+def _leads_inside(webhook: str) -> bool:
+    """Whether the host is a name, other than localhost, of a loopback, link-local or unspecified address."""
+    name = urlsplit(webhook).hostname or ""
+    try:
+        ipaddress.ip_address(name)
+        return False  # written so
+    except ValueError:
+        pass
+    if name == "localhost":
+        return False
+    try:
+        found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(name, None)}
+    except OSError:
+        return False  # the call says so itself, and tries again
+    every = [ipaddress.ip_address(text) for text in found]
+    addresses = [getattr(address, "ipv4_mapped", None) or address for address in every]
+    return any(address.is_loopback or address.is_link_local or address.is_unspecified for address in addresses)
+
+
 def nightly_failed(project: Project, *, flow_run: str, reason: str, mend: str = "") -> bool:
-    """Sends `nightly_failed`. The webhook is read from params.yaml as it is now."""
+    """Sends `nightly_failed`. The webhook is what environment and params.yaml say now."""
     event = {
         "event": "nightly_failed",
         "project": str(project.root),
@@ -150,7 +185,7 @@ def check_missed(project: Project, now: datetime | None = None) -> datetime | No
             "expected": stamp,
             "last": last.finished.isoformat(),
         }
-        if send(settings.alert.webhook, event):
+        if send(os.environ.get(ENVIRONMENT) or settings.alert.webhook, event):
             memory.write_text(json.dumps({"expected": stamp}), encoding="utf-8")
     return expected
 
@@ -163,6 +198,8 @@ def _remembered(memory: Path) -> str | None:
 
 
 def _webhook(project: Project) -> str | None:
+    if given := os.environ.get(ENVIRONMENT):
+        return given
     try:
         return project.settings().alert.webhook
     except SoraError as error:

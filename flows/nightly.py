@@ -24,7 +24,7 @@ from prefect.states import Cancelled
 
 from flows import alerts, show
 from flows.deployments import superseded
-from sora import nightly_log, provenance
+from sora import nightly_log, provenance, redaction
 from sora.data.ledger import Recorded
 from sora.errors import DiskFull, RunActive, ServiceError, SoraError
 from sora.lock import run_lock
@@ -148,9 +148,9 @@ def _back_up(project: Project) -> None:
 def _write_backup(project: Project, settings: Settings) -> None:
     from sora import backup
     from sora.registry import Registry
-    from sora.services import mlflow_address
+    from sora.services import login, mlflow_address
 
-    registry = Registry(mlflow_address(project), settings.name)
+    registry = Registry(mlflow_address(project), settings.name, login(project, "mlflow"))
     try:
         with bar("Backing up") as update:
             made = backup.nightly(project, settings, registry, progress=update)
@@ -164,9 +164,9 @@ def _cycle(project: Project, settings: Settings, force: bool) -> dict[str, Any]:
     from sora.data import ledger
     from sora.lifecycle import alias_lock
     from sora.registry import Registry
-    from sora.services import mlflow_address
+    from sora.services import login, mlflow_address
 
-    registry = Registry(mlflow_address(project), settings.name)
+    registry = Registry(mlflow_address(project), settings.name, login(project, "mlflow"))
     with alias_lock(project):
         registry.recover()  # a promotion that a crash interrupted
     recorded = registry.judged_ledger()
@@ -331,7 +331,7 @@ def _open_run(project: Project, settings: Settings, registry: Any, key: dict[str
     tags = {**key, "splits": facts["digest"], "test_digest": facts["test_digest"]}
     if state["git_commit"]:
         tags["git_commit"] = state["git_commit"]
-    run_id = registry.start_run(params=settings.to_dict(), tags=tags)
+    run_id = registry.start_run(params=redaction.params(settings.to_dict()), tags=tags)
     registry.log_dataset(run_id, data_version=key["data_version"], counts=facts["counts"], source=str(project.data))
     registry.log_state(run_id, state)
     registry.log_metrics(

@@ -9,10 +9,12 @@ again; tag limits would stay taken for good (Prefect issues 9895, 17415). The se
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 
 from flows.client import prefect_client
 from sora.errors import ServiceError
+from sora.progress import say
 
 LEASE_SECONDS = 60.0  # the least that Prefect's server allows
 LEASE_STORAGE = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
@@ -90,6 +93,8 @@ def _acquire(stack: ExitStack, found: list[Device], count: int, wait_seconds: fl
     from prefect.concurrency.sync import concurrency
 
     until = time.monotonic() + wait_seconds
+    logging.getLogger(_QUEUE_LOG).addFilter(_TAKEN)  # for good: Prefect's thread may log after we have its answer
+    told = False
     while True:
         for choice in itertools.combinations(found, count):
             names = [device.slot for device in choice]
@@ -106,14 +111,33 @@ def _acquire(stack: ExitStack, found: list[Device], count: int, wait_seconds: fl
                 f"no device was free for {wait_seconds:.0f} s: {', '.join(device.slot for device in found)}",
                 mend="see who holds it with `prefect gcl ls`; the slot of a holder that died frees itself within 75 s",
             )
+        if not told:
+            told = True
+            say("waiting for a device: another run holds it (one that was killed frees it within 75 s)")
         time.sleep(min(_ASK_AGAIN, max(0.1, until - time.monotonic())))
 
 
 def _taken(error: BaseException) -> bool:
     """Whether the server said 423 Locked."""
-    cause = error.__cause__
-    response = getattr(cause, "response", None)
-    return getattr(response, "status_code", None) == 423
+    return _locked(error.__cause__)
+
+
+def _locked(error: BaseException | None) -> bool:
+    return getattr(getattr(error, "response", None), "status_code", None) == 423
+
+
+class _TakenIsNoError(logging.Filter):
+    """Drops the line that Prefect's queue writes as an error whenever a slot is taken, and no other.
+
+    That answer is the ordinary one here: after a killed run it comes every `_ASK_AGAIN` seconds until the lease ends.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not _locked(sys.exc_info()[1])  # logged where the answer is caught
+
+
+_QUEUE_LOG = "prefect._internal.concurrency"
+_TAKEN = _TakenIsNoError()
 
 
 def _create_limits(names: list[str]) -> None:

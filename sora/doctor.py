@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from sora import databases
 from sora.data import ledger
 from sora.errors import SoraError
+from sora.redaction import without_login
 from sora.settings import Project
 
 if TYPE_CHECKING:
@@ -268,7 +270,7 @@ def _servers(project: Project) -> Iterator[Callable[[], Check]]:
         from sora import services
 
         running = services.running(project).get(name)
-        url = configured or (running.url if running else None)
+        url = without_login(configured) if configured else (running.url if running else None)
         if url is None:
             return Check(name, True, "not running; `sora run` starts one for itself, `sora up` keeps one")
         import httpx
@@ -284,6 +286,11 @@ def _servers(project: Project) -> Iterator[Callable[[], Check]]:
         ok = status < 400
         return Check(name, ok, f"{url} ({who})", "" if ok else f"it answers {status}: see .sora/logs/{name}.log")
 
+    def secrets() -> Check:
+        return _secrets(project)
+
+    yield secrets
+
     def prefect() -> Check:
         return one("prefect", project.settings().services.prefect_api_url, "/health")
 
@@ -292,6 +299,43 @@ def _servers(project: Project) -> Iterator[Callable[[], Check]]:
 
     yield prefect
     yield mlflow
+
+
+# Path below the recorded address → the answer tells whether strangers get one.
+_ASKED = {"prefect": "/admin/version", "mlflow": "/api/2.0/mlflow/experiments/get?experiment_id=0"}
+
+
+def _secrets(project: Project) -> Check:
+    """Whether only the owner reads `.sora`, and whether the servers ask who is there."""
+    import httpx
+
+    from sora import services
+    from sora.credentials import secret_file
+
+    for place, wanted in ((project.state, 0o700), (secret_file(project), 0o600)):
+        if not place.exists():
+            continue
+        found = stat.S_IMODE(place.stat().st_mode)
+        if found & 0o077:
+            return Check("secrets", False, f"others may use {place} (mode {found:o})", f"chmod {wanted:o} {place}")
+    asked = []
+    for name, entry in sorted(services.running(project).items()):
+        if name not in _ASKED:
+            continue
+        try:
+            status = httpx.get(entry.url + _ASKED[name], timeout=5, trust_env=False).status_code
+        except httpx.HTTPError:
+            continue  # its own check says that it does not answer
+        if status not in (401, 403):
+            return Check(
+                "secrets",
+                False,
+                f"{name} at {entry.url} answers everybody ({status}): it was started by an older Sora",
+                f"end that `sora {entry.owner}` (process {entry.pid}) and start it again",
+            )
+        asked.append(name)
+    servers = f"; {' and '.join(asked)} ask{'s' if len(asked) == 1 else ''} for a login" if asked else ""
+    return Check("secrets", True, f"{project.state} is its owner's alone{servers}")
 
 
 def _champion(project: Project) -> Check:
@@ -318,7 +362,7 @@ def _open_registry(project: Project) -> Iterator[Registry | None]:
     if address is None:
         yield None
         return
-    registry = Registry(address, settings.name)
+    registry = Registry(address, settings.name, services.login(project, "mlflow"))
     try:
         yield registry
     finally:

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 import yaml
 
+from sora import services
 from sora.data import version
 from sora.data.dvc import git
 from sora.errors import InputError, ServiceError
@@ -37,6 +38,7 @@ from sora.settings import Project
 DAYS = 7  # after which what an interrupted run left counts as abandoned
 LOG_BYTES = 20_000_000  # of a log; the end of a longer one is kept
 _LOG_END = 1_000_000
+_ACCOUNT = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 OBJECT = re.compile(r"[0-9a-f]{2}/[0-9a-f]{30}(\.dir)?")
 
 
@@ -152,7 +154,7 @@ def _old_versions(project: Project, registry: Versions, old: list[ModelVersion])
             "what MLflow holds as deleted",
             0,
             "deleting there only hides; bytes as above",
-            lambda: _purge(home, registry.tracking_uri),
+            lambda: _purge(project, registry.tracking_uri),
         )
 
 
@@ -166,14 +168,16 @@ def _artifacts(home: Path, run_id: str) -> Iterator[Path]:
             yield described.parent.parent
 
 
-def _purge(home: Path, tracking_uri: str) -> None:
+def _purge(project: Project, tracking_uri: str) -> None:
+    home, login = project.state / "mlflow", services.login(project, "mlflow")
+    account = {} if login is None else dict(zip(_ACCOUNT, login.pair, strict=True))
     answer = subprocess.run(
         [
             *(sys.executable, "-m", "mlflow", "gc"),
             *("--backend-store-uri", f"sqlite:///{home}/mlflow.db"),
             *("--artifacts-destination", str(home / "artifacts")),
         ],
-        env=quiet_environment(MLFLOW_TRACKING_URI=tracking_uri),
+        env=quiet_environment(MLFLOW_TRACKING_URI=tracking_uri, **account),
         capture_output=True,
         text=True,
     )

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sora.credentials import private_state
 from sora.errors import AnswerIsNo, InputError, ServiceError
 from sora.progress import say
 from sora.records import ModelVersion, Recipe
@@ -31,11 +32,11 @@ TOLERANCE = 1e-3
 def open_registry(project: Project) -> Iterator[Registry]:
     """The project's registry, on an MLflow server that lives as long as the block where none is up."""
     from sora.registry import Registry
-    from sora.services import servers
+    from sora.services import login, servers
 
     settings = project.settings()
     with servers(project, prefect=False) as addresses:
-        yield Registry(str(addresses.mlflow_tracking_uri), settings.name)
+        yield Registry(str(addresses.mlflow_tracking_uri), settings.name, login(project, "mlflow"))
 
 
 @contextmanager
@@ -43,7 +44,7 @@ def alias_lock(project: Project) -> Iterator[None]:
     """Moves of the champion must not cross: the nightly's and those by hand."""
     from filelock import FileLock, Timeout
 
-    project.state.mkdir(parents=True, exist_ok=True)
+    private_state(project)
     try:
         with FileLock(project.state / "alias.lock", timeout=60):
             yield

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+from sora.credentials import private_state
 from sora.errors import RunActive
 from sora.settings import Project
 
@@ -42,7 +43,7 @@ def run_lock(project: Project) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    project.state.mkdir(parents=True, exist_ok=True)
+    private_state(project)
     lock = FileLock(project.state / "run.lock", timeout=0)
     try:
         lock.acquire()

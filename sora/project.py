@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from sora.credentials import private_state
 from sora.data import labels, version
 from sora.data.dvc import environment
 from sora.data.scan import BAD_NAME, LABELS, ignored, is_utf8, scan, shown
@@ -60,7 +61,7 @@ def init(directory: Path, data: Path, *, multilabel: bool = False, progress: Bar
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
         project = Project(target)
-        project.state.mkdir(exist_ok=True)
+        private_state(project)
         _marker(project).write_text(json.dumps({"source": str(source)}), encoding="utf-8")
     try:
         _copy_all(files, source, project, progress)

@@ -2,10 +2,11 @@
 
 Each server is one process, a direct child that dies with its parent: the vendors' own start commands put a second
 process under the first, which would outlive a kill. State (databases, artifacts, ports, logs) lies below `.sora/`.
-Nothing of the user's own Prefect or MLflow set-up is read or written.
+Nothing of the user's own Prefect or MLflow set-up is read or written. Both ask for the project's secret, on loopback
+too (`sora.credentials`), and answer neither foreign pages nor foreign names (`sora.doorkeeper`).
 
-What runs is written to `.sora/services.json`: {name: {"pid", "created", "url", "started", "owner"}}; an entry counts
-only while the process with that number *and* that creation time lives.
+What runs is written to `.sora/services.json`: {name: {"pid", "created", "url", "started", "owner", "login"}}; an entry
+counts only while the process with that number *and* that creation time lives.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sora import databases, empty_database
+from sora import databases, doorkeeper, empty_database
+from sora.credentials import Login, private_state, secret
 from sora.errors import ServiceError
 from sora.files import disk_failure, writing
 from sora.processes import quiet_environment, start_child
+from sora.redaction import without_login
 from sora.settings import Project
 
 LOOPBACK = "127.0.0.1"
@@ -55,6 +58,7 @@ class Running:
     url: str
     started: str  # ISO 8601, UTC
     owner: str  # the command that started it: "run", "up"
+    login: str = "none"  # what it asks for: the project's "secret", an "account" of its own; "none": an older Sora's
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +71,17 @@ class Server:
     url_path: str = ""  # of what clients are told
     env: Mapping[str, str] = field(default_factory=dict)
     database: Path | None = None  # Prefect's, where it is a file
+    login: Login | None = None  # that it asks for; None: accounts of its own
 
     def environment(self, host: str, port: int) -> dict[str, str]:
         # Prefect's page asks this address, from the reader's browser; it would guess port 4200.
         api = f"http://{host}:{port}/api" if host == LOOPBACK else "/api"
-        return quiet_environment(**{"PREFECT_UI_API_URL": api, **self.env})
+        own = ",".join(f"http://{name}:{port}" for name in (LOOPBACK, "localhost"))
+        pages = {"PREFECT_UI_API_URL": api, "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": own}
+        inherited = quiet_environment(**{**pages, **self.env})
+        if doorkeeper.HOSTS not in self.env:
+            inherited.pop(doorkeeper.HOSTS, None)
+        return inherited
 
     def command(self, host: str, port: int) -> list[str]:
         options = ["--host", host, "--port", str(port), "--log-level", "warning", "--no-access-log"]
@@ -79,17 +89,27 @@ class Server:
         return [sys.executable, "-m", "uvicorn", *self.app, *options, "--timeout-graceful-shutdown", "2"]
 
 
-def prefect_server(project: Project, *, schedules: bool = False, env: Mapping[str, str] | None = None) -> Server:
-    """Prefect's API and pages. `schedules`: it also makes runs from schedules and marks late ones (`sora up` only)."""
+def prefect_server(
+    project: Project, *, schedules: bool = False, login: Login | None = None, env: Mapping[str, str] | None = None
+) -> Server:
+    """Prefect's API and pages.
+
+    Args:
+        schedules: it also makes runs from schedules and marks late ones (`sora up` only).
+        login: that it asks for; the project's secret where none is given.
+    """
     home = project.state / "prefect"
+    asked = login or secret(project)
     on = str(schedules).lower()
     return Server(
         name="prefect",
-        app=("--factory", "prefect.server.api.server:create_app", "--lifespan", "on"),
+        app=("--factory", "flows.server:create_app", "--lifespan", "on"),
         probe="/api/health",
         url_path="/api",
         env={
             **prefect_environment(project),
+            "PREFECT_SERVER_API_AUTH_STRING": asked.auth_string,
+            "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home}/prefect.db",
             # The default keeps leases in memory: a slot that is held when server and holder die stays taken for good.
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
@@ -101,16 +121,23 @@ def prefect_server(project: Project, *, schedules: bool = False, env: Mapping[st
             **(env or {}),
         },
         database=home / "prefect.db",
+        login=asked,
     )
 
 
 def mlflow_server(project: Project, *, app: Sequence[str] = (), env: Mapping[str, str] | None = None) -> Server:
-    """MLflow's API and pages, artifacts through the server. The variables are those that `mlflow server` sets."""
+    """MLflow's API and pages, artifacts through the server. The variables are those that `mlflow server` sets.
+
+    Args:
+        app: uvicorn's arguments for an application with accounts of its own; without, all is behind the project's
+            secret.
+    """
     home = project.state / "mlflow"
+    login = None if app else secret(project)
     database = f"sqlite:///{home}/mlflow.db"
     return Server(
         name="mlflow",
-        app=tuple(app) or ("mlflow.server.fastapi_app:app",),
+        app=tuple(app) or ("--factory", "sora.registry.server:create_app"),
         probe="/api/2.0/mlflow/experiments/get?experiment_id=0",  # makes the database; /health does not
         env={
             "_MLFLOW_SERVER_FILE_STORE": database,
@@ -120,8 +147,10 @@ def mlflow_server(project: Project, *, app: Sequence[str] = (), env: Mapping[str
             "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
             "_MLFLOW_SGI_NAME": "uvicorn",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # jobs of generative models: processes that we don't need
+            **({doorkeeper.LOGIN: login.auth_string} if login else {}),
             **(env or {}),
         },
+        login=login,
     )
 
 
@@ -138,10 +167,30 @@ def environment(project: Project, addresses: Addresses) -> dict[str, str]:
         env["PREFECT_API_URL"] = addresses.prefect_api_url
     if addresses.mlflow_tracking_uri:
         env["MLFLOW_TRACKING_URI"] = addresses.mlflow_tracking_uri
-    secret = os.environ.get("PREFECT_SERVER_API_AUTH_STRING")
-    if secret:
-        env.setdefault("PREFECT_API_AUTH_STRING", secret)
+    own = login(project, "prefect")
+    if own is not None:
+        env["PREFECT_API_AUTH_STRING"] = own.auth_string
+    elif given := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
+        env["PREFECT_API_AUTH_STRING"] = os.environ.get("PREFECT_API_AUTH_STRING", given)
     return env
+
+
+def login(project: Project, name: str) -> Login | None:
+    """What to tell the server `name` ("prefect", "mlflow") of the project.
+
+    None where the environment says it (PREFECT_API_AUTH_STRING, MLFLOW_TRACKING_USERNAME and _PASSWORD): for servers
+    that params.yaml names, those with accounts of their own (`sora up --host`), and while none runs here.
+    """
+    services = project.settings().services
+    if services.prefect_api_url if name == "prefect" else services.mlflow_tracking_uri:
+        return None
+    return own_login(project, name)
+
+
+def own_login(project: Project, name: str) -> Login | None:
+    """`login` where params.yaml names no server."""
+    entry = running(project).get(name)
+    return None if entry is None or entry.login == "account" else secret(project)
 
 
 @contextmanager
@@ -164,8 +213,7 @@ def servers(
     settings = project.settings().services
     configured = {"prefect": settings.prefect_api_url, "mlflow": settings.mlflow_tracking_uri}
     wanted = [name for name, asked in (("prefect", prefect), ("mlflow", mlflow)) if asked]
-    with writing(project.state):
-        project.state.mkdir(parents=True, exist_ok=True)
+    private_state(project)
     for name in wanted:
         if configured[name]:
             _answers_elsewhere(name, str(configured[name]))
@@ -240,6 +288,7 @@ def start(
     """
     databases.require(project, [server.name for server in wanted])
     urls: dict[str, str] = {}
+    said = {server.name: asked_by(project, server) for server in wanted}
     for server in sorted(wanted, key=lambda one: one.database is not None):  # the other starts while it is made
         port = free_port(host, (ports or {}).get(server.name, 0))
         urls[server.name] = f"http://{reachable(host)}:{port}{server.url_path}"
@@ -250,7 +299,7 @@ def start(
         child, url = started[server.name], urls[server.name]
         wait_ready(project, server, url, seconds=deadline - time.monotonic(), child=child)
     for name, url in urls.items():
-        record(project, name, started[name].pid, url, owner=owner)
+        record(project, name, started[name].pid, url, owner=owner, login=said[name])
     return urls
 
 
@@ -265,6 +314,7 @@ def wait_ready(
     import httpx
 
     base = url.removesuffix(server.url_path)
+    auth = server.login.pair if server.login else None
     deadline = time.monotonic() + max(seconds, 0.1)
     said = "no answer"
     failing_since: float | None = None
@@ -275,7 +325,7 @@ def wait_ready(
                 raise _failed(project, server, f"the {server.name} server {how} while it started")
             left = deadline - time.monotonic()
             try:
-                answer = client.get(base + server.probe, timeout=max(min(left, 10.0), 0.1))
+                answer = client.get(base + server.probe, auth=auth, timeout=max(min(left, 10.0), 0.1))
                 # 401 is an answer too: it is up and asks who we are.
                 if answer.status_code < 500:
                     return
@@ -315,10 +365,15 @@ def stop(children: Iterable[subprocess.Popen[bytes]]) -> None:
             child.wait()
 
 
-def record(project: Project, name: str, pid: int, url: str, *, owner: str) -> None:
+def asked_by(project: Project, server: Server) -> str:
+    """`Running.login` of a server."""
+    return "secret" if server.login == secret(project) else "account"
+
+
+def record(project: Project, name: str, pid: int, url: str, *, owner: str, login: str = "secret") -> None:
     """Writes one server into services.json."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    _write(project, {**running(project), name: Running(pid, _created(pid) or 0.0, url, now, owner)})
+    _write(project, {**running(project), name: Running(pid, _created(pid) or 0.0, url, now, owner, login)})
 
 
 def forget(project: Project, names: Iterable[str]) -> None:
@@ -398,12 +453,12 @@ def _answers_elsewhere(name: str, url: str) -> None:
         answer = httpx.get(probe, timeout=10, trust_env=False)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ServiceError(
-            f"the {name} server at {url} does not answer: {error}",
+            f"the {name} server at {without_login(url)} does not answer: {error}",
             mend="start it, or correct or remove its address under `services` in params.yaml",
         ) from error
     if answer.status_code >= 400:
         raise ServiceError(
-            f"{probe} answers {answer.status_code}: no {name} server is there",
+            f"{without_login(probe)} answers {answer.status_code}: no {name} server is there",
             mend="correct or remove its address under `services` in params.yaml"
             + (" (Prefect's ends with /api)" if name == "prefect" else ""),
         )

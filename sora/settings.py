@@ -283,7 +283,8 @@ class Schedule(_Section):
 
 
 class Alert(_Section):
-    webhook: str | None = None  # gets a JSON POST when a nightly fails or does not happen
+    # Gets a JSON POST when a nightly fails or does not happen. SORA_ALERT_WEBHOOK goes before it; see `flows.alerts`.
+    webhook: str | None = None
 
     @field_validator("webhook")
     @classmethod
@@ -309,7 +310,10 @@ class Backup(_Section):
 
 
 class Services(_Section):
-    """Servers that run elsewhere. None: Sora starts its own below .sora/."""
+    """Servers that run elsewhere. None: Sora starts its own below .sora/.
+
+    Credentials come from the environment (PREFECT_API_AUTH_STRING; MLFLOW_TRACKING_USERNAME and _PASSWORD).
+    """
 
     prefect_api_url: str | None = None
     mlflow_tracking_uri: str | None = None

@@ -1,6 +1,7 @@
 """`sora up`: Prefect, MLflow, a worker with the nightly schedule and the API on one machine, watched until Ctrl-C.
 
-On another address than loopback both servers must ask who is there, by these environment variables:
+Prefect and MLflow ask for the project's secret (`.sora/secret`). On another address than loopback they ask for what the
+people there were given, by these environment variables:
 
     PREFECT_SERVER_API_AUTH_STRING   "user:password" of Prefect's API and pages
     MLFLOW_FLASK_SERVER_SECRET_KEY   signs MLflow's forms; any long random text
@@ -26,11 +27,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
-from sora import nightly_log, services
+from sora import doorkeeper, nightly_log, services
+from sora.credentials import Login, private_state, secret, secret_file
 from sora.errors import InputError, RunActive, ServiceError
 from sora.files import writing
 from sora.processes import quiet_environment, start_child
 from sora.progress import echo
+from sora.redaction import without_login
 from sora.services import Addresses, Running, Server
 from sora.serving.tokens import ENVIRONMENT, TokenFile
 from sora.settings import Project, Settings
@@ -95,8 +98,7 @@ def up(
     """
     settings = project.settings()
     secrets = _secrets(project, host)
-    with writing(project.state):
-        project.state.mkdir(parents=True, exist_ok=True)
+    private_state(project)
     with _only_one(project), _terminable():
         parts: list[Part] = []
         try:
@@ -118,7 +120,7 @@ def up(
 
 
 def _secrets(project: Project, host: str) -> dict[str, str]:
-    """The environment that makes the servers ask who is there; empty on loopback.
+    """The environment of clients where the servers ask for more than the project's secret; empty on loopback.
 
     Raises:
         InputError: something is missing.
@@ -165,7 +167,9 @@ def _start_servers(
     configured = settings.services
     wanted: list[Server] = []
     if not configured.prefect_api_url:
-        wanted.append(services.prefect_server(project, schedules=True))
+        login = Login.parse(os.environ["PREFECT_SERVER_API_AUTH_STRING"]) if secrets else None
+        env = {doorkeeper.HOSTS: ",".join(_names(host))} if secrets else {}
+        wanted.append(services.prefect_server(project, schedules=True, login=login, env=env))
     if not configured.mlflow_tracking_uri:
         wanted.append(_mlflow_with_auth(project, host) if secrets else services.mlflow_server(project))
     preferred = {"prefect": prefect_port, "mlflow": mlflow_port}
@@ -210,13 +214,19 @@ def _mlflow_with_auth(project: Project, host: str) -> Server:
             encoding="utf-8",
         )
     private = ["10.*", "192.168.*", *(f"172.{second}.*" for second in range(16, 32))]
-    names = ["localhost", "127.0.0.1", socket.gethostname(), socket.getfqdn(), host, *private]
     env = {
         "MLFLOW_AUTH_CONFIG_PATH": str(config),
         "MLFLOW_SERVER_ALLOWED_HOSTS": os.environ.get("MLFLOW_SERVER_ALLOWED_HOSTS")
-        or ",".join(f"{name},{name}:*" for name in dict.fromkeys(names)),
+        or ",".join(f"{name},{name}:*" for name in dict.fromkeys(["127.0.0.1", *_names(host), *private])),
     }
     return services.mlflow_server(project, app=("--factory", "mlflow.server.auth:create_app"), env=env)
+
+
+def _names(host: str) -> list[str]:
+    """Names by which others call servers on `host`; MLFLOW_SERVER_ALLOWED_HOSTS gives more, but for its patterns."""
+    given = os.environ.get("MLFLOW_SERVER_ALLOWED_HOSTS", "").split(",")
+    names = ["localhost", socket.gethostname(), socket.getfqdn(), host, *(name.strip() for name in given)]
+    return list(dict.fromkeys(name for name in names if name and "*" not in name))
 
 
 def _clients(
@@ -259,7 +269,8 @@ def _start(project: Project, part: Part) -> None:
             )
     part.since = time.monotonic()
     if part.server is not None:
-        services.record(project, part.name, part.child.pid, part.url, owner="up")
+        login = services.asked_by(project, part.server)
+        services.record(project, part.name, part.child.pid, part.url, owner="up", login=login)
 
 
 def _wait(project: Project, part: Part) -> None:
@@ -301,11 +312,15 @@ def _say(
     api = next(part.url for part in parts if part.name == "api")
     rows = [
         ("page and API", api),
-        ("Prefect", str(addresses.prefect_api_url).removesuffix("/api")),
-        ("MLflow", str(addresses.mlflow_tracking_uri)),
+        ("Prefect", without_login(str(addresses.prefect_api_url)).removesuffix("/api")),
+        ("MLflow", without_login(str(addresses.mlflow_tracking_uri))),
         ("nightly", f"{schedule.cron} ({schedule.timezone})"),
         ("logs", str(project.state / "logs")),
     ]
+    if any(part.server is not None and part.server.login == secret(project) for part in parts):
+        # Not the secret itself: this may be a log that others read.
+        login = f"Prefect's page: the line in {secret_file(project)}; MLflow's: what is before and after its colon"
+        rows.insert(3, ("log in", login))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         on_line(f"  {name:<{width}}  {value}")

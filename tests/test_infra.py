@@ -111,7 +111,11 @@ def test_health_checks_are_python_that_parses(infra: Path, services: dict[str, d
 
 def test_authentication_is_on_and_leases_are_on_disk(services: dict[str, dict[str, Any]], infra: Path) -> None:
     prefect = services["prefect"]["environment"]
-    assert "PREFECT_SERVER_API_AUTH_STRING" in prefect
+    assert prefect["PREFECT_SERVER_API_AUTH_STRING"] == "sora:${PREFECT_PASSWORD:?set it in infra/.env}"
+    assert prefect["PREFECT_SERVER_CSRF_PROTECTION_ENABLED"] == "true"
+    assert "*" not in prefect["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"]
+    for name in ("worker", "api", "gpu-worker"):
+        assert {"PREFECT_API_AUTH_STRING", "MLFLOW_TRACKING_PASSWORD"} <= services[name]["environment"].keys(), name
     assert LEASE_STORAGE.items() <= prefect.items()
     assert any(place.endswith(":/var/lib/sora") for place in services["prefect"]["volumes"])
     assert "--app-name=basic-auth" in services["mlflow"]["command"]

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from sora import pool, provenance
+from sora import pool, provenance, redaction
 from sora.data.dvc import dvc, git
 from sora.data.scan import BAD_NAME, UNVERSIONED, badly_named
 from sora.errors import InputError, NotTrainable, ServiceError, SettingsError, SoraError
@@ -341,7 +341,7 @@ def state(project: Project) -> dict[str, Any]:
     """All that is needed to come back to what this project is now.
 
     The texts of `STATE_FILES` (those that exist) by name, and `git_commit` (None without one), `git_dirty`,
-    `data_version`, `code_hash`.
+    `data_version`, `code_hash`. params.yaml is without its secrets: the state is stored where others read it.
 
     Raises:
         InputError: data.dvc or dvc.lock is damaged: nobody could come back to it.
@@ -352,6 +352,8 @@ def state(project: Project) -> dict[str, Any]:
         for name in STATE_FILES
         if (project.root / name).is_file()
     }
+    if "params.yaml" in texts:
+        texts["params.yaml"] = redaction.params_text(texts["params.yaml"])
     commit = git(project.root, "rev-parse", "HEAD")
     changed = git(project.root, "status", "--porcelain") if commit else None
     return {

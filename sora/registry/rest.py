@@ -14,11 +14,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import httpx
 
+from sora.credentials import Login
 from sora.errors import DiskFull, InputError, ServiceError
+from sora.redaction import without_login
 
 _CHUNK = 1 << 20  # bytes
 _RETRY_AFTER = (0.2, 1.0)  # seconds before the second and the third attempt
@@ -41,28 +43,33 @@ class Unreachable(ServiceError):
 class Rest:
     """One MLflow server.
 
-    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, are honoured as MLflow's own
-    client honours them.
+    Without a login, what the address holds (`http://user:password@host`) counts, or MLFLOW_TRACKING_USERNAME and
+    MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, as with MLflow's own client. `uri` never holds a password.
 
     Args:
         tracking_uri: `http://` or `https://` address of the server.
+        login: what the server asks for.
         timeout: seconds that one answer may take.
 
     Raises:
         InputError: the address is no http one (a local folder or database can't hand models to other machines).
     """
 
-    def __init__(self, tracking_uri: str, *, timeout: float = 60.0) -> None:
+    def __init__(self, tracking_uri: str, login: Login | None = None, *, timeout: float = 60.0) -> None:
         parts = urlsplit(tracking_uri)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise InputError(
-                f"MLflow's address must be http://… or https://…, received {tracking_uri!r}",
+                f"MLflow's address must be http://… or https://…, received {without_login(tracking_uri)!r}",
                 mend="set services.mlflow_tracking_uri to the address of an MLflow server, or leave it out",
             )
-        self.uri = tracking_uri.rstrip("/")
+        self.uri = without_login(tracking_uri).rstrip("/")
         headers = {}
         auth = None
-        if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        if login is not None:
+            auth = httpx.BasicAuth(*login.pair)
+        elif parts.username is not None:
+            auth = httpx.BasicAuth(unquote(parts.username), unquote(parts.password or ""))
+        elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
             headers["Authorization"] = f"Bearer {token}"
         elif user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
             auth = httpx.BasicAuth(user, os.environ.get("MLFLOW_TRACKING_PASSWORD", ""))
@@ -215,7 +222,8 @@ class Rest:
         if answer.status_code in (401, 403):
             return ServiceError(
                 f"MLflow at {self.uri} refused {method} {path} with {answer.status_code}: {answer.text[:200]}",
-                mend="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an account that may do this",
+                mend="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an account that may do this; for a "
+                "server of `sora up` they are the two halves of its project's .sora/secret",
             )
         try:
             body = answer.json()

@@ -16,6 +16,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, Literal
 
+from sora.credentials import Login
 from sora.errors import InputError, ServiceError
 from sora.registry.live import MetricBuffer, system_metrics
 from sora.registry.rest import NotFound, Rest
@@ -38,15 +39,16 @@ class Runs:
     Args:
         tracking_uri: http address of the MLflow server.
         name: of the experiment (and of the registered model).
+        login: what the server asks for; without one, what the environment or the address says.
 
     Raises (every method):
         ServiceError: MLflow does not answer, or refuses. `log_metrics` keeps what it could not send.
     """
 
-    def __init__(self, tracking_uri: str, name: str) -> None:
+    def __init__(self, tracking_uri: str, name: str, login: Login | None = None) -> None:
         self.name = name
-        self.tracking_uri = tracking_uri
-        self._rest = Rest(tracking_uri)
+        self._rest = Rest(tracking_uri, login)
+        self.tracking_uri = self._rest.uri
         self._metrics = MetricBuffer(self._rest)
         self._experiment: str | None = None
         self._roots: dict[str, str] = {}  # run → its artifact root

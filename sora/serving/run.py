@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 from sora import services
+from sora.credentials import Login
 from sora.data.inbox import Inbox
 from sora.errors import InputError, ServiceError, SoraError
 from sora.progress import say
@@ -49,7 +50,7 @@ def run(project: Project, host: str | None = None, port: int | None = None) -> N
     mlflow = Mlflow(project)
     app = create_app(
         settings.serve,
-        RegistrySource(mlflow.address, settings.name, cache),
+        RegistrySource(mlflow.address, settings.name, cache, mlflow.login),
         cache,
         tokens=tokens,
         inbox=Inbox(project, settings.serve.inbox_files, settings.serve.inbox_bytes),
@@ -108,6 +109,10 @@ class Mlflow:
             return self._configured
         entry = services.running(self._project).get("mlflow")
         return entry.url if entry else self._given
+
+    def login(self) -> Login | None:
+        """What the server at `address` asks for; None where the environment says it."""
+        return None if self._configured else services.own_login(self._project, "mlflow")
 
     def start(self, may_start: Callable[[], bool]) -> None:
         """`may_start()` turns true when nothing that should be quick would have to share the processors with it."""

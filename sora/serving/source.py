@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
+from sora.credentials import Login
 from sora.errors import ServiceError
 from sora.files import atomic
 from sora.records import ModelVersion, Recipe
@@ -112,14 +113,22 @@ class RegistrySource:
         address: the tracking address as of now; None while no server runs. Asked every time, since the project's own
             MLflow comes and goes with `sora run` and `sora up`.
         name: of the registered model.
+        login: what that server asks for, as of now.
     """
 
-    def __init__(self, address: Callable[[], str | None], name: str, cache: ModelCache) -> None:
+    def __init__(
+        self,
+        address: Callable[[], str | None],
+        name: str,
+        cache: ModelCache,
+        login: Callable[[], Login | None] = lambda: None,
+    ) -> None:
         self._address = address
+        self._login = login
         self._name = name
         self._cache = cache
         self._registry: Registry | None = None
-        self._uri: str | None = None
+        self._known: tuple[str, Login | None] | None = None
         self._lock = threading.Lock()
 
     def champion(self) -> ChampionRef | None:
@@ -139,7 +148,8 @@ class RegistrySource:
         uri = self._address()
         if uri is None:
             raise ServiceError("no MLflow server runs for this project", mend="start one: `sora up`")
+        known = (uri, self._login())
         with self._lock:
-            if self._registry is None or uri != self._uri:
-                self._registry, self._uri = Registry(uri, self._name), uri
+            if self._registry is None or known != self._known:
+                self._registry, self._known = Registry(uri, self._name, known[1]), known
             return self._registry

@@ -27,6 +27,7 @@ TINY: dict[str, dict[str, Any]] = {
     "model": {"low_filters": [16], "high_filters": [16], "key_frames": 2, "embedding": 16},
     "train": {"epochs": 2, "batch": 8},
     "gate": {"min_test": 2, "max_ece": 1.0},
+    "alert": {"webhook": "http://127.0.0.1:9/T0KEN-in-the-path"},
 }
 
 

@@ -12,7 +12,10 @@ import httpx
 import psutil
 import pytest
 
+from sora.credentials import secret
+from sora.settings import Project
 from tests.e2e.conftest import SORA, Running, sora, sora_json
+from tests.servers import prefect_client
 from tests.videos import make_video
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -53,16 +56,27 @@ def test_nothing_changed_is_unchanged(running: Running, first: dict) -> None:
 
 
 def test_the_run_is_in_mlflow_and_prefect(running: Running, first: dict) -> None:
-    run = httpx.get(f"{running.mlflow}/api/2.0/mlflow/runs/get", params={"run_id": first["run_id"]}).json()["run"]
+    where, login = f"{running.mlflow}/api/2.0/mlflow/runs/get", secret(Project(running.project)).pair
+    run = httpx.get(where, params={"run_id": first["run_id"]}, auth=login).json()["run"]
     assert run["info"]["status"] == "FINISHED"
     names = {metric["key"] for metric in run["data"]["metrics"]}
     assert {"loss", "val_loss", "test/accuracy"} <= names
     inputs = run["inputs"]["dataset_inputs"]
     assert inputs[0]["dataset"]["digest"].startswith(first["data_version"][:8])
-    flows = httpx.post(f"{running.prefect}/api/flow_runs/filter", json={"sort": "START_TIME_ASC"}).json()
+    with prefect_client(Project(running.project)) as prefect:
+        flows = prefect.post("/flow_runs/filter", json={"sort": "START_TIME_ASC"}).json()
+        artifacts = prefect.post("/artifacts/filter", json={}).json()
     assert "COMPLETED" in {flow["state_type"] for flow in flows}
-    artifacts = httpx.post(f"{running.prefect}/api/artifacts/filter", json={}).json()
     assert {"nightly", "recall", "confusion"} <= {artifact["key"] for artifact in artifacts}
+
+
+def test_the_webhook_is_not_stored(running: Running, first: dict) -> None:
+    """Neither among MLflow's parameters nor in its artifacts, nor in Prefect's database."""
+    state = running.project / ".sora"
+    files = [file for file in state.rglob("*") if file.is_file()]
+    assert any(file.name == "params.yaml" for file in files) and state / "mlflow" / "mlflow.db" in files
+    assert not [file for file in files if b"T0KEN-in-the-path" in file.read_bytes()]
+    assert state.stat().st_mode & 0o777 == 0o700
 
 
 def test_promoted_by_hand_and_served(running: Running, first: dict) -> None:
@@ -154,16 +168,17 @@ def wait_for_step(project: Path, step: str, seconds: float = 120) -> None:
 
 
 def trigger_nightly(running: Running) -> str:
-    found = httpx.post(f"{running.prefect}/api/deployments/filter", json={}).json()
-    nightly = next(one for one in found if one["name"] != "train" and one["status"])
-    made = httpx.post(f"{running.prefect}/api/deployments/{nightly['id']}/create_flow_run", json={})
-    return made.json()["id"]
+    with prefect_client(Project(running.project)) as prefect:
+        found = prefect.post("/deployments/filter", json={}).json()
+        nightly = next(one for one in found if one["name"] != "train" and one["status"])
+        return prefect.post(f"/deployments/{nightly['id']}/create_flow_run", json={}).json()["id"]
 
 
 def ended(running: Running, flow_run: str, seconds: float = 180) -> str:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        state = httpx.get(f"{running.prefect}/api/flow_runs/{flow_run}").json()["state_type"]
+        with prefect_client(Project(running.project)) as prefect:
+            state = prefect.get(f"/flow_runs/{flow_run}").json()["state_type"]
         if state in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
             return state
         time.sleep(0.5)

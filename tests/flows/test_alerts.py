@@ -24,6 +24,7 @@ class Receiver:
     def __init__(self) -> None:
         self.codes = [200]
         self.delay = 0.0
+        self.location = "/elsewhere"
         self.received: list[dict] = []
         self.methods: list[str] = []
         receiver = self
@@ -37,8 +38,8 @@ class Receiver:
                 if code == 200:
                     receiver.received.append(json.loads(body))
                 self.send_response(code)
-                if code == 302:
-                    self.send_header("Location", "/elsewhere")
+                if 300 <= code < 400:
+                    self.send_header("Location", receiver.location)
                 self.end_headers()
 
             def do_GET(self) -> None:
@@ -53,14 +54,17 @@ class Receiver:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/hook/{SECRET}?key={SECRET}"
 
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
 
 @pytest.fixture
 def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
     monkeypatch.setattr(alerts, "_PAUSES", (0.01, 0.01))
     it = Receiver()
     yield it
-    it.server.shutdown()
-    it.server.server_close()
+    it.close()
 
 
 def _project(root: Path, webhook: str | None, more: str = "") -> Project:
@@ -112,6 +116,41 @@ def test_an_address_that_leads_nowhere_never_raises(
         assert not alerts.send(url, {"event": "x"})
     assert "not delivered" in caplog.text
     assert SECRET not in caplog.text
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed(receiver: Receiver, caplog: pytest.LogCaptureFixture, code: int) -> None:
+    """Not even where the webhook itself may lead: an address of this machine, written as such."""
+    inside = Receiver()
+    receiver.codes, receiver.location = [code], inside.url
+    try:
+        with caplog.at_level(logging.DEBUG):
+            assert not alerts.send(receiver.url, {"event": "x"})
+        assert receiver.methods == ["POST"] and inside.methods == []
+        assert f"it answered {code}" in caplog.text and SECRET not in caplog.text
+    finally:
+        inside.close()
+
+
+@pytest.mark.parametrize("name", ["2130706433", "0x7f.1", "017700000001"])
+def test_a_name_that_stands_for_this_machine_is_not_called(
+    receiver: Receiver, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    assert not alerts.send(receiver.url.replace("127.0.0.1", name), {"event": "x"})
+    assert receiver.methods == []
+    assert "write the address itself" in caplog.text and SECRET not in caplog.text
+    assert alerts.send(receiver.url.replace("127.0.0.1", "localhost"), {"event": "x"})  # as plain as the address
+
+
+def test_the_environment_goes_before_the_file(
+    receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = _project(tmp_path, "http://127.0.0.1:9/old", "schedule: {cron: '0 2 * * *'}\n")
+    monkeypatch.setenv(alerts.ENVIRONMENT, receiver.url)
+    assert alerts.nightly_failed(project, flow_run="r", reason="x")
+    nightly_log.write(project, "promoted", "r", finished=datetime.now(UTC) - timedelta(days=3))
+    assert alerts.check_missed(project) is not None
+    assert [event["event"] for event in receiver.received] == ["nightly_failed", "nightly_missed"]
 
 
 def test_a_server_that_never_answers_is_given_up(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -71,6 +72,39 @@ def test_a_slot_is_held_names_its_device_to_children_and_is_given_back(prefect_s
     with slots.device_slot([Device("cpu", "t")]) as none:
         assert none == {"CUDA_VISIBLE_DEVICES": "-1"}
     assert [_active(device.slot) for device in pair] == [0, 0]
+
+
+def test_waiting_for_a_slot_is_said_once_and_is_no_error(
+    prefect_server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after a killed run, whose lease has to end first: Prefect would log an error at every look."""
+    log, records = logging.getLogger("prefect._internal.concurrency"), []
+
+    class Keeping(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record.getMessage())
+
+    handler = Keeping()
+    log.addHandler(handler)
+    monkeypatch.setattr(slots, "_ASK_AGAIN", 0.1)
+    try:
+        device = Device("cpu", "quiet")
+        with (
+            slots.device_slot([device], wait_seconds=0),
+            pytest.raises(ServiceError, match="no device was free"),
+            slots.device_slot([device], wait_seconds=1),
+        ):
+            pass
+        time.sleep(0.5)
+        assert records == []
+        assert capsys.readouterr().err.count("waiting for a device") == 1
+        try:
+            raise RuntimeError("something else")
+        except RuntimeError:
+            log.error("a real error")
+        assert records == ["a real error"]
+    finally:
+        log.removeHandler(handler)
 
 
 def test_an_error_in_the_body_gives_the_slot_back(prefect_server: str) -> None:

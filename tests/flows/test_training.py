@@ -19,6 +19,7 @@ import pytest
 
 from flows import deployments, training
 from flows.training import _Look, _Watch
+from sora.credentials import secret
 from sora.errors import ServiceError
 from sora.processes import quiet_environment
 from sora.progress import bar
@@ -76,6 +77,8 @@ class Site:
             HOME=str(home),
             PREFECT_HOME=str(home / "prefect"),
             SORA_PROJECT=str(self.clone),
+            MLFLOW_TRACKING_USERNAME=secret(self.project).user,
+            MLFLOW_TRACKING_PASSWORD=secret(self.project).password,
             CUDA_VISIBLE_DEVICES="-1",
             PREFECT_WORKER_QUERY_SECONDS="1",
             PREFECT_WORKER_HEARTBEAT_SECONDS="5",
@@ -134,7 +137,7 @@ def site(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     _git(place, "clone", "-q", str(project.root), str(place / "clone"))
     deployments.register(project, prefect_server)
     with servers(project, prefect=False) as addresses:
-        yield Site(project, place / "clone", Registry(str(addresses.mlflow_tracking_uri), "remote"))
+        yield Site(project, place / "clone", Registry(str(addresses.mlflow_tracking_uri), "remote", secret(project)))
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def register(registry: Registry, made: Made) -> int:
 
 
 def promote(project: Project, version: int) -> None:
-    registry = Registry(services.mlflow_address(project), "tested")
+    registry = Registry(services.mlflow_address(project), "tested", services.login(project, "mlflow"))
     registry.promote(version, cache=project.state / "cache" / "models", smoke=lambda file, recipe: None)
 
 
@@ -78,7 +78,7 @@ def test_it_follows_the_champion_of_a_real_registry(models, video, tmp_path, cap
         return lambda: it.client.get("/readyz").json().get("version") == version
 
     with services.servers(project, prefect=False) as addresses:
-        registry = Registry(str(addresses.mlflow_tracking_uri), "tested")
+        registry = Registry(str(addresses.mlflow_tracking_uri), "tested", services.login(project, "mlflow"))
         assert [register(registry, made) for made in models] == [1, 2]
     with serving(project) as it:  # no MLflow server is up: it starts one
         it.until(lambda: "sora run" in it.client.get("/readyz").json().get("mend", ""))
@@ -90,7 +90,7 @@ def test_it_follows_the_champion_of_a_real_registry(models, video, tmp_path, cap
         promote(project, 2)
         it.until(serves(it, 2))
         cache = project.state / "cache" / "models"
-        registry = Registry(services.mlflow_address(project), "tested")
+        registry = Registry(services.mlflow_address(project), "tested", services.login(project, "mlflow"))
         registry.rollback(cache=cache, smoke=lambda file, recipe: None)
         it.until(serves(it, 1), 5)
         # Its MLflow server is killed: it serves on and starts another.
@@ -101,7 +101,7 @@ def test_it_follows_the_champion_of_a_real_registry(models, video, tmp_path, cap
         promote(project, 2)
         it.until(serves(it, 2))
         # A version that it can't serve: refused, and MLflow knows it.
-        registry = Registry(services.mlflow_address(project), "tested")
+        registry = Registry(services.mlflow_address(project), "tested", services.login(project, "mlflow"))
         bad = register(registry, Made(models[0].file, other_golden(models[0].recipe), 3))
         promote(project, bad)
         it.until(lambda: it.client.get("/v1/model").json()["following"]["refused"], 20)

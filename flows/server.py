@@ -1,0 +1,15 @@
+"""Prefect's application behind the doorkeeper: `uvicorn --factory flows.server:create_app`."""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp
+
+from sora.doorkeeper import Doorkeeper, hosts_of
+
+
+def create_app() -> ASGIApp:
+    """Prefect asks for the login itself (PREFECT_SERVER_API_AUTH_STRING), at every path that says or does anything: so
+    its page, which has a form for it, can load."""
+    from prefect.server.api.server import create_app as create_prefect
+
+    return Doorkeeper(create_prefect(), hosts=hosts_of())
