@@ -21,6 +21,7 @@ FLOORS: list[tuple[int, str]] = [
     (0, "sora.lock"),
     (0, "sora.files"),
     (0, "sora.pool"),
+    (0, "sora.sandbox"),
     (1, "sora.client"),
     (1, "sora.video"),
     (1, "sora.data"),

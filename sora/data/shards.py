@@ -26,6 +26,7 @@ from sora import pool
 from sora.errors import InputError, ServiceError, VideoError
 from sora.files import atomic, sync_folder, writing
 from sora.records import ClipSpec
+from sora.settings import Validate
 from sora.video import tag
 from sora.video.clips import windows
 
@@ -75,14 +76,12 @@ class _Bucket:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """One video for a worker process: decode it and write its clips at `offset` of `draft`."""
+    """A video to be decoded, and where its clips go: at `offset` of `draft`."""
 
     bucket: int
     video: _Video
-    source: str
-    draft: str
+    draft: Path
     offset: int
-    spec: ClipSpec
 
 
 def build(
@@ -94,6 +93,7 @@ def build(
     *,
     buckets: int = 16,
     workers: int = 0,
+    rules: Validate | None = None,
     progress: Progress | None = None,
 ) -> BuildStats:
     """Brings the shard set in `out` up to date. Call it again after an interruption: it resumes.
@@ -103,6 +103,7 @@ def build(
         rejected: paths (of the manifest) to leave out.
         data: the folder that the manifest's paths are relative to.
         workers: processes that decode; 0: one a core.
+        rules: bounds of what a video may cost; default: those of the default settings.
 
     Raises:
         ServiceError: a video that the manifest accepted does not decode now (it names it), or a process died.
@@ -122,18 +123,23 @@ def build(
     if progress:
         progress(total - to_decode, total)
 
-    def tasks() -> Iterator[_Task]:
+    def jobs() -> Iterator[pool.Job[_Task]]:
         for bucket in missing:
             open_now[bucket.number] = bucket
-            todo = _begin(bucket, old, data, spec)
+            todo = _begin(bucket, old, spec)
             if not todo:
                 _finish(open_now.pop(bucket.number))
-            yield from todo
+            for task in todo:
+                video = task.video
+                yield pool.Job(task, data / video.path, spec, (video.frames, video.fps))
 
     try:
         crew = min(workers or pool.cores(), max(1, to_decode))
-        with closing(pool.each(_prepare, tasks(), workers=crew, crashed=_crash)) as results:
-            for task, _ in results:
+        bounds = pool.Bounds.of_data(rules or Validate.model_validate({}))
+        with closing(pool.each(jobs(), bounds, clips=True, workers=crew)) as results:
+            for job, answer in results:
+                task = job.item
+                _store(task, answer, spec)
                 decoded += 1
                 bucket = open_now[task.bucket]
                 bucket.waiting -= 1
@@ -204,7 +210,7 @@ def _header(rows: int, spec: ClipSpec) -> bytes:
     return text.getvalue()
 
 
-def _begin(bucket: _Bucket, old: dict[str, tuple[Path, int]], data: Path, spec: ClipSpec) -> list[_Task]:
+def _begin(bucket: _Bucket, old: dict[str, tuple[Path, int]], spec: ClipSpec) -> list[_Task]:
     """Makes the bucket's draft, copies into it what an old bucket holds, and returns what is to be decoded."""
     tasks = []
     header, size = _header(bucket.rows, spec), _clip_bytes(spec)
@@ -217,8 +223,7 @@ def _begin(bucket: _Bucket, old: dict[str, tuple[Path, int]], data: Path, spec: 
             if video.sha256 in old:
                 _copy(*old[video.sha256], length, draft)
             else:
-                source = str(data / video.path)
-                tasks.append(_Task(bucket.number, video, source, str(bucket.draft), draft.tell(), spec))
+                tasks.append(_Task(bucket.number, video, bucket.draft, draft.tell()))
                 draft.seek(length, os.SEEK_CUR)
     bucket.waiting = len(tasks)
     return tasks
@@ -235,28 +240,27 @@ def _copy(source: Path, offset: int, length: int, target: IO[bytes]) -> None:
             length -= len(part)
 
 
-def _prepare(task: _Task) -> None:
-    """In a worker process: a video's clips into its place of the draft."""
-    from sora.video.transform import prepare_clips
-
+def _store(task: _Task, answer: pool.Answer | VideoError, spec: ClipSpec) -> None:
+    """A video's clips into their place of the draft."""
     video = task.video
-    try:
-        clips = prepare_clips(task.source, task.spec, frames=video.frames, fps=video.fps)
-    except VideoError as error:
+    if isinstance(answer, pool.Crashed):
         raise ServiceError(
-            f"{video.path} does not decode any more: {error.message}",
+            f"the decoder of {video.path} crashed: {answer.message}", mend="run the same command again: it resumes"
+        )
+    if isinstance(answer, VideoError):
+        raise ServiceError(
+            f"{video.path} does not decode any more: {answer.message}",
             mend="the file changed since it was checked: restore it, or run again so that it is checked anew",
-        ) from error
-    with writing(Path(task.draft)), open(task.draft, "r+b") as draft:
+        ) from answer
+    assert answer.body is not None
+    if len(answer.body) != len(video.clips) * _clip_bytes(spec):
+        raise ServiceError(
+            f"{video.path} has {answer.header['shape'][0]} clips now, not {len(video.clips)}",
+            mend="run again so that it is checked anew",
+        )
+    with writing(task.draft), task.draft.open("r+b") as draft:
         draft.seek(task.offset)
-        draft.write(clips.data)
-
-
-def _crash(task: _Task, how: str) -> None:
-    raise ServiceError(
-        f"a worker process {how} while it made the clips of {task.video.path}",
-        mend="run the same command again: it resumes",
-    )
+        draft.write(answer.body)
 
 
 def _finish(bucket: _Bucket) -> None:

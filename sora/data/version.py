@@ -23,7 +23,7 @@ from sora.data.dvc import dvc, git
 from sora.errors import InputError, ServiceError, SettingsError, SoraError
 from sora.files import atomic
 from sora.processes import rebuild_error
-from sora.settings import Project, parse
+from sora.settings import Project, Settings, parse
 from sora.video import tag
 
 STAGES = ("manifest", "validate", "shards")
@@ -182,8 +182,11 @@ def status(project: Project) -> dict[str, Any]:
     return json.loads(dvc(project.root, "status", "--json"))
 
 
-def code_hashes(multilabel: bool = False) -> dict[str, str]:
-    """Stage → hash over the source of what it runs, the versions of the decoders, and the parameters' defaults."""
+def code_hashes(multilabel: bool = False, bounds: str = "") -> dict[str, str]:
+    """Stage → hash over the source of what it runs, the versions of the decoders, and the parameters' defaults.
+
+    `bounds`: what a video may cost, where that is set otherwise than by default (see `_bounds`).
+    """
     video = {"manifest": tag.facts(), "validate": "", "shards": tag.clips()}
     defaults = json.dumps({name: parse("").to_dict()[name] for name in ("validate", "split", "clip", "shards")})
     hashes = {}
@@ -193,6 +196,8 @@ def code_hashes(multilabel: bool = False) -> dict[str, str]:
             digest.update((Path(__file__).parent / module).read_bytes())
         if multilabel and stage in _OF_LABELS:
             digest.update(b"multilabel")
+        if stage == "manifest":
+            digest.update(bounds.encode())
         hashes[stage] = digest.hexdigest()[:16]
     return hashes
 
@@ -204,11 +209,18 @@ def code_hash() -> str:
 
 def write_code_lock(project: Project) -> None:
     """Writes preprocessing.lock where it differs: DVC depends on it, since it can't depend on installed packages."""
-    _write_if_different(project.root / CODE_LOCK, _code_lock_text(project.settings().multilabel))
+    settings = project.settings()
+    _write_if_different(project.root / CODE_LOCK, _code_lock_text(settings.multilabel, _bounds(settings)))
 
 
-def _code_lock_text(multilabel: bool = False) -> str:
-    return _CODE_HEADER + "".join(f"{stage}: {value}\n" for stage, value in code_hashes(multilabel).items())
+def _code_lock_text(multilabel: bool = False, bounds: str = "") -> str:
+    return _CODE_HEADER + "".join(f"{stage}: {value}\n" for stage, value in code_hashes(multilabel, bounds).items())
+
+
+def _bounds(settings: Settings) -> str:
+    """The bounds that the manifest depends on; "" for the default ones. Not in dvc.yaml: params.yaml may leave them out."""
+    bounds = settings.validate_.decoding()
+    return "" if bounds == parse("").validate_.decoding() else json.dumps(bounds, sort_keys=True)
 
 
 def _check_parameters(project: Project) -> None:

@@ -52,7 +52,7 @@ class Service:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         self.folder = Path(tempfile.mkdtemp(prefix="sora-serve-"))
-        self.pool = pool = DecodePool(self.settings, self.folder)
+        self.pool = pool = DecodePool(self.settings)
         self.metrics.watch("sora_predictions_active", "Predictions under way", lambda: self.active)
         self.metrics.watch("sora_queue_clips", "Portions of clips that wait for the model", lambda: len(self.batcher))
         self.metrics.watch("sora_decoders_replaced", "Decoders that died or were killed", lambda: pool.replaced)

@@ -126,7 +126,7 @@ def test_verdicts_of_earlier_data_come_with_their_pages(prepared_project: Projec
 
 def test_changed_code_reruns_its_stage_only(prepared_project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     hashes = version.code_hashes()
-    monkeypatch.setattr(version, "code_hashes", lambda multilabel: {**hashes, "shards": "0" * 16})
+    monkeypatch.setattr(version, "code_hashes", lambda *_: {**hashes, "shards": "0" * 16})
     assert version.reproduce(prepared_project) == ["shards"]
 
 
