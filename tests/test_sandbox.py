@@ -196,7 +196,8 @@ def test_doctor_says_what_lacks(monkeypatch):
 
 def test_threads_are_few_before_it():
     """Landlock binds the calling thread and those it starts; nothing that Sora imports has started others."""
-    code = "import os\nfrom sora.video import decode, spans\ndecode.import_all()\nprint(len(os.listdir('/proc/self/task')))"
+    code = "import os\nfrom sora.video import decode, spans\ndecode.import_all()\n"
+    code += "print(len(os.listdir('/proc/self/task')))"
     from sora import pool
 
     done = subprocess.run(

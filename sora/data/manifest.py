@@ -114,7 +114,7 @@ def _record(
     error, detail = known["error"], known["detail"]
     if complaint:
         error, detail = complaint
-    elif error in (None, "truncated") and (beyond := _beyond(known, rules)):
+    elif error is None and (beyond := _beyond(known, rules)):
         error, detail = "too_large", beyond
     elif error is None:
         error, detail = one.problem, one.detail
@@ -193,6 +193,8 @@ def _reusable(previous: pd.DataFrame | None, name: str, limits: str) -> dict[str
     lasting = _OF_BYTES if previous.attrs.get(_BOUNDS) == limits else _OF_BYTES - _OF_BOUNDS
     for row in previous.to_dict("records"):
         error = row["error"] if isinstance(row["error"], str) else None
+        if error in _OF_BOUNDS and row["frames"]:  # all of it is known: `_record` judges it again
+            error = None
         if row["sha256"] and error in lasting | _OF_PLACE and not row["detail"].startswith(_CRASHED):
             verdict = (error, row["detail"]) if error in _OF_BYTES else (None, "")
             facts[row["sha256"]] = {**{key: row[key] for key in _FACTS}, "error": verdict[0], "detail": verdict[1]}

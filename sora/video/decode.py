@@ -418,6 +418,8 @@ def read_chosen(
         return read_chosen(path, choose, known=found, fit=fit, limits=limits, in_order=True)
     missing = wanted.difference(pictures)
     if missing:
+        if clock.count == 0:
+            _check_again(path, limits)
         raise refuse(
             "unreadable", f"frame {min(missing)} is missing, {clock.count} decode{': ' + broke if broke else ''}"
         )
