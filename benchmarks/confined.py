@@ -4,8 +4,8 @@
 - `shards`: the clips of as many of them.
 - `served`: one clip of one file through the server's pool of decoders.
 
-Both trees run by turns in processes of their own, in one run; the ratio is of each pair, the table has medians. `processor`
-is the same ratio of processor time, of the whole tree and its start: on a busy machine it is the one to read.
+Both trees run by turns in processes of their own, in one run; the ratio is of each pair, the table has medians.
+`processor` is the same ratio of processor time, of the whole tree and its start: on a busy machine the one to read.
 """
 
 from __future__ import annotations

@@ -218,7 +218,7 @@ def _code_lock_text(multilabel: bool = False, bounds: str = "") -> str:
 
 
 def _bounds(settings: Settings) -> str:
-    """The bounds that the manifest depends on; "" for the default ones. Not in dvc.yaml: params.yaml may leave them out."""
+    """The bounds that the manifest depends on; "" for the default ones. Not in dvc.yaml: they may be left out."""
     bounds = settings.validate_.decoding()
     return "" if bounds == parse("").validate_.decoding() else json.dumps(bounds, sort_keys=True)
 
