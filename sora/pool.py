@@ -212,7 +212,7 @@ class Decoder:
         try:
             self._process = subprocess.Popen(
                 command(bounds, clips), env=bare_environment(), cwd="/",
-                stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
+                stdin=theirs.fileno(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
             )  # fmt: skip
         except OSError as error:
             self._jobs.close()

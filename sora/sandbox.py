@@ -244,7 +244,6 @@ def _program(machine: _Machine, own: int) -> list[tuple[int, int, int, int]]:
 def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall.restype = ctypes.c_long
-    libc.syscall.argtypes = None
     return libc
 
 

@@ -156,16 +156,16 @@ class _Worker:
 
     def __init__(self, settings: Serve) -> None:
         self.process: asyncio.subprocess.Process | None = None
-        self._jobs, theirs = pool.socket_pair()
+        self._jobs, self._theirs = pool.socket_pair()
         self._jobs.setblocking(False)
-        self._booted = asyncio.create_task(self._boot(pool.Bounds.of_calls(settings), theirs))
+        self._booted = asyncio.create_task(self._boot(pool.Bounds.of_calls(settings)))
         self._booted.add_done_callback(lambda done: done.cancelled() or done.exception())  # `ready()` raises it
 
-    async def _boot(self, bounds: pool.Bounds, theirs: socket.socket) -> None:
-        with theirs:
+    async def _boot(self, bounds: pool.Bounds) -> None:
+        with self._theirs:
             self.process = await asyncio.create_subprocess_exec(
                 *pool.command(bounds, clips=True),
-                stdin=theirs,
+                stdin=self._theirs.fileno(),
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.DEVNULL,
                 env=pool.bare_environment(),
@@ -177,7 +177,7 @@ class _Worker:
     async def ready(self) -> None:
         try:
             await asyncio.shield(self._booted)
-        except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, ValueError) as error:
             raise ServiceError(
                 f"no decoder could be started: {type(error).__name__}: {error}",
                 mend="free memory or processes on the server, or raise serve.decode_memory",
@@ -230,6 +230,7 @@ class _Worker:
 
     async def end(self) -> None:
         self._jobs.close()
+        self._theirs.close()
         self._booted.cancel()
         await asyncio.gather(self._booted, return_exceptions=True)
         self.kill()
