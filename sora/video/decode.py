@@ -126,8 +126,6 @@ def _opened(path: Source, limits: Limits) -> Iterator[tuple[Any, Any]]:
             container = _container(file, options)
         except (av.error.FFmpegError, OSError, ValueError) as error:
             _check_log(file, limits)
-            if isinstance(error, MemoryError):
-                raise
             file.seek(0)
             head = file.read(16)
             known = any(head[at : at + len(magic)] == magic for at, magic in _MAGIC)
