@@ -20,9 +20,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from fractions import Fraction
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,7 +39,6 @@ from sora.data.batches import Batches
 from sora.data.shards import ShardSet
 from sora.records import ClipSpec
 from sora.settings import Project, Settings
-from sora.video.decode import Limits
 from sora.video.transform import prepare_clips
 
 FIGHTS = SHARED / "fights300"
@@ -64,9 +63,8 @@ def decode_and_drop(path: str, threads: int = 1) -> int:
 
 
 def in_processes(paths: list[str]) -> None:
-    with closing(pool.each(decode_and_drop, paths)) as done:
-        for _ in done:
-            pass
+    with ProcessPoolExecutor(pool.cores(), get_context("spawn")) as crew:
+        list(crew.map(decode_and_drop, paths))
 
 
 def in_threads(paths: list[str]) -> None:
@@ -159,7 +157,7 @@ def long(rounds: int) -> list[dict[str, Any]]:
                 clips["ours"] = prepare_clips(path, spec, frames=frames, fps=float(RATE))
 
             def in_order(path: Path = path, frames: int = frames, clips: dict = clips) -> None:
-                clips["order"] = prepare_clips(path, spec, frames=frames, fps=float(RATE), limits=Limits())
+                clips["order"] = prepare_clips(path, spec, frames=frames, fps=float(RATE), in_order=True)
 
             pairs = [(spent(short), spent(in_order)) for _ in range(min(rounds, 2))]
             assert np.array_equal(clips["ours"], clips["order"]) and len(clips["ours"]) == 16

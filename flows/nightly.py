@@ -393,6 +393,7 @@ def _evaluate(
         models=models,
         classes=list(settings.classes),
         data=str(project.data),
+        bounds=settings.validate_.model_dump(),
         out=str(work.folder / "evaluation"),
         views=list(settings.eval.views),
         unsure_precision=settings.unsure.precision,

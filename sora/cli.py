@@ -593,7 +593,10 @@ def restore(file: Path, directory: Path, as_json: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs the verb and ends the process with its exit code."""
+    from sora.sandbox import hide_memory
+
     arguments = sys.argv[1:] if arguments is None else arguments
+    hide_memory()  # this process holds tokens, and so do many of those that it works through
     sys.exit(_run(arguments))
 
 

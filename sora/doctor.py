@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sora import databases
+from sora import databases, sandbox
 from sora.data import ledger
 from sora.errors import SoraError
 from sora.redaction import without_login
@@ -52,7 +52,7 @@ def doctor(project: Project | None) -> dict[str, Any]:
     Returns:
         {"checks": [{"name", "ok", "detail", "mend"}]}; `mend` is empty where `ok`.
     """
-    looks: list[Callable[[], Check]] = [_python, _packages, _git, _dvc, _ffmpeg, _memory, _gpu]
+    looks: list[Callable[[], Check]] = [_python, _packages, _git, _dvc, _ffmpeg, _sandbox, _memory, _gpu]
     if project is None:
         looks.append(_no_project)
     else:
@@ -125,6 +125,19 @@ def _ffmpeg() -> Check:
         )
     package, codec = done.stdout.split()
     return Check("ffmpeg", True, f"PyAV {package} with libavcodec {codec}")
+
+
+def _sandbox() -> Check:
+    lacks = sandbox.lacking()
+    if not lacks:
+        return Check("sandbox", True, f"decoders are confined by {sandbox.described()}")
+    return Check(
+        "sandbox",
+        False,
+        f"decoders are confined by {sandbox.described()} and by limits on memory, files and time; this machine lacks "
+        + ", ".join(lacks),
+        "run on Linux 6.12 or later, on x86_64 or aarch64; in a container, let its profile allow both",
+    )
 
 
 def _memory() -> Check:

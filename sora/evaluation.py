@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 
+from sora import pool
 from sora.data import augment, labels
-from sora.errors import InputError, ServiceError
+from sora.errors import InputError, ServiceError, VideoError
 from sora.files import atomic
 from sora.processes import child_main, run_child
 from sora.records import ClipSpec, EvalReport, Recipe, Split, schema_of
 from sora.report import measure
+from sora.settings import Validate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,6 +63,7 @@ class EvalJob:
     views: list[str] = field(default_factory=list)  # of a fresh model, see `data.augment.views`
     unsure_precision: float | None = None  # of a fresh model: wanted of the answers that are not unsure
     multilabel: bool = False  # of a fresh model: a video may have several of the classes
+    bounds: dict[str, Any] = field(default_factory=dict)  # of videos decoded anew: the settings' section `validate`
 
 
 @dataclass(frozen=True)
@@ -173,9 +176,7 @@ def _evaluate_one(
     network = _load(Path(model["file"]), recipe)
     # Of a class that the model never heard of it can't be right; the gate reports such classes apart.
     known, truths = _known(table, recipe)
-    logits, owner = _logits(
-        network, _clips(known, shards, recipe, Path(job.data)), len(known), job.batch, model["name"], emit
-    )
+    logits, owner = _logits(network, _clips(known, shards, recipe, job), len(known), job.batch, model["name"], emit)
     if not np.isfinite(logits).all():
         raise ServiceError(
             f"the model {model['name']} answers with NaN: its training diverged", mend="lower train.learning_rate"
@@ -256,13 +257,14 @@ def _load(path: Path, recipe: Recipe) -> Any:
     return model
 
 
-def _clips(table: pd.DataFrame, shards: ShardSet, recipe: Recipe, data: Path) -> Iterator[np.ndarray]:
+def _clips(table: pd.DataFrame, shards: ShardSet, recipe: Recipe, job: EvalJob) -> Iterator[np.ndarray]:
     """The clips of one video after the other, in all views: from the shards, or prepared anew for another spec."""
     if recipe.clip != shards.spec:
-        from sora.video.transform import prepare_clips
-
-        for path in table["path"]:
-            yield augment.views(prepare_clips(data / path, recipe.clip), recipe.views)
+        bounds = pool.Bounds.of_data(Validate.model_validate(job.bounds))
+        for clips in pool.in_order((Path(job.data) / path for path in table["path"]), recipe.clip, bounds):
+            if isinstance(clips, VideoError):
+                raise clips
+            yield augment.views(clips, recipe.views)
         return
     rows = shards.index.groupby("sha256").indices
     missing = [row.path for row in table.itertuples() if row.sha256 not in rows]

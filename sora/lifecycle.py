@@ -136,6 +136,7 @@ def reproduce(project: Project, version: int) -> dict[str, Any]:
             models=[{"name": "version", "file": str(file), "recipe": recipe.to_dict()}],
             classes=list(settings.classes),
             data=str(restored.data),
+            bounds=settings.validate_.model_dump(),
             out=str(Path(folder) / "evaluation"),
         )
         outcome = evaluation.run(job, lambda event: None)

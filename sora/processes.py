@@ -76,10 +76,14 @@ def die_with_parent() -> None:
 
     A training child that outlived its parent would hold the GPU past the lease on it.
     """
+    die_with(os.getppid())
+
+
+def die_with(parent: int) -> None:
+    """`die_with_parent`, for a child that was told its parent's id: it ends too where that has ended already."""
     if sys.platform == "linux":
-        parent = os.getppid()
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before the call
+        if os.getppid() != parent:
             os._exit(1)
 
 

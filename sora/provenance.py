@@ -12,6 +12,7 @@ good. New names are words: `facts-2`.
 
 from __future__ import annotations
 
+import hashlib
 from importlib import metadata
 from typing import Literal
 
@@ -44,12 +45,14 @@ def clips() -> str:
     return _with_decoders(CLIPS)
 
 
-def stages(multilabel: bool = False) -> dict[Stage, str]:
+def stages(multilabel: bool = False, bounds: str = "") -> dict[Stage, str]:
     """Stage of dvc.yaml → the name of what it computes; this is what preprocessing.lock holds.
 
     Args:
         multilabel: the project's head. Two stages read several labels of a video with it. It stands in the name, since
             the dvc.yaml of projects made before this head can't depend on a setting that they do not have.
+        bounds: what a video may cost, where that is set otherwise than by default. It stands in the name for the same
+            reason.
     """
     names = dict(STAGES)
     names["manifest"] = _with_decoders(names["manifest"])
@@ -57,6 +60,8 @@ def stages(multilabel: bool = False) -> dict[Stage, str]:
     if multilabel:
         for stage in ("manifest", "validate"):
             names[stage] += "-multilabel"
+    if bounds:
+        names["manifest"] += f"-{hashlib.sha256(bounds.encode()).hexdigest()[:8]}"
     return names
 
 

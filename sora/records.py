@@ -23,7 +23,9 @@ RULES: dict[str, str] = {
     "truncated": "copy the video again from its source: the file ends or breaks before its last frame",
     "too_short": "use a longer video or lower validate.min_frames / validate.min_seconds",
     "too_small": "use a larger picture or lower validate.min_side",
-    "too_large": "use a shorter or smaller video, or raise the limits under `serve` in params.yaml",
+    "too_large": "use a shorter or smaller video, or raise the limits in params.yaml (of data/ under `validate`, of "
+    "calls under `serve`)",
+    "too_slow": "cut the video or scale it down, or raise validate.max_decode_seconds (of calls: serve.decode_timeout)",
     "odd_frame_rate": "re-encode at a usual frame rate or widen validate.min_fps / validate.max_fps",
     "unlabelled": "move the video into data/<class>/ or add it to data/labels.csv",
     "unknown_label": "add the class to `classes` in params.yaml, or move the folder out of data/",

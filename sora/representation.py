@@ -13,13 +13,15 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sora.errors import InputError
+from sora import pool
+from sora.errors import InputError, VideoError
 from sora.files import atomic
 from sora.progress import say
 from sora.records import Recipe
@@ -56,22 +58,21 @@ def embed(project: Project, files: list[Path]) -> list[dict[str, Any]]:
         InputError: there is no champion yet.
     """
     from sora.lifecycle import champion, open_registry
-    from sora.serving.predictor import Predictor, clips_of
+    from sora.serving.predictor import Predictor, decoded
 
     with open_registry(project) as registry:
         version, model_file, recipe = champion(project, registry)
     limits = project.settings().serve
     predictor: Predictor | None = None
     answers: list[dict[str, Any]] = []
-    for path in files:
-        try:
-            clips = clips_of(path, recipe, limits)
-        except InputError as error:
-            answers.append({"path": str(path), "error": error.message})
-            continue
-        predictor = predictor or Predictor(model_file, recipe, version)
-        vector = predictor.embeddings(clips).mean(axis=0)
-        answers.append({"path": str(path), "vector": vector.tolist(), "version": version})
+    with closing(decoded(files, recipe, limits)) as found:
+        for path, clips in zip(files, found, strict=True):
+            if isinstance(clips, InputError):
+                answers.append({"path": str(path), "error": clips.message})
+                continue
+            predictor = predictor or Predictor(model_file, recipe, version)
+            vector = predictor.embeddings(clips).mean(axis=0)
+            answers.append({"path": str(path), "vector": vector.tolist(), "version": version})
     return answers
 
 
@@ -202,10 +203,11 @@ def _chunks(
 
     shards = ShardSet.open(project.shards)
     if shards.spec != recipe.clip:
-        from sora.video.transform import prepare_clips
-
-        for row in table.itertuples():
-            clips = prepare_clips(project.data / row.path, recipe.clip)
+        bounds = pool.Bounds.of_data(project.settings().validate_)
+        found = pool.in_order((project.data / path for path in table["path"]), recipe.clip, bounds)
+        for row, clips in zip(table.itertuples(), found, strict=True):
+            if isinstance(clips, VideoError):
+                raise clips
             yield np.full(len(clips), row.sha256, "U64"), np.arange(len(clips)), clips
         return
     owner, clip = shards.index["sha256"].to_numpy("U64"), shards.index["clip"].to_numpy(np.int64)

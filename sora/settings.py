@@ -23,7 +23,10 @@ from sora.records import LABEL_SEPARATOR, ClipSpec
 NOT_OF_LEARNING = ("serve", "schedule", "alert", "backup", "services")
 # Settings (`section.name`) that came after the first release. Add every new one of the other sections here, with a
 # default that leaves what Sora computes as it was (else give `sora.provenance.LEARNING` a new name as well).
-ADDED: frozenset[str] = frozenset()
+ADDED = frozenset(
+    f"validate.{name}"
+    for name in ("max_bytes", "max_pixels", "max_frames", "max_seconds", "max_decode_seconds", "decode_memory")
+)
 
 
 class _Section(BaseModel):
@@ -31,7 +34,11 @@ class _Section(BaseModel):
 
 
 class Validate(_Section):
-    """Rules about good data. Per-video rules quarantine; the last four stop or warn about the whole set."""
+    """Rules about good data. Per-video rules quarantine; four stop or warn about the whole set.
+
+    The last ones bound what a file may cost: beyond them it is quarantined as `too_large` or `too_slow`. A day at 30
+    frames a second, 8K, and five hours of 1080p keep within them.
+    """
 
     min_frames: int = Field(8, ge=1)
     min_seconds: float = Field(0.3, ge=0)
@@ -44,6 +51,21 @@ class Validate(_Section):
     min_videos_per_class: int = Field(3, ge=1)
     max_rejected: float = Field(0.25, ge=0, le=1)  # share of the videos
     max_balance_shift: float = Field(0.2, ge=0, le=1)  # total variation against the last data version; warns
+    max_bytes: int = Field(100_000_000_000, ge=1)
+    max_pixels: int = Field(8192 * 4320, ge=1)  # a frame
+    max_frames: int = Field(3_000_000, ge=1)
+    max_seconds: float = Field(90_000, gt=0)
+    max_decode_seconds: float = Field(1800, gt=0)  # of processor time
+    decode_memory: int = Field(3_000_000_000, ge=100_000_000)  # bytes, of each process that decodes
+
+    def file_limits(self) -> dict[str, Any]:
+        """The fields of `sora.video.decode.Limits`."""
+        return {name: getattr(self, name) for name in ("max_bytes", "max_seconds", "max_pixels", "max_frames")}
+
+    def decoding(self) -> dict[str, Any]:
+        """All that bounds the decoding of a file."""
+        names = ("max_decode_seconds", "decode_memory")
+        return {**self.file_limits(), **{name: getattr(self, name) for name in names}}
 
 
 class Split(_Section):

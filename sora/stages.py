@@ -23,6 +23,7 @@ from sora.errors import InputError, SoraError
 from sora.files import atomic
 from sora.processes import die_with_parent, error_event
 from sora.progress import Bar, bar, echo, say
+from sora.sandbox import hide_memory
 from sora.settings import Project
 
 BALANCE = "balance_shifted"  # the expectation against the last judged run: no function of the bytes alone
@@ -87,6 +88,7 @@ def shards(project: Project) -> dict[str, int]:
             settings.clip.spec(),
             buckets=settings.shards.buckets,
             workers=settings.shards.workers,
+            rules=settings.validate_,
             progress=update,
             recorded=cache(lambda: version.recorded_files(project, project.shards)),
         )
@@ -157,6 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the named stage; returns the exit code."""
     (name,) = sys.argv[1:] if arguments is None else arguments
     _end_with_owner()
+    hide_memory()
     try:
         project = Project(Path.cwd())
         if name not in STAGES:

@@ -25,6 +25,7 @@ FLOORS: list[tuple[int, str]] = [
     (0, "sora.credentials"),
     (0, "sora.doorkeeper"),
     (0, "sora.redaction"),
+    (0, "sora.sandbox"),
     (1, "sora.client"),
     (1, "sora.video"),
     (1, "sora.data"),

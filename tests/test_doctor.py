@@ -38,7 +38,7 @@ def project(tmp_path: Path) -> Project:
 
 def test_outside_a_project() -> None:
     checks = found(None)
-    assert {"python", "packages", "git", "dvc", "ffmpeg", "memory", "gpu", "project"} == set(checks)
+    assert {"python", "packages", "git", "dvc", "ffmpeg", "sandbox", "memory", "gpu", "project"} == set(checks)
     assert not checks["project"]["ok"]
     assert "sora init" in checks["project"]["mend"]
     assert checks["python"]["ok"]

@@ -43,10 +43,13 @@ SET_RULES: dict[str, str] = {
 }
 # Which of several broken rules a rejected video carries: the first of these.
 _ORDER = (
-    "bad_name", "symlink", "not_a_video", "unreadable", "unlabelled", "unknown_label", "label_conflict", "truncated",
-    "too_short", "too_small", "odd_frame_rate", "duplicate",
+    "bad_name", "symlink", "not_a_video", "unreadable", "too_large", "too_slow", "unlabelled", "unknown_label",
+    "label_conflict", "truncated", "too_short", "too_small", "odd_frame_rate", "duplicate",
 )  # fmt: skip
-_DECODING = ("bad_name", "symlink", "not_a_video", "unreadable", "truncated", "unlabelled", "unknown_label")
+_DECODING = (
+    "bad_name", "symlink", "not_a_video", "unreadable", "too_large", "too_slow", "truncated", "unlabelled",
+    "unknown_label",
+)  # fmt: skip
 _SHOWN = 5  # examples in a finding's detail
 
 
@@ -289,6 +292,8 @@ _DECODED = {
     "symlink": "Every video is a file of its own, not a link.",
     "not_a_video": "Every file is a video.",
     "unreadable": "Every video decodes.",
+    "too_large": "Every video keeps within the limits of bytes, pixels, frames, seconds and memory.",
+    "too_slow": "Every video decodes in the time that one may take.",
     "truncated": "Every video decodes to its end.",
 }
 

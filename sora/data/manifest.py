@@ -21,7 +21,7 @@ from sora.data.scan import Found, scan
 from sora.errors import InputError, VideoError
 from sora.files import atomic, writing
 from sora.records import VideoRecord
-from sora.settings import Settings
+from sora.settings import Settings, Validate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,14 +29,17 @@ if TYPE_CHECKING:
 __all__ = ["Found", "build", "read", "scan", "write"]
 
 Progress = Callable[[int, int], None]  # (done, total)
+Complaint = tuple[str, str] | None  # (rule, detail) of a file that is not to be decoded
 
 COLUMNS = tuple(field.name for field in fields(VideoRecord))
 _FACTS = ("codec", "width", "height", "rotation", "frames", "fps", "duration", "audio", "brightness", "signature")
 _NOTHING: dict[str, Any] = dict(zip(_FACTS, ("", 0, 0, 0, 0, 0.0, 0.0, False, 0.0, ""), strict=True))
-_OF_BYTES = {None, "not_a_video", "unreadable", "truncated"}  # verdicts that decoding gives
+_OF_BOUNDS = {"too_large", "too_slow"}  # verdicts of decoding that hold as long as the bounds are the same
+_OF_BYTES = {None, "not_a_video", "unreadable", "truncated", *_OF_BOUNDS}  # verdicts that decoding gives
 _OF_PLACE = {"unlabelled", "unknown_label"}  # verdicts that stand where decoding found nothing wrong
 _CRASHED = "the decoder crashed"  # may be the machine's fault: tried again the next time
-_TAG = "sora.facts"
+_TAG, _BOUNDS = "sora.facts", "sora.bounds"
+_TEXT = 200  # characters of a fact at most
 
 
 def build(
@@ -63,7 +66,9 @@ def build(
     """
     found = scan(folder, settings)
     name = provenance.facts()
-    facts = {**_reusable(previous, name), **_journalled(journal, name)}
+    rules = settings.validate_
+    limits = json.dumps(rules.decoding(), sort_keys=True)
+    facts = {**_reusable(previous, name, limits), **_journalled(journal, name, limits)}
     total, done = len(found), 0
 
     def step() -> None:
@@ -74,7 +79,7 @@ def build(
 
     if progress:
         progress(0, total)
-    digests = dict(zip((one.path for one in found), _digests(folder, found), strict=True))
+    digests = dict(zip((one.path for one in found), _digests(folder, found, rules.max_bytes), strict=True))
     by_sha: dict[str, list[str]] = {}
     for one in found:
         sha256 = digests[one.path][0]
@@ -82,29 +87,34 @@ def build(
             by_sha.setdefault(sha256, []).append(one.path)
         else:
             step()
-    items = ((str(folder / paths[0]), sha256) for sha256, paths in by_sha.items())
+    jobs = (pool.Job(sha256, folder / paths[0]) for sha256, paths in by_sha.items())
     crew = min(workers or pool.cores(), max(1, len(by_sha)))
     with (
         _appending(journal) as note,
-        contextlib.closing(pool.each(_decode, items, workers=crew, crashed=_crash)) as results,
+        contextlib.closing(pool.each(jobs, pool.Bounds.of_data(rules), clips=False, workers=crew)) as results,
     ):
-        for (_, sha256), result in results:
+        for job, answer in results:
+            sha256, result = job.item, _result(answer)
             facts[sha256] = result
             if note is not None and not result["detail"].startswith(_CRASHED):
                 with writing(Path(note.name)):
-                    note.write(json.dumps({"tag": name, "sha256": sha256, **result}) + "\n")
+                    note.write(json.dumps({"tag": name, "bounds": limits, "sha256": sha256, **result}) + "\n")
                     note.flush()
             for _ in by_sha[sha256]:
                 step()
-    return _table([_record(one, *digests[one.path], facts) for one in found], name)
+    return _table([_record(one, *digests[one.path], facts, rules) for one in found], name, limits)
 
 
-def _record(one: Found, sha256: str, size: int, complaint: str, facts: dict[str, dict[str, Any]]) -> VideoRecord:
+def _record(
+    one: Found, sha256: str, size: int, complaint: Complaint, facts: dict[str, dict[str, Any]], rules: Validate
+) -> VideoRecord:
     """A row. What the bytes are goes before where the file lies: a stray text file is `not_a_video`, not unlabelled."""
     known = facts.get(sha256, {**_NOTHING, "error": None, "detail": ""})
     error, detail = known["error"], known["detail"]
     if complaint:
-        error, detail = "unreadable", complaint
+        error, detail = complaint
+    elif error is None and (beyond := _beyond(known, rules)):
+        error, detail = "too_large", beyond
     elif error is None:
         error, detail = one.problem, one.detail
     return VideoRecord(
@@ -113,34 +123,55 @@ def _record(one: Found, sha256: str, size: int, complaint: str, facts: dict[str,
     )  # fmt: skip
 
 
-def _decode(item: tuple[str, str]) -> dict[str, Any]:
-    """In a worker process: (file, sha256) → facts, `error` and `detail`."""
-    from sora.video import decode
-
+def _result(answer: pool.Answer | VideoError) -> dict[str, Any]:
+    """Facts, `error` and `detail`, checked: a decoder's answer is as little to be trusted as its file."""
     try:
-        facts = decode.inspect(item[0])
+        if isinstance(answer, VideoError):
+            raise answer
+        facts = answer.header["facts"]
+        for name, nothing in _NOTHING.items():
+            if type(facts[name]) is not type(nothing) or len(str(facts[name])) > _TEXT:
+                raise pool.Crashed(f"it answered nonsense about {name}", rule="unreadable")
+        truncated = facts["truncated"]
+    except pool.Crashed as error:
+        return {**_NOTHING, "error": "unreadable", "detail": f"{_CRASHED}: {error.message}"}
     except VideoError as error:
         return {**_NOTHING, "error": error.rule, "detail": error.message}
-    truncated = {"error": "truncated", "detail": facts.truncated} if facts.truncated else {"error": None, "detail": ""}
-    return {**{key: getattr(facts, key) for key in _FACTS}, **truncated}
+    except (KeyError, TypeError) as error:
+        return {**_NOTHING, "error": "unreadable", "detail": f"{_CRASHED}: it answered nonsense: {error!r}"}
+    verdict = ("truncated", str(truncated)) if truncated else (None, "")
+    return {**{key: facts[key] for key in _FACTS}, "error": verdict[0], "detail": verdict[1]}
 
 
-def _crash(item: tuple[str, str], how: str) -> dict[str, Any]:
-    return {**_NOTHING, "error": "unreadable", "detail": f"{_CRASHED}: it {how}"}
+def _beyond(facts: dict[str, Any], rules: Validate) -> str:
+    """Which limit facts that were found under other limits are beyond, in the words of `video.decode`."""
+    frames = facts["frames"]
+    if not frames:
+        return ""
+    if facts["width"] * facts["height"] > rules.max_pixels:
+        return f"{facts['width']}x{facts['height']} pixels, allowed are {rules.max_pixels:,}"
+    if frames > rules.max_frames:
+        return f"more than {rules.max_frames:,} frames"
+    if facts["duration"] * (frames - 1) / frames > rules.max_seconds:
+        return f"longer than {rules.max_seconds:g} seconds"
+    return ""
 
 
-def _digests(folder: Path, found: list[Found]) -> Iterator[tuple[str, int, str]]:
-    """(sha256, bytes, complaint) of each file; no sha256 of what is never opened."""
+def _digests(folder: Path, found: list[Found], max_bytes: int) -> Iterator[tuple[str, int, Complaint]]:
+    """(sha256, bytes, complaint) of each file; no sha256 of what is never opened, or beyond `max_bytes`."""
 
-    def one(item: Found) -> tuple[str, int, str]:
+    def one(item: Found) -> tuple[str, int, Complaint]:
         if item.problem not in {None, *_OF_PLACE}:
-            return "", 0, ""
+            return "", 0, None
         path = folder / item.path
         try:
             with open(path, "rb", opener=_no_link) as file:
-                return hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size, ""
+                size = os.fstat(file.fileno()).st_size
+                if size > max_bytes:
+                    return "", size, ("too_large", f"{size:,} bytes, allowed are {max_bytes:,}")
+                return hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size, None
         except OSError as error:
-            return "", 0, f"can't be read: {error.strerror}"
+            return "", 0, ("unreadable", f"can't be read: {error.strerror}")
 
     with ThreadPoolExecutor(pool.cores()) as threads:
         yield from threads.map(one, found)
@@ -153,20 +184,23 @@ def _no_link(path: str, flags: int) -> int:
 # --- what was found before ------------------------------------------------------------------------------------------
 
 
-def _reusable(previous: pd.DataFrame | None, name: str) -> dict[str, dict[str, Any]]:
-    """sha256 → facts of an earlier manifest by the same code."""
+def _reusable(previous: pd.DataFrame | None, name: str, limits: str) -> dict[str, dict[str, Any]]:
+    """sha256 → facts of an earlier manifest by the same code. What was beyond other bounds is looked at anew."""
     if previous is None or previous.attrs.get(_TAG) != name:
         return {}
     facts = {}
+    lasting = _OF_BYTES if previous.attrs.get(_BOUNDS) == limits else _OF_BYTES - _OF_BOUNDS
     for row in previous.to_dict("records"):
         error = row["error"] if isinstance(row["error"], str) else None
-        if row["sha256"] and error in _OF_BYTES | _OF_PLACE and not row["detail"].startswith(_CRASHED):
+        if error in _OF_BOUNDS and row["frames"]:  # all of it is known: `_record` judges it again
+            error = None
+        if row["sha256"] and error in lasting | _OF_PLACE and not row["detail"].startswith(_CRASHED):
             verdict = (error, row["detail"]) if error in _OF_BYTES else (None, "")
             facts[row["sha256"]] = {**{key: row[key] for key in _FACTS}, "error": verdict[0], "detail": verdict[1]}
     return facts
 
 
-def _journalled(journal: Path | None, name: str) -> dict[str, dict[str, Any]]:
+def _journalled(journal: Path | None, name: str, limits: str) -> dict[str, dict[str, Any]]:
     """sha256 → facts of an interrupted call by the same code. A last line that is cut off counts for nothing."""
     facts: dict[str, dict[str, Any]] = {}
     if journal is None or not journal.exists():
@@ -175,7 +209,8 @@ def _journalled(journal: Path | None, name: str) -> dict[str, dict[str, Any]]:
         for line in lines:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
-                if entry["tag"] == name and entry["error"] in _OF_BYTES:
+                lasting = _OF_BYTES if entry["bounds"] == limits else _OF_BYTES - _OF_BOUNDS
+                if entry["tag"] == name and entry["error"] in lasting:
                     facts[entry["sha256"]] = {key: entry[key] for key in (*_FACTS, "error", "detail")}
     return facts
 
@@ -200,14 +235,14 @@ def _appending(journal: Path | None) -> Iterator[IO[str] | None]:
 # --- the table ------------------------------------------------------------------------------------------------------
 
 
-def _table(records: list[VideoRecord], name: str) -> pd.DataFrame:
+def _table(records: list[VideoRecord], name: str, limits: str) -> pd.DataFrame:
     import pandas as pd
 
     table = pd.DataFrame({column: [getattr(record, column) for record in records] for column in COLUMNS})
     table = table.astype({"audio": bool, "fps": float, "duration": float, "brightness": float})
     for column in ("label", "group", "error"):
         table[column] = table[column].astype(object).where(table[column].notna(), None)
-    table.attrs[_TAG] = name
+    table.attrs[_TAG], table.attrs[_BOUNDS] = name, limits
     return table
 
 
@@ -222,7 +257,7 @@ def write(manifest: pd.DataFrame, path: Path) -> None:
 
     schema = pa.schema(
         [(field.name, _arrow_type(pa, str(field.type))) for field in fields(VideoRecord)],
-        metadata={_TAG: str(manifest.attrs.get(_TAG, ""))},
+        metadata={name: str(manifest.attrs.get(name, "")) for name in (_TAG, _BOUNDS)},
     )
     table = pa.Table.from_pandas(manifest[list(COLUMNS)], schema=schema, preserve_index=False)
     with atomic(path) as file:
@@ -249,5 +284,6 @@ def read(path: Path) -> pd.DataFrame:
     if table.column_names != list(COLUMNS):
         raise InputError(f"{path} has other columns than a manifest", mend="remove it and run `sora run`")
     manifest = table.to_pandas(ignore_metadata=True)
-    manifest.attrs[_TAG] = (table.schema.metadata or {}).get(_TAG.encode(), b"").decode()
+    for name in (_TAG, _BOUNDS):
+        manifest.attrs[name] = (table.schema.metadata or {}).get(name.encode(), b"").decode()
     return manifest

@@ -34,6 +34,7 @@ from sora.errors import InputError, ServiceError, VideoError
 from sora.files import atomic, sync_folder, writing
 from sora.progress import say
 from sora.records import ClipSpec
+from sora.settings import Validate
 from sora.video.clips import windows
 
 if TYPE_CHECKING:
@@ -132,14 +133,12 @@ class _Found:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """One video for a worker process: decode it and write its clips at `offset` of `draft`."""
+    """A video to be decoded, and where its clips go: at `offset` of `draft`."""
 
     bucket: int
     video: _Video
-    source: str
-    draft: str
+    draft: Path
     offset: int
-    spec: ClipSpec
 
 
 def build(
@@ -151,6 +150,7 @@ def build(
     *,
     buckets: int = 16,
     workers: int = 0,
+    rules: Validate | None = None,
     progress: Progress | None = None,
     recorded: Recorded = dict,
 ) -> BuildStats:
@@ -163,6 +163,7 @@ def build(
         rejected: paths (of the manifest) to leave out.
         data: the folder that the manifest's paths are relative to.
         workers: processes that decode; 0: one a core.
+        rules: bounds of what a video may cost; default: those of the default settings.
         recorded: gives the MD5 of files in `out` as DVC recorded them last. Asked only for files without digests, which
             an older Sora left: then what matches is kept, what differs is made anew.
 
@@ -190,19 +191,23 @@ def build(
     if progress:
         progress(total - to_decode, total)
 
-    def tasks() -> Iterator[_Task]:
+    def jobs() -> Iterator[pool.Job[_Task]]:
         for bucket in missing:
             open_now[bucket.number] = bucket
-            todo = _begin(bucket, old, data, spec)
+            todo = _begin(bucket, old, spec)
             if not todo:
                 _finish(open_now.pop(bucket.number))
-            yield from todo
+            for task in todo:
+                video = task.video
+                yield pool.Job(task, data / video.path, spec, (video.frames, video.fps))
 
     try:
         crew = min(workers or pool.cores(), max(1, to_decode))
-        with closing(pool.each(_prepare, tasks(), workers=crew, crashed=_crash)) as results:
-            for task, digests in results:
-                assert digests is not None  # `_crash` raises
+        bounds = pool.Bounds.of_data(rules or Validate.model_validate({}))
+        with closing(pool.each(jobs(), bounds, clips=True, workers=crew)) as results:
+            for job, answer in results:
+                task = job.item
+                digests = _store(task, answer, spec)
                 decoded += 1
                 bucket = open_now[task.bucket]
                 bucket.digests[task.video.sha256] = digests
@@ -392,7 +397,7 @@ def _header(rows: int, spec: ClipSpec) -> bytes:
     return text.getvalue()
 
 
-def _begin(bucket: _Bucket, old: dict[str, _Rows], data: Path, spec: ClipSpec) -> list[_Task]:
+def _begin(bucket: _Bucket, old: dict[str, _Rows], spec: ClipSpec) -> list[_Task]:
     """Makes the bucket's draft, copies into it what an old bucket holds, and returns what is to be decoded."""
     tasks = []
     header, size = _header(bucket.rows, spec), _clip_bytes(spec)
@@ -407,8 +412,7 @@ def _begin(bucket: _Bucket, old: dict[str, _Rows], data: Path, spec: ClipSpec) -
                 _copy(rows.file, rows.offset, length, draft)
                 bucket.digests[video.sha256] = rows.digests
             else:
-                source = str(data / video.path)
-                tasks.append(_Task(bucket.number, video, source, str(bucket.draft), draft.tell(), spec))
+                tasks.append(_Task(bucket.number, video, bucket.draft, draft.tell()))
                 draft.seek(length, os.SEEK_CUR)
     bucket.waiting = len(tasks)
     return tasks
@@ -425,29 +429,30 @@ def _copy(source: Path, offset: int, length: int, target: IO[bytes]) -> None:
             length -= len(part)
 
 
-def _prepare(task: _Task) -> tuple[str, ...]:
-    """In a worker process: a video's clips into its place of the draft. Returns their digests."""
-    from sora.video.transform import prepare_clips
-
+def _store(task: _Task, answer: pool.Answer | VideoError, spec: ClipSpec) -> tuple[str, ...]:
+    """A video's clips into their place of the draft. Returns their digests."""
     video = task.video
-    try:
-        clips = prepare_clips(task.source, task.spec, frames=video.frames, fps=video.fps)
-    except VideoError as error:
+    if isinstance(answer, pool.Crashed):
         raise ServiceError(
-            f"{video.path} does not decode any more: {error.message}",
+            f"the decoder of {video.path} crashed: {answer.message}", mend="run the same command again: it resumes"
+        )
+    if isinstance(answer, VideoError):
+        raise ServiceError(
+            f"{video.path} does not decode any more: {answer.message}",
             mend="the file changed since it was checked: restore it, or run again so that it is checked anew",
-        ) from error
-    with writing(Path(task.draft)), open(task.draft, "r+b") as draft:
+        ) from answer
+    assert answer.body is not None
+    if len(answer.body) != len(video.clips) * _clip_bytes(spec):
+        raise ServiceError(
+            f"{video.path} has {answer.header['shape'][0]} clips now, not {len(video.clips)}",
+            mend="run again so that it is checked anew",
+        )
+    with writing(task.draft), task.draft.open("r+b") as draft:
         draft.seek(task.offset)
-        draft.write(clips.data)
-    return tuple(_digest(clip) for clip in clips)
-
-
-def _crash(task: _Task, how: str) -> None:
-    raise ServiceError(
-        f"a worker process {how} while it made the clips of {task.video.path}",
-        mend="run the same command again: it resumes",
-    )
+        draft.write(answer.body)
+    size = _clip_bytes(spec)
+    clips = memoryview(answer.body)
+    return tuple(_digest(clips[start : start + size]) for start in range(0, len(clips), size))
 
 
 def _finish(bucket: _Bucket) -> None:

@@ -29,7 +29,7 @@ from sora.files import atomic, writing
 from sora.processes import rebuild_error
 from sora.progress import say
 from sora.records import RULES
-from sora.settings import Project
+from sora.settings import Project, Settings, parse
 
 STAGES = ("manifest", "validate", "shards")
 CODE_LOCK = "preprocessing.lock"
@@ -281,11 +281,19 @@ def code_hash() -> str:
 
 def write_code_lock(project: Project) -> None:
     """Writes preprocessing.lock where it differs: DVC depends on it, since it can't depend on installed packages."""
-    _write_if_different(project.root / CODE_LOCK, _code_lock_text(project.settings().multilabel))
+    settings = project.settings()
+    _write_if_different(project.root / CODE_LOCK, _code_lock_text(settings.multilabel, _bounds(settings)))
 
 
-def _code_lock_text(multilabel: bool = False) -> str:
-    return _CODE_HEADER + "".join(f"{stage}: {value}\n" for stage, value in provenance.stages(multilabel).items())
+def _code_lock_text(multilabel: bool = False, bounds: str = "") -> str:
+    names = provenance.stages(multilabel, bounds)
+    return _CODE_HEADER + "".join(f"{stage}: {name}\n" for stage, name in names.items())
+
+
+def _bounds(settings: Settings) -> str:
+    """The bounds that the manifest depends on; "" for the default ones. Not in dvc.yaml: they may be left out."""
+    bounds = settings.validate_.decoding()
+    return "" if bounds == parse("").validate_.decoding() else json.dumps(bounds, sort_keys=True)
 
 
 def _check_parameters(project: Project) -> None:

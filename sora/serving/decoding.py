@@ -1,4 +1,4 @@
-"""A small pool of decoding processes (`sora.serving.decoder`), seen from the server.
+"""A small pool of decoding processes (`sora.video.decoder`), seen from the server.
 
 One that dies, hangs or eats too much is killed and replaced, and costs one request a clear answer.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import struct
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-import sora
+from sora import pool, sandbox
 from sora.errors import ServiceError, VideoError
-from sora.records import ClipSpec
+from sora.records import RULES, ClipSpec
 from sora.settings import Serve
 
 BOOT_SECONDS = 60.0  # imports of PyAV and OpenCV on a busy machine
@@ -45,12 +45,10 @@ class DecodePool:
 
     Arguments:
         settings: limits of the section `serve`.
-        folder: the only folder that jobs name files in; also the children's working directory.
     """
 
-    def __init__(self, settings: Serve, folder: Path) -> None:
+    def __init__(self, settings: Serve) -> None:
         self._settings = settings
-        self._folder = folder
         self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
         self._workers: set[_Worker] = set()
         self._tasks: set[asyncio.Task] = set()
@@ -59,6 +57,7 @@ class DecodePool:
         self.replaced = 0  # decoders that died or were killed, since the start
 
     async def start(self) -> None:
+        sandbox.hide_memory()
         for _ in range(self._settings.decode_workers):
             self._add()
 
@@ -109,20 +108,21 @@ class DecodePool:
             await worker.ready()
             on_taken()
             try:
-                answer = await asyncio.wait_for(worker.ask({"path": str(path), "spec": spec.to_dict()}), timeout)
+                answer = await asyncio.wait_for(worker.ask(pool.Job(None, path, spec)), timeout)
             except TimeoutError:
                 raise VideoError(
                     f"took longer than {timeout:g} s to decode",
                     rule="too_slow",
                     mend="cut the video or scale it down, or have serve.decode_timeout raised",
                 ) from None
-            except (asyncio.IncompleteReadError, ConnectionError):
+            except (asyncio.IncompleteReadError, ConnectionError, ValueError, TypeError, KeyError):  # or nonsense
                 raise VideoError(
                     "the decoder stopped on this file", rule="unreadable", mend="re-export the video and send it again"
                 ) from None
             healthy = not (isinstance(answer, dict) and answer.get("last"))
             if isinstance(answer, dict):
-                raise VideoError(answer["message"], rule=answer["rule"], mend=answer["mend"])
+                rule = answer["rule"] if answer["rule"] in RULES else "unreadable"
+                raise VideoError(str(answer["message"])[:500], rule=rule, mend=str(answer["mend"])[:500])
             return answer
         finally:
             if healthy and worker.usable:
@@ -142,7 +142,7 @@ class DecodePool:
             self._add()
 
     def _add(self) -> None:
-        worker = _Worker(self._settings, self._folder)
+        worker = _Worker(self._settings)
         self._workers.add(worker)
         self._idle.put_nowait(worker)
 
@@ -154,34 +154,30 @@ class _DiedIdle(Exception):
 class _Worker:
     """One child. It starts when made; `ready()` waits until it has its imports."""
 
-    def __init__(self, settings: Serve, folder: Path) -> None:
+    def __init__(self, settings: Serve) -> None:
         self.process: asyncio.subprocess.Process | None = None
-        self._booted = asyncio.create_task(self._boot(settings, folder))
+        self._jobs, self._theirs = pool.socket_pair()
+        self._jobs.setblocking(False)
+        self._booted = asyncio.create_task(self._boot(pool.Bounds.of_calls(settings)))
         self._booted.add_done_callback(lambda done: done.cancelled() or done.exception())  # `ready()` raises it
 
-    async def _boot(self, settings: Serve, folder: Path) -> None:
-        options = {
-            "parent": os.getpid(),
-            "memory": settings.decode_memory,
-            "cpu_seconds": settings.decode_timeout * (os.cpu_count() or 1),
-            "limits": settings.file_limits(),
-        }
-        self.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "sora.serving.decoder", json.dumps(options)),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            env=_bare_environment(),
-            cwd=folder,
-            limit=_PIPE_BYTES,
-        )
-        answer = await asyncio.wait_for(self._read(), BOOT_SECONDS)
-        assert answer == {"ready": True}, answer
+    async def _boot(self, bounds: pool.Bounds) -> None:
+        with self._theirs:
+            self.process = await asyncio.create_subprocess_exec(
+                *pool.command(bounds, clips=True),
+                stdin=self._theirs.fileno(),
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+                env=pool.bare_environment(),
+                cwd="/",
+                limit=_PIPE_BYTES,
+            )
+        pool.check_ready(await asyncio.wait_for(self._header(), BOOT_SECONDS))
 
     async def ready(self) -> None:
         try:
             await asyncio.shield(self._booted)
-        except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, ValueError) as error:
             raise ServiceError(
                 f"no decoder could be started: {type(error).__name__}: {error}",
                 mend="free memory or processes on the server, or raise serve.decode_memory",
@@ -192,54 +188,51 @@ class _Worker:
         """It runs, or is still starting."""
         return not self._booted.done() if self.process is None else self.process.returncode is None
 
-    async def ask(self, job: dict[str, Any]) -> Any:
+    async def ask(self, job: pool.Job[None]) -> dict[str, Any] | _Answer:
         """The error as a dict, or an `_Answer`.
 
         Raises:
+            VideoError: the file does not open.
             _DiedIdle: it ended before it took the job.
             IncompleteReadError: it ended in the middle.
+            ValueError, TypeError, KeyError: its answer has no sense.
         """
-        assert self.process is not None and self.process.stdin is not None
+        assert self.process is not None and self.process.stdout is not None and job.spec is not None
+        file = pool.open_video(job.path)
         try:
-            self.process.stdin.write(json.dumps(job).encode() + b"\n")
-            await self.process.stdin.drain()
-            await self._read()
+            # At once: no other job is under way.
+            socket.send_fds(self._jobs, [job.message()], [file])
+            await self._header()
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise _DiedIdle from error
-        return await self._read()
+        finally:
+            os.close(file)
+        header = await self._header()
+        if "rule" in header:
+            return header
+        data = await self.process.stdout.readexactly(pool.array_bytes(header, job.spec))
+        spans = header["spans"] and [(float(start), float(end)) for start, end in header["spans"]]
+        return np.frombuffer(data, np.uint8).reshape(header["shape"]), spans, float(header["seconds"])
 
-    async def _read(self) -> Any:
+    async def _header(self) -> dict[str, Any]:
         assert self.process is not None and self.process.stdout is not None
         (length,) = struct.unpack(">I", await self.process.stdout.readexactly(4))
+        if length > pool.HEADER_BYTES:
+            raise ValueError(f"a header of {length} bytes")
         header = json.loads(await self.process.stdout.readexactly(length))
-        if "shape" not in header:
-            return header
-        shape = tuple(header["shape"])
-        data = await self.process.stdout.readexactly(int(np.prod(shape)))
-        spans = header["spans"] and [(start, end) for start, end in header["spans"]]
-        return np.frombuffer(data, np.uint8).reshape(shape), spans, float(header["seconds"])
+        if not isinstance(header, dict):
+            raise ValueError("no object")
+        return header
 
     def kill(self) -> None:
         if self.process is not None and self.process.returncode is None:
             self.process.kill()
 
     async def end(self) -> None:
+        self._jobs.close()
+        self._theirs.close()
         self._booted.cancel()
         await asyncio.gather(self._booted, return_exceptions=True)
         self.kill()
         if self.process is not None:
             await self.process.wait()
-
-
-def _bare_environment() -> dict[str, str]:
-    """What Python needs and no more: tokens and addresses of other services stay with the server."""
-    keep = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH") if name in os.environ}
-    return {
-        **keep,
-        "PYTHONPATH": str(Path(sora.__file__).resolve().parents[1]),
-        # One thread each and few arenas: address space is limited.
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "OPENCV_FOR_THREADS_NUM": "1",
-        "MALLOC_ARENA_MAX": "2",
-    }

@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sora import pool
 from sora.data import augment
 from sora.errors import InputError, PromotionFailed, ServiceError
 from sora.processes import Child, without_noise
@@ -326,22 +328,33 @@ def clips_of(path: Path, recipe: Recipe, settings: Serve | None = None) -> np.nd
     """A video's clips as a model's recipe wants them: `(clips, time, height, width, rgb) uint8`.
 
     Arguments:
-        settings: the limits that `sora serve` would hold the file to; none: no limits.
+        settings: the limits that `sora serve` would hold the file to; default: those of the default settings.
 
     Raises:
         InputError: no such file, or not to be read.
         VideoError: it can't be used.
+        ServiceError: no decoder could be started.
     """
-    from sora.video.decode import Limits
-    from sora.video.transform import prepare_clips
+    with closing(decoded([path], recipe, settings)) as answers:
+        clips = next(answers)
+    if isinstance(clips, InputError):
+        raise clips
+    return clips
 
-    limits = Limits(**settings.file_limits()) if settings else None
-    try:
-        if not path.is_file():
-            raise InputError(f"{path} is no file", mend="give the path of a video")
-        return prepare_clips(path, recipe.clip, limits=limits)
-    except OSError as error:
-        raise InputError(str(error), mend="make the file readable") from error
+
+def decoded(
+    paths: Sequence[Path], recipe: Recipe, settings: Serve | None
+) -> Generator[np.ndarray | InputError, None, None]:
+    """The clips of each file, in the order given, by one confined decoder."""
+    bounds = pool.Bounds.of_calls(settings or Serve.model_validate({}))
+    # A link is followed, since it is the user's own word; the decoder's files are never links.
+    there = [path.resolve() for path in paths if path.is_file()]
+    with closing(pool.in_order(there, recipe.clip, bounds)) as clips:
+        for path in paths:
+            if path.is_file():
+                yield next(clips)
+            else:
+                yield InputError(f"{path} is no file", mend="give the path of a video")
 
 
 def predict_files(
@@ -354,21 +367,21 @@ def predict_files(
     The model is loaded at the first readable file. A file that can't be used costs only its own answer.
 
     Arguments:
-        settings: the limits that `sora serve` would hold a file to; none: no limits.
+        settings: the limits that `sora serve` would hold a file to; default: those of the default settings.
 
     Raises:
         ModelRefused: see `Predictor`.
+        ServiceError: no decoder could be started.
     """
     predictor: Predictor | None = None
     answers: list[dict[str, Any]] = []
-    for path in paths:
-        try:
-            clips = clips_of(path, recipe, settings)
-        except InputError as error:
-            answers.append({"path": str(path), "error": error.message})
-            continue
-        if predictor is None:
-            with without_noise():  # a terminal's; a server's log keeps it
-                predictor = Predictor(model_file, recipe, version)
-        answers.append({"path": str(path), **predictor.predict(clips).to_dict()})
+    with closing(decoded(paths, recipe, settings)) as found:
+        for path, clips in zip(paths, found, strict=True):
+            if isinstance(clips, InputError):
+                answers.append({"path": str(path), "error": clips.message})
+                continue
+            if predictor is None:
+                with without_noise():  # a terminal's; a server's log keeps it
+                    predictor = Predictor(model_file, recipe, version)
+            answers.append({"path": str(path), **predictor.predict(clips).to_dict()})
     return answers

@@ -38,6 +38,7 @@ _MENDS = {
     "not_a_video": "send a video file, as mp4, mov, mkv, webm, avi or gif",
     "unreadable": "re-export the video and send it again",
     "too_large": "send a shorter or smaller video; /v1/model names the limits",
+    "too_slow": "cut the video or scale it down",
 }
 
 

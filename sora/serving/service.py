@@ -51,7 +51,7 @@ class Service:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         with workplace() as self.folder:
-            self.pool = pool = DecodePool(self.settings, self.folder)
+            self.pool = pool = DecodePool(self.settings)
             self.metrics.watch("sora_predictions_active", "Predictions under way", lambda: self.active)
             self.metrics.watch(
                 "sora_queue_clips", "Portions of clips that wait for the model", lambda: len(self.batcher)

@@ -2,7 +2,8 @@
 
 Files are untrusted. FFmpeg sees bytes, never a name; only the demuxers of `DEMUXERS` may read them; no protocol is
 allowed and a demuxer that asks for another file (playlists, references) is refused. So the answer depends on the bytes
-alone, and facts can be reused by digest.
+alone, and facts can be reused by digest. A file comes as a path or, to a process that may open nothing, as an open
+descriptor, which is read from its beginning and stays open.
 
 Conversions use swscale's bit-exact paths: the same bytes on every CPU, since their digests are committed. swscale
 resizes and converts in one step: 0.17 ms for 640x360 → 112x112, where converting in full and resizing with OpenCV
@@ -11,16 +12,20 @@ takes 1.4 ms.
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
+import re
 import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import IO, Any
 
 import av
 import av.error
+import av.logging
 import numpy as np
 from av.codec.context import Flags
 from av.video.frame import VideoFrame
@@ -42,10 +47,21 @@ _MAGIC = ((0, b"RIFF"), (0, b"\x1a\x45\xdf\xa3"), (0, b"FLV"), (0, b"OggS"), (0,
 _PLANAR = {"yuv420p", "yuv422p", "yuv444p", "yuv440p", "yuv411p", "yuv410p", "yuva420p", "nv12", "nv21"}
 _FULL_RANGE = {"yuvj420p", "yuvj422p", "yuvj444p", "yuvj440p", "yuvj411p"}
 _EXACT = Interpolation.BITEXACT | Interpolation.ACCURATE_RND
+MAX_STREAMS = 128  # of a file, sound and subtitles included: a broadcast's whole multiplex has some dozens
+# What FFmpeg's log says where its error codes do not tell a file beyond a bound from a broken one.
+_BEYOND = re.compile(r"Picture size (\S+) exceeds specified max pixel count|exceeds max_streams")
 COVERAGE = 0.9  # of the announced length must decode, or the file is truncated
 
 Fit = Callable[[int, int], tuple[int, int]]  # upright (width, height) → the size wanted
+Source = str | os.PathLike[str] | int  # a file's path, or a descriptor of it
 Choose = Callable[[int, float], Collection[int]]  # (frames, fps) → the indices wanted
+
+
+def import_all() -> None:
+    """Imports what PyAV would import when a file first needs it: for a process that soon may open nothing."""
+    for module in pkgutil.walk_packages(av.__path__, "av."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,35 +114,18 @@ def _words(error: BaseException) -> str:
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str], limits: Limits) -> Iterator[tuple[Any, Any]]:
+def _opened(path: Source, limits: Limits) -> Iterator[tuple[Any, Any]]:
     """(container, video stream) of a file.
 
     Raises:
         VideoError: not_a_video, unreadable, too_large.
     """
-    try:
-        about = os.stat(path)
-        if not stat.S_ISREG(about.st_mode):  # a pipe would block for ever
-            raise refuse("not_a_video", "no regular file")
-        if about.st_size == 0:
-            raise refuse("not_a_video", "the file is empty")
-        if limits.max_bytes is not None and about.st_size > limits.max_bytes:
-            raise refuse("too_large", f"{about.st_size:,} bytes, allowed are {limits.max_bytes:,}")
-        file = open(path, "rb", buffering=0)  # noqa: SIM115
-    except OSError as error:
-        raise refuse("unreadable", f"can't be opened: {error.strerror}") from error
-    with file:
-        options = {} if limits.max_pixels is None else {"max_pixels": str(limits.max_pixels)}
+    with _file(path, limits) as file:
+        options = _options(limits)
         try:
-            container = av.open(
-                _Bytes(file),
-                options=options,
-                container_options={"format_whitelist": DEMUXERS, "protocol_whitelist": "none"},
-                io_open=_no_other_file,
-                metadata_errors="replace",
-                buffer_size=1 << 17,
-            )
+            container = _container(file, options)
         except (av.error.FFmpegError, OSError, ValueError) as error:
+            _check_log(file, limits)
             file.seek(0)
             head = file.read(16)
             known = any(head[at : at + len(magic)] == magic for at, magic in _MAGIC)
@@ -134,6 +133,8 @@ def _opened(path: str | os.PathLike[str], limits: Limits) -> Iterator[tuple[Any,
                 raise refuse("unreadable", f"its header can't be read: {_words(error)}") from error
             raise refuse("not_a_video", "no video format is recognised in it") from error
         with container:
+            if len(container.streams) > MAX_STREAMS:
+                raise refuse("too_large", f"more than {MAX_STREAMS} streams")
             stream = container.streams.best("video")
             if stream is None or stream.codec_context is None:
                 raise refuse("unreadable", "holds no video stream that can be decoded")
@@ -144,6 +145,76 @@ def _opened(path: str | os.PathLike[str], limits: Limits) -> Iterator[tuple[Any,
             context.thread_count = 1  # files are decoded side by side; frame threads would blur where an error struck
             context.flags |= Flags.bitexact
             yield container, stream
+
+
+@contextmanager
+def _file(path: Source, limits: Limits) -> Iterator[IO[bytes]]:
+    """A regular file of an allowed size, at its beginning."""
+    try:
+        if not isinstance(path, int) and not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block for ever
+            raise refuse("not_a_video", "no regular file")
+        file = open(path, "rb", buffering=0, closefd=not isinstance(path, int))  # noqa: SIM115
+    except OSError as error:
+        raise refuse("unreadable", f"can't be opened: {error.strerror}") from error
+    with file:
+        size = file.seek(0, os.SEEK_END)
+        if size == 0:
+            raise refuse("not_a_video", "the file is empty")
+        if limits.max_bytes is not None and size > limits.max_bytes:
+            raise refuse("too_large", f"{size:,} bytes, allowed are {limits.max_bytes:,}")
+        file.seek(0)
+        yield file
+
+
+def _options(limits: Limits) -> dict[str, str]:
+    """Of FFmpeg's decoders."""
+    return {} if limits.max_pixels is None else {"max_pixels": str(limits.max_pixels)}
+
+
+def _container(file: IO[bytes], options: dict[str, str]) -> Any:
+    return av.open(
+        _Bytes(file),
+        options=options,
+        container_options={
+            "format_whitelist": DEMUXERS,
+            "protocol_whitelist": "none",
+            "max_streams": str(MAX_STREAMS + 1),
+        },
+        io_open=_no_other_file,
+        metadata_errors="replace",
+        buffer_size=1 << 17,
+    )
+
+
+def _check_log(file: IO[bytes], limits: Limits) -> None:
+    """Where FFmpeg gave a file up before its first frame: once more, to its first error, with its log.
+
+    Raises:
+        VideoError: too_large, since it broke off at a bound.
+    """
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)
+    try:
+        with av.logging.Capture() as log, suppress(av.error.FFmpegError, OSError, ValueError):
+            file.seek(0)
+            with _container(file, _options(limits)) as container:
+                stream = container.streams.best("video")
+                stream.codec_context.options = _options(limits)
+                next(container.decode(stream), None)
+    finally:
+        av.logging.set_skip_repeated(True)
+        av.logging.set_level(level)
+    for beyond in filter(None, (_BEYOND.search(message) for _, _, message in log)):
+        if beyond[1]:
+            raise refuse("too_large", f"{beyond[1]} pixels, allowed are {limits.max_pixels:,}")
+        raise refuse("too_large", f"more than {MAX_STREAMS} streams")
+
+
+def _check_again(path: Source, limits: Limits) -> None:
+    """`_check_log` of a file that did open."""
+    with _file(path, limits) as file:
+        _check_log(file, limits)
 
 
 class _Clock:
@@ -237,7 +308,7 @@ def _rgb(frame: VideoFrame, reformat: VideoReformatter, fit: Fit | None, turn: i
     return np.rot90(scaled.to_ndarray(), -turn // 90)
 
 
-def inspect(path: str | os.PathLike[str], limits: Limits | None = None) -> Facts:
+def inspect(path: Source, limits: Limits | None = None) -> Facts:
     """Decodes all of a file once.
 
     Raises:
@@ -260,8 +331,11 @@ def inspect(path: str | os.PathLike[str], limits: Limits | None = None) -> Facts
         except VideoError:
             raise
         except (av.error.FFmpegError, OSError, ValueError) as error:
+            if isinstance(error, MemoryError):
+                raise
             broke = _words(error)
         if clock.count == 0:
+            _check_again(path, limits)
             raise refuse("unreadable", f"no frame decodes: {broke or 'the stream is empty'}")
         truncated = f"decoding broke after {clock.count} frames: {broke}" if broke else ""
         expected = _announced_seconds(container, stream)
@@ -285,18 +359,19 @@ def inspect(path: str | os.PathLike[str], limits: Limits | None = None) -> Facts
 
 
 def read_chosen(
-    path: str | os.PathLike[str],
+    path: Source,
     choose: Choose,
     *,
     known: tuple[int, float] | None = None,
     fit: Fit | None = None,
     limits: Limits | None = None,
+    in_order: bool = False,
 ) -> tuple[dict[int, np.ndarray], int, float]:
     """The frames that `choose(frames, fps)` names, each once, resized by `fit`, upright.
 
-    With `known` = (frames, fps) no more is decoded than the frames chosen need (see `seek`), or at least nothing after
-    the last of them. Without, the header's claim is tried first; where it turns out wrong, so that other frames are to
-    be chosen, the file is decoded once more.
+    With `known` = (frames, fps) no more is decoded than the frames chosen need (see `seek`), or with `in_order` at
+    least nothing after the last of them. Without, the header's claim is tried first; where it turns out wrong, so that
+    other frames are to be chosen, the file is decoded once more.
 
     Returns:
         {index: (height, width, 3) uint8 rgb}, frames and fps (`known` where given, else as found).
@@ -304,12 +379,12 @@ def read_chosen(
     Raises:
         VideoError: not_a_video, unreadable (a frame chosen does not decode), too_large.
     """
-    if known and limits is None:  # limits are held against all that would be decoded in order
+    limits = limits or Limits()
+    if known and not in_order:
         try:
-            return _sought(path, set(choose(*known)), known[0], fit), *known
+            return _sought(path, set(choose(*known)), known[0], fit, limits), *known
         except seek.Unsure:
             pass
-    limits = limits or Limits()
     with _opened(path, limits) as (container, stream):
         clock = _Clock(stream)
         claim = stream.frames or round(_announced_seconds(container, stream) * clock.rate)
@@ -328,29 +403,34 @@ def read_chosen(
         except VideoError:
             raise
         except (av.error.FFmpegError, OSError, ValueError) as error:
+            if isinstance(error, MemoryError):
+                raise
             broke = _words(error)
     if known is None:
         if clock.count == 0:
+            _check_again(path, limits)
             raise refuse("unreadable", f"no frame decodes: {broke or 'the stream is empty'}")
         found = (clock.count, clock.fps)
         if wanted.issuperset(choose(*found)):
             return pictures, *found
-        return read_chosen(path, choose, known=found, fit=fit, limits=limits)
+        return read_chosen(path, choose, known=found, fit=fit, limits=limits, in_order=True)
     missing = wanted.difference(pictures)
     if missing:
+        if clock.count == 0:
+            _check_again(path, limits)
         raise refuse(
             "unreadable", f"frame {min(missing)} is missing, {clock.count} decode{': ' + broke if broke else ''}"
         )
     return pictures, *known
 
 
-def _sought(path: str | os.PathLike[str], wanted: set[int], count: int, fit: Fit | None) -> dict[int, np.ndarray]:
+def _sought(path: Source, wanted: set[int], count: int, fit: Fit | None, limits: Limits) -> dict[int, np.ndarray]:
     """`read_chosen`'s pictures by the shortest way.
 
     Raises:
         seek.Unsure: only decoding in order gives them.
     """
-    with _opened(path, Limits()) as (container, stream):
+    with _opened(path, limits) as (container, stream):
         reformat = VideoReformatter()
         try:
             return {
@@ -358,10 +438,12 @@ def _sought(path: str | os.PathLike[str], wanted: set[int], count: int, fit: Fit
                 for index, frame in seek.frames(container, stream, wanted, count)
             }
         except (av.error.FFmpegError, OSError, ValueError) as error:
+            if isinstance(error, MemoryError):
+                raise
             raise seek.Unsure from error
 
 
-def read_frames(path: str | os.PathLike[str], indices: Sequence[int], *, limits: Limits | None = None) -> np.ndarray:
+def read_frames(path: Source, indices: Sequence[int], *, limits: Limits | None = None) -> np.ndarray:
     """The frames of these indices, in the order given, upright.
 
     Returns:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 
 import numpy as np
 
 from sora.records import ClipSpec
 from sora.video.clips import windows
-from sora.video.decode import Limits
+from sora.video.decode import Limits, Source
 from sora.video.transform import clips_and_rate
 
 Spans = list[tuple[float, float]]  # seconds from the first frame: start and end of each clip, in the order of time
@@ -30,7 +29,7 @@ def spans(frames: int, fps: float, spec: ClipSpec) -> Spans | None:
 
 
 def prepare_with_spans(
-    path: str | os.PathLike[str], spec: ClipSpec, *, limits: Limits | None = None
+    path: Source, spec: ClipSpec, *, known: tuple[int, float] | None = None, limits: Limits | None = None
 ) -> tuple[np.ndarray, Spans | None]:
     """`transform.prepare_clips`, and the span of each clip, of one decoding.
 
@@ -40,5 +39,5 @@ def prepare_with_spans(
     Raises:
         VideoError: not_a_video, unreadable, too_large.
     """
-    clips, count, rate = clips_and_rate(path, spec, limits=limits)
+    clips, count, rate = clips_and_rate(path, spec, known=known, limits=limits)
     return clips, spans(count, rate, spec)

@@ -6,8 +6,6 @@ that every step works on as few pixels as possible and black bars stay out of th
 
 from __future__ import annotations
 
-import os
-
 import cv2
 import numpy as np
 
@@ -51,18 +49,20 @@ def finish(picture: np.ndarray, spec: ClipSpec) -> np.ndarray:
 
 
 def prepare_clips(
-    path: str | os.PathLike[str],
+    path: decode.Source,
     spec: ClipSpec,
     *,
     frames: int | None = None,
     fps: float | None = None,
     limits: decode.Limits | None = None,
+    in_order: bool = False,
 ) -> np.ndarray:
     """All clips of a video.
 
     Args:
         frames, fps: from the manifest, which spares decoding what the clips do not need. Without them the same clips
             come out: the header's claim is tried first, and decoding repeated where it was wrong.
+        in_order: see `decode.read_chosen`.
 
     Returns:
         (clips, spec.frames, spec.height, spec.width, 3) uint8 rgb.
@@ -71,15 +71,16 @@ def prepare_clips(
         VideoError: not_a_video, unreadable, too_large.
     """
     known = None if frames is None or fps is None else (frames, fps)
-    return clips_and_rate(path, spec, known=known, limits=limits)[0]
+    return clips_and_rate(path, spec, known=known, limits=limits, in_order=in_order)[0]
 
 
 def clips_and_rate(
-    path: str | os.PathLike[str],
+    path: decode.Source,
     spec: ClipSpec,
     *,
     known: tuple[int, float] | None = None,
     limits: decode.Limits | None = None,
+    in_order: bool = False,
 ) -> tuple[np.ndarray, int, float]:
     """`prepare_clips`, and the video's frames and fps that they were chosen by."""
     pictures, count, rate = decode.read_chosen(
@@ -88,6 +89,7 @@ def clips_and_rate(
         known=known,
         fit=lambda width, height: fitted(width, height, spec),
         limits=limits,
+        in_order=in_order,
     )
     chosen = windows(count, rate, spec)
     clips = np.empty((len(chosen), spec.frames, spec.height, spec.width, 3), np.uint8)

@@ -288,7 +288,7 @@ def test_a_decoder_out_of_memory_costs_one_request(video, tmp_path):
     huge = replace(SPEC, frames=256, height=1024, width=1024)  # 805 MB of clips
 
     async def story():
-        pool = DecodePool(Serve(decode_workers=1, decode_memory=700_000_000), tmp_path)
+        pool = DecodePool(Serve(decode_workers=1, decode_memory=700_000_000))
         await pool.start()
         try:
             with pytest.raises(VideoError, match="memory"):
@@ -305,7 +305,7 @@ def test_a_decoder_holds_no_secret_and_cannot_write(video, tmp_path, monkeypatch
     monkeypatch.setenv("SORA_API_TOKEN", "a-long-enough-token")
 
     async def story():
-        pool = DecodePool(Serve(decode_workers=1), tmp_path)
+        pool = DecodePool(Serve(decode_workers=1))
         await pool.start()
         try:
             await pool.decode(video, SPEC)

@@ -53,7 +53,7 @@ def encode(path: Path, codec: str, options: dict[str, str]) -> Path:
 
 
 def in_order(path: Path, indices, known) -> dict[int, np.ndarray]:
-    return read_chosen(path, lambda *_: indices, known=known, limits=decode.Limits())[0]
+    return read_chosen(path, lambda *_: indices, known=known, in_order=True)[0]
 
 
 def same(found: dict[int, np.ndarray], expected: dict[int, np.ndarray]) -> bool:
@@ -133,7 +133,7 @@ def test_real_files_give_the_frames_of_decoding_in_order(shared):
         known = frames, 25.0
         pick = set(np.linspace(0, frames - 1, 12).astype(int).tolist())
         try:
-            found = decode._sought(path, pick, frames, None)
+            found = decode._sought(path, pick, frames, None, decode.Limits())
         except seek.Unsure:
             continue
         sure += 1
