@@ -1,0 +1,48 @@
+"""One tiny project, trained once, and copied for each fault. The parts are those of `make faults`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from benchmarks.faults import scenes as building
+from benchmarks.faults.invariants import Finding, check, spoken
+from benchmarks.faults.processes import Case, Verb, sora
+from benchmarks.faults.scenes import LIMIT, Scenes, case_of
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Scenes:
+    return building.build(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture
+def case(scenes: Scenes, tmp_path: Path) -> Iterator[Callable[[str], Case]]:
+    """`case("fitted")`: a copy of that scene. Whatever it started ends with the test."""
+    with ExitStack() as stack:
+        yield lambda scene: stack.enter_context(case_of(scenes, scene, tmp_path / "case"))
+
+
+def holds(case: Case, *, reproduce: bool = False, finished: bool = True) -> None:
+    """Everything that must hold after a fault does."""
+    found = check(case, had_champion=True, reproduce=reproduce, finished=finished)
+    assert not found.broken, f"after the fault:\n{found}"
+
+
+def runs(case: Case) -> Verb:
+    """`sora run` ends well."""
+    verb = sora(case, "run", "--json", seconds=LIMIT)
+    assert verb.process.returncode == 0, verb.err[-4000:]
+    return verb
+
+
+def fine(finding: Finding) -> None:
+    assert finding.ok, f"{finding.what}: {finding.detail}"
+
+
+def speaks(verb: Verb) -> None:
+    """It ended, and where it failed it says why and what to do."""
+    fine(spoken(verb))
