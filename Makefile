@@ -11,7 +11,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --no-deps --no-compile
 # Some packages carry templates that are no Python; what does not compile does not matter.
 COMPILE = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 
-.PHONY: setup setup-dev run test lint up clean bench bench-accuracy bench-soak
+.PHONY: setup setup-dev run test lint up clean bench bench-accuracy bench-soak faults
 
 setup: $(RUNS)
 
@@ -56,6 +56,11 @@ bench-accuracy: setup
 # Half an hour: a project is trained, then its champion moves 40 times under load. Options: ARGS="--minutes 5 --moves 5"
 bench-soak: setup
 	$(BIN)/python -m benchmarks.serving_soak $(ARGS)
+
+# A hundred faults at random moments, in pieces of ten minutes: call it until all have a result. Options:
+# ARGS="--next 5", ARGS="--scenes DIR" (keeps the projects between the pieces), ARGS=--summary (the table).
+faults: setup
+	$(BIN)/python -m benchmarks.faults $(ARGS)
 
 clean:
 	rm -rf $(VENV) .sora prepared data

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from benchmarks.common import table
 from benchmarks.faults.inject import FAULTS, small_disk
 from benchmarks.faults.invariants import Finding, check
 from benchmarks.faults.processes import Verb, sora
-from benchmarks.faults.scenes import LIMIT, Scenes, build, case_of
+from benchmarks.faults.scenes import LIMIT, Scenes, case_of, scenes_in
 
 RESULTS = common.RESULTS / "faults"
 CASES = 100
@@ -176,20 +175,6 @@ def _stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _scenes(kept: Path | None, place: Path) -> Scenes:
-    """Built anew, or those in the folder `kept`, which is filled where it is empty."""
-    folder = kept or place / "scenes"
-    known = folder / "seconds.json"
-    if known.is_file():
-        return Scenes(folder, json.loads(known.read_text(encoding="utf-8")))
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    print("building the scenes (three runs) …", flush=True)
-    scenes = build(folder)
-    known.write_text(json.dumps(scenes.seconds), encoding="utf-8")
-    return scenes
-
-
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--minutes", type=float, default=10, help="begin no case after so many [default: 10]")
@@ -213,7 +198,7 @@ def main() -> int:
     with _stoppable(), tempfile.TemporaryDirectory(prefix="sora-faults-") as name:
         place = Path(name)
         try:
-            scenes = _scenes(given.scenes, place)
+            scenes = scenes_in(given.scenes or place / "scenes")
             for number in numbers:
                 if time.monotonic() > end:
                     break

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -42,8 +43,20 @@ class Scenes:
     seconds: dict[str, float]
 
 
+def scenes_in(folder: Path) -> Scenes:
+    """Those that were built in `folder` before, or new ones."""
+    known = folder / "seconds.json"  # written last: what has none is not complete
+    if known.is_file():
+        return Scenes(folder, json.loads(known.read_text(encoding="utf-8")))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    scenes = build(folder)
+    known.write_text(json.dumps(scenes.seconds), encoding="utf-8")
+    return scenes
+
+
 def build(folder: Path) -> Scenes:
-    """Three runs, one of them killed. `folder` gets a project a scene.
+    """Four runs, one of them killed. `folder` gets a project a scene.
 
     Raises:
         RuntimeError: a run did not end well without any fault.

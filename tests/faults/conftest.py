@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import scenes as building
 from benchmarks.faults.invariants import Finding, check, spoken
 from benchmarks.faults.processes import Case, Verb, sora
-from benchmarks.faults.scenes import LIMIT, Scenes, case_of
+from benchmarks.faults.scenes import LIMIT, Scenes, case_of, scenes_in
 
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Scenes:
-    return building.build(tmp_path_factory.mktemp("scenes"))
+    """SORA_FAULTS_SCENES: a folder that keeps them from one session to the next."""
+    kept = os.environ.get("SORA_FAULTS_SCENES")
+    return scenes_in(Path(kept) if kept else tmp_path_factory.mktemp("scenes") / "built")
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def test_the_proxy_passes_and_fails() -> None:
         assert client.post(proxy.url, content=b"x" * 300_000).text == "hello"
 
 
-def test_an_orphan_and_a_temporary_file_are_found(tmp_path: Path) -> None:
+def test_a_process_is_found_and_ended(tmp_path: Path) -> None:
     """A process is found by its mark although its folder and command line say nothing."""
     case = Case(tmp_path / "case")
     case.root.mkdir()
@@ -83,7 +83,6 @@ def test_invariants_find_what_is_broken(scenes: Scenes, tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_nothing_is_left_when_it_is_stopped(scenes: Scenes, tmp_path: Path, number: signal.Signals) -> None:
-    (scenes.folder / "seconds.json").write_text(json.dumps(scenes.seconds))
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-m", "benchmarks.faults", "--scenes", str(scenes.folder), "--next", "1"]
     process = subprocess.Popen([*command, "--results", str(tmp_path / "results")], env=env)
