@@ -12,7 +12,6 @@ import os
 import re
 import stat
 import sys
-import tempfile
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import yaml
 
 from sora.data.dvc import dvc, git
 from sora.errors import InputError, ServiceError, SettingsError, SoraError
-from sora.files import atomic
+from sora.files import atomic, temporary_folder
 from sora.processes import rebuild_error
 from sora.settings import Project, parse
 from sora.video import tag
@@ -159,8 +158,8 @@ def reproduce(project: Project, *, force: bool = False) -> list[str]:
     """
     _check_parameters(project)
     write_code_lock(project)
-    with tempfile.TemporaryDirectory(prefix="sora-stage-") as folder:
-        error_file = Path(folder) / "error.json"
+    with temporary_folder("stage") as folder:
+        error_file = folder / "error.json"
         more = {"SORA_STAGE_ERROR": str(error_file), "SORA_STAGE_OWNER": str(os.getpid())}
         if force:
             more["SORA_STAGE_FRESH"] = "1"
