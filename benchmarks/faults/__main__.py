@@ -163,16 +163,20 @@ def summary(folder: Path) -> int:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGTERM ends as Ctrl-C does: through every block that cleans up."""
+    """SIGTERM ends as Ctrl-C does: through every block that cleans up. A second one does not disturb that."""
+    known = (signal.SIGTERM, signal.SIGINT)
 
     def stop(number: int, frame: FrameType | None) -> None:
+        for one_signal in known:
+            signal.signal(one_signal, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = [(number, signal.signal(number, stop)) for number in known]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ _MACHINE = frozenset({"python", "packages", "git", "dvc", "ffmpeg", "memory", "g
 _SECONDS_TO_END = 15.0  # that processes may need to end by themselves
 # How Sora, DVC and MLflow name what is not complete yet.
 _UNFINISHED = re.compile(r"(\.part|\.partial|\.tmp|\.temp)$|\.json\.\d+$|^\.dvc_tmp|^tmp[a-z0-9_]{8}$")
-_STANDING = ("pymp-", "torch", "matplotlib-")  # caches of libraries that are made again and again
+_STANDING = ("matplotlib-",)  # a cache that is made where the home folder can't be written
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def _temporary(case: Case, project: Project, finished: bool) -> Finding:
     folders = [project.root]
     while folders:
         for one in folders.pop().iterdir():
-            if _UNFINISHED.search(one.name) and one != project.root / ".dvc" / "tmp":
+            if _UNFINISHED.search(one.name):
                 left.append(str(one.relative_to(case.folder)))
             elif one.is_dir() and not one.is_symlink() and one.name != ".git":
                 folders.append(one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.faults.invariants import Finding, check, spoken
-from benchmarks.faults.processes import Case, Verb, sora
+from benchmarks.faults.processes import Case, Verb, role_of, sora
 from benchmarks.faults.scenes import LIMIT, Scenes, case_of, scenes_in
 
 
@@ -32,6 +33,14 @@ def holds(case: Case, *, reproduce: bool = False, finished: bool = True) -> None
     """Everything that must hold after a fault does."""
     found = check(case, had_champion=True, reproduce=reproduce, finished=finished)
     assert not found.broken, f"after the fault:\n{found}"
+
+
+def nobody_left(case: Case, seconds: float = 15.0) -> None:
+    """All processes of the case have ended, or end by themselves now."""
+    until = time.monotonic() + seconds
+    while left := case.processes():
+        assert time.monotonic() < until, f"orphans: {[(one.pid, role_of(one)) for one in left]}"
+        time.sleep(0.1)
 
 
 def runs(case: Case) -> Verb:

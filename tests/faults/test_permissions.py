@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks.faults.processes import Case, Verb
-from benchmarks.faults.scenes import LIMIT
-from tests.faults.conftest import holds, runs, speaks
+from benchmarks.faults.scenes import LIMIT, Scenes, case_of
+from tests.faults.conftest import holds, nobody_left, runs, speaks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -28,6 +29,12 @@ def bound() -> list[str]:
     return ["setpriv", f"--bounding-set={_RIGHTS}", "--inh-caps=-all", "--"]
 
 
+@pytest.fixture(scope="module")
+def project(scenes: Scenes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    with case_of(scenes, "unchanged", tmp_path_factory.mktemp("rights") / "case") as case:
+        yield case
+
+
 @pytest.mark.parametrize(
     "place",
     [
@@ -42,29 +49,32 @@ def bound() -> list[str]:
         ".dvc/cache",
     ],
 )
-def test_somebody_elses(case: Callable[[str], Case], place: str) -> None:
+def test_somebody_elses(project: Case, place: str) -> None:
     before = bound()
-    here = case("unchanged")
-    target = here.root / place
+    target = project.root / place
     kept, owner = target.stat().st_mode, target.stat().st_uid
     os.chown(target, SOMEBODY, -1)
     os.chmod(target, 0o700 if target.is_dir() else 0o600)
-    with Verb(here, "run", "--json", before=before) as verb:
-        code = verb.wait(LIMIT)
+    try:
+        with Verb(project, "run", "--json", before=before) as verb:
+            code = verb.wait(LIMIT)
+    finally:
+        os.chown(target, owner, -1)
+        os.chmod(target, kept)
     speaks(verb)
-    # A data/ that nobody changed need not be read again in full; whatever is needed can't be passed over in silence.
+    # What nobody changed need not be read again; what a run needs can't be passed over in silence.
     assert code in (0, 1, 2, 3)
-    os.chown(target, owner, -1)
-    os.chmod(target, kept)
-    runs(here)
-    if place in ("data/dark", "splits.csv", ".sora"):
-        holds(here)
+    nobody_left(project)
+
+
+def test_all_is_well_with_the_rights_back(project: Case) -> None:
+    """After all of those."""
+    runs(project)
+    holds(project)
 
 
 def test_the_right_is_really_gone(tmp_path: Path) -> None:
     """The harness itself: without these rights even root reads nothing of a file with mode 000."""
-    import subprocess
-
     secret = tmp_path / "secret"
     secret.write_text("x")
     os.chmod(secret, 0)
