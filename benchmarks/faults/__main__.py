@@ -26,10 +26,11 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.common import table
-from benchmarks.faults.inject import FAULTS, small_disk
+from benchmarks.faults.inject import FAULTS, Struck, small_disk
 from benchmarks.faults.invariants import Finding, check
 from benchmarks.faults.processes import Verb, sora
 from benchmarks.faults.scenes import LIMIT, Scenes, case_of, scenes_in
+from sora.errors import SoraError
 
 RESULTS = common.RESULTS / "faults"
 CASES = 100
@@ -99,7 +100,11 @@ def one(wanted: Plan, scenes: Scenes, place: Path, commit: str) -> Outcome:
             case = stack.enter_context(case_of(scenes, wanted.scene, folder / "case", out=place / f"{folder.name}-out"))
         else:
             case = stack.enter_context(case_of(scenes, wanted.scene, folder))
-        struck = FAULTS[wanted.fault](case, moment, random.Random(f"{wanted.seed}/{wanted.number}/fault"))
+        try:
+            struck = FAULTS[wanted.fault](case, moment, random.Random(f"{wanted.seed}/{wanted.number}/fault"))
+        except (RuntimeError, SoraError) as error:  # `up` or a server did not come up, or not again
+            struck = Struck((), Finding("struck", False, str(error)[-600:]))
+            case.end()
         again = sora(case, "run", "--json", seconds=LIMIT)
         findings = [struck.first, _ran(again)]
         held = check(

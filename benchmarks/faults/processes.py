@@ -165,13 +165,11 @@ class Verb:
     def running(self) -> bool:
         return self.process.poll() is None
 
-    def wait(self, seconds: float) -> int:
-        """The exit code. Negative: the signal that killed it.
-
-        Raises:
-            subprocess.TimeoutExpired: it is still under way.
-        """
-        return self.process.wait(seconds)
+    def wait(self, seconds: float) -> int | None:
+        """The exit code. Negative: the signal that killed it. None: it is still under way."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+        return self.process.returncode
 
     def wait_for(self, role: str, seconds: float) -> psutil.Process:
         """The first process of this role. Asks often: some live for a second.

@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks.common import change_params
 from benchmarks.faults.processes import Case, Verb, sora
+from sora.files import source_digest
 
 SceneName = Literal["unchanged", "new", "fitted"]
 LIMIT = 300.0  # seconds a verb may take on a busy machine
@@ -44,14 +45,17 @@ class Scenes:
 
 
 def scenes_in(folder: Path) -> Scenes:
-    """Those that were built in `folder` before, or new ones."""
-    known = folder / "seconds.json"  # written last: what has none is not complete
+    """Those that were built in `folder` before by the same code, or new ones: for other code nothing is unchanged."""
+    known = folder / "built.json"  # written last: what has none is not complete
+    code = source_digest(Path(__file__).resolve().parent.parent.parent, ("sora", "flows"))
     if known.is_file():
-        return Scenes(folder, json.loads(known.read_text(encoding="utf-8")))
+        built = json.loads(known.read_text(encoding="utf-8"))
+        if built["code"] == code:
+            return Scenes(folder, built["seconds"])
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     scenes = build(folder)
-    known.write_text(json.dumps(scenes.seconds), encoding="utf-8")
+    known.write_text(json.dumps({"code": code, "seconds": scenes.seconds}), encoding="utf-8")
     return scenes
 
 
