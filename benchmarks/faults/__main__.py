@@ -150,6 +150,7 @@ def summary(folder: Path) -> int:
             {
                 "fault": fault,
                 "cases": len(cases),
+                "struck": sum(item["victims"][:1] != ["none: it had ended"] for item in cases),
                 "all held": sum(not item["broken"] for item in cases),
                 "reproduced": sum(
                     any(f["what"] == "reproduce" and f["ok"] for f in item["findings"]) for item in cases
