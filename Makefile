@@ -16,7 +16,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --no-deps --no-compile
 # Some packages carry templates that are no Python; what does not compile does not matter.
 COMPILE = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 
-.PHONY: setup setup-dev run test test-fast coverage lint up clean bench bench-accuracy bench-soak release audit
+.PHONY: setup setup-dev run test test-fast coverage lint up clean bench bench-accuracy bench-soak faults release audit
 
 setup: $(RUNS)
 
@@ -80,6 +80,11 @@ bench-accuracy: setup
 # Half an hour: a project is trained, then its champion moves 40 times under load. Options: ARGS="--minutes 5 --moves 5"
 bench-soak: setup
 	$(BIN)/python -m benchmarks.serving_soak $(ARGS)
+
+# A hundred faults at random moments, in pieces of ten minutes: call it until all have a result. Options:
+# ARGS="--next 5", ARGS="--scenes DIR" (keeps the projects between the pieces), ARGS=--summary (the table).
+faults: setup
+	$(BIN)/python -m benchmarks.faults $(ARGS)
 
 # Archives for a release and, beside them, the bill of materials of the locked environment (CycloneDX, validated).
 release: $(RELEASE)/installed

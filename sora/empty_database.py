@@ -12,12 +12,11 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 from sora.errors import SoraError
-from sora.files import atomic
+from sora.files import atomic, temporary_folder
 from sora.processes import quiet_environment, start_child
 
 SECONDS = 120.0  # that making it may take
@@ -57,11 +56,11 @@ def _sound(file: Path) -> bool:
 
 def _make(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(prefix="sora-") as folder:
-        draft = Path(folder) / "prefect.db"
+    with temporary_folder("database") as folder:
+        draft = folder / "prefect.db"
         child = start_child(
             [sys.executable, "-m", "flows.empty_database", str(draft)],
-            env=quiet_environment(PREFECT_HOME=folder, PREFECT_PROFILES_PATH=f"{folder}/profiles.toml"),
+            env=quiet_environment(PREFECT_HOME=str(folder), PREFECT_PROFILES_PATH=f"{folder}/profiles.toml"),
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -21,6 +24,8 @@ _REMOUNT = "mount it for writing (mount -o remount,rw …), or move the project 
 # What libraries and servers say, SQLite among them.
 _SAYS_FULL = ("No space left on device", "database or disk is full", "Disk quota exceeded")
 _SAYS_READ_ONLY = ("Read-only file system", "attempt to write a readonly database")
+
+_TEMPORARY = "sora-tmp-"
 
 
 @contextmanager
@@ -103,3 +108,42 @@ def atomic(path: Path, *, shared: bool = False) -> Iterator[IO[bytes]]:
             sync_folder(path.parent)
         finally:
             draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder(what: str) -> Iterator[Path]:
+    """A folder in the system's temporary one, removed with the block. `what` is part of its name.
+
+    A process that is killed leaves its folder behind, with a copy of all data where it was `sora reproduce`. The next
+    call removes it: whoever lives holds a lock on its folder, which the kernel frees.
+    """
+    _sweep(Path(tempfile.gettempdir()))
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{what}-"))
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # another process's sweep was quicker than our lock
+            continue
+        with suppress(OSError):  # no locks on this file system: then nobody sweeps either
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if folder.exists():
+            break
+        os.close(descriptor)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _sweep(place: Path) -> None:
+    """Removes this user's temporary folders that no living process holds."""
+    for folder in place.glob(f"{_TEMPORARY}*"):
+        with suppress(OSError):  # somebody else's, or gone meanwhile
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(descriptor).st_uid == os.geteuid():
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(descriptor)

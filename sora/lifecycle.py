@@ -5,7 +5,6 @@ Each function starts an MLflow server of its own where none is up and ends it ag
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sora.credentials import private_state
 from sora.errors import AnswerIsNo, InputError, ServiceError
+from sora.files import temporary_folder
 from sora.progress import say
 from sora.records import ModelVersion, Recipe
 from sora.settings import Project, parse
@@ -127,17 +127,17 @@ def reproduce(project: Project, version: int) -> dict[str, Any]:
         recorded_version = registry.get(version)
         state = registry.restore_state(version)
         file, recipe = registry.fetch(version, model_cache(project))
-    with tempfile.TemporaryDirectory(prefix="sora-reproduce-") as folder:
-        restored = data.restore(project, state, Path(folder) / "project")
+    with temporary_folder("reproduce") as folder:
+        restored = data.restore(project, state, folder / "project")
         settings = parse(restored.params_file.read_text(encoding="utf-8"))
         job = evaluation.EvalJob(
             shards=str(restored.shards),
-            table=str(_table(restored, Path(folder) / "table.parquet")),
+            table=str(_table(restored, folder / "table.parquet")),
             models=[{"name": "version", "file": str(file), "recipe": recipe.to_dict()}],
             classes=list(settings.classes),
             data=str(restored.data),
             bounds=settings.validate_.model_dump(),
-            out=str(Path(folder) / "evaluation"),
+            out=str(folder / "evaluation"),
         )
         outcome = evaluation.run(job, lambda event: None)
     metrics = {f"test/{n}": v for n, v in outcome["version"].reports["test"].metrics.items()}

@@ -44,7 +44,8 @@ def run_lock(project: Project) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     private_state(project)
-    lock = FileLock(project.state / "run.lock", timeout=0)
+    # Not at once: `holder`, which `sora doctor` asks too, has the lock for an instant, and that must cost no nightly.
+    lock = FileLock(project.state / "run.lock", timeout=0.5, poll_interval=0.02)
     try:
         lock.acquire()
     except Timeout as error:

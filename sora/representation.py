@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ import numpy as np
 
 from sora import pool
 from sora.errors import InputError, VideoError
-from sora.files import atomic
+from sora.files import atomic, temporary_folder
 from sora.progress import say
 from sora.records import Recipe
 from sora.settings import Project
@@ -168,8 +167,8 @@ def _learned(project: Project, state: dict[str, Any]) -> pd.DataFrame:
 
     if "splits.csv" not in state:
         raise InputError("this version has no stored splits", mend="promote a version that a full `sora run` made")
-    with tempfile.TemporaryDirectory(prefix="sora-splits-") as folder:
-        ledger_file = Path(folder) / "splits.csv"
+    with temporary_folder("splits") as folder:
+        ledger_file = folder / "splits.csv"
         ledger_file.write_text(state["splits.csv"], encoding="utf-8")
         ledger = splits.read(ledger_file)
     rows = manifest.read(project.manifest)

@@ -54,7 +54,7 @@ class Running:
     """One entry of services.json."""
 
     pid: int
-    created: float  # creation time of the process, seconds since the epoch: numbers are used again, times are not
+    created: float  # when the process began, seconds since the boot (`_created`): numbers are used again, times are not
     url: str
     started: str  # ISO 8601, UTC
     owner: str  # the command that started it: "run", "up"
@@ -465,12 +465,22 @@ def _answers_elsewhere(name: str, url: str) -> None:
 
 
 def _created(pid: int) -> float | None:
-    """When a living process began; None if there is none with this number."""
+    """When a living process began, by a clock that nobody sets; None if there is none with this number.
+
+    What psutil gives moves with the calendar: a server would count as dead once the clock was set by a second, and a
+    second one be started on the same database.
+    """
     import psutil
 
     try:
         process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        try:
+            after_name = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2]
+            return int(after_name.split()[19]) / os.sysconf("SC_CLK_TCK")
+        except OSError:  # no Linux
+            return float(process.create_time())
     except psutil.Error:
         return None
 

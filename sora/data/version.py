@@ -13,7 +13,6 @@ import re
 import shutil
 import stat
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
@@ -25,7 +24,7 @@ from sora import pool, provenance, redaction
 from sora.data.dvc import dvc, git
 from sora.data.scan import BAD_NAME, UNVERSIONED, badly_named
 from sora.errors import InputError, NotTrainable, ServiceError, SettingsError, SoraError
-from sora.files import atomic, writing
+from sora.files import atomic, temporary_folder, writing
 from sora.processes import rebuild_error
 from sora.progress import say
 from sora.records import RULES
@@ -236,8 +235,8 @@ def _shards_are_damaged(project: Project) -> bool:
 
 
 def _repro(project: Project, *options: str, fresh: bool = False) -> list[str]:
-    with tempfile.TemporaryDirectory(prefix="sora-stage-") as folder:
-        error_file = Path(folder) / "error.json"
+    with temporary_folder("stage") as folder:
+        error_file = folder / "error.json"
         more = {"SORA_STAGE_ERROR": str(error_file), "SORA_STAGE_OWNER": str(os.getpid())}
         if fresh:
             more["SORA_STAGE_FRESH"] = "1"

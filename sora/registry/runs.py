@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import re
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -18,6 +17,7 @@ from typing import Any, Literal
 
 from sora.credentials import Login
 from sora.errors import InputError, ServiceError
+from sora.files import temporary_folder
 from sora.registry.live import MetricBuffer, system_metrics
 from sora.registry.rest import NotFound, Rest
 
@@ -132,8 +132,8 @@ class Runs:
 
     def log_text(self, run_id: str, name: str, text: str) -> None:
         """Stores a text as the artifact `name`."""
-        with tempfile.TemporaryDirectory(prefix="sora-text-") as folder:
-            file = Path(folder) / "text"
+        with temporary_folder("text") as folder:
+            file = folder / "text"
             file.write_text(text, encoding="utf-8")
             self._rest.upload(self._root(run_id), name, file)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from typing import Any
 
 from sora.data import ledger
 from sora.errors import AnswerIsNo, DiskFull, InputError, ServiceError
+from sora.files import temporary_folder
 from sora.records import EvalReport, ModelVersion, Recipe
 from sora.registry import folder
 from sora.registry.rest import AlreadyExists, NotFound
@@ -288,8 +288,8 @@ class Versions(Runs):
         }
         info = self._rest.post("logged-models", body)["model"]["info"]
         model_id, root = str(info["model_id"]), str(info["artifact_uri"])
-        with tempfile.TemporaryDirectory(prefix="sora-model-") as temporary:
-            written = Path(temporary) / "model"
+        with temporary_folder("model") as temporary:
+            written = temporary / "model"
             folder.write(written, model_file, recipe, model_id=model_id, run_id=run_id)
             for file in sorted(written.rglob("*")):
                 if file.is_file():
