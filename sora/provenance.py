@@ -24,9 +24,9 @@ FACTS = "af61f5b0f8efdbea"
 CLIPS = "04c4a1d68573b206"
 # What each stage of dvc.yaml writes: also the defaults of the settings that it reads.
 STAGES: dict[Stage, str] = {
-    "manifest": "bebaf984fb77f381",
-    "validate": "e031902389b98bed",
-    "shards": "3da60ad9e69b6fd8",
+    "manifest": "manifest-2",  # it remembers the limits under which a file was refused
+    "validate": "validate-2",  # too_large, too_slow, bad_name
+    "shards": "shards-2",  # the index holds digests
 }
 # Which video stands in which split (`sora.data.splits`), what training makes of them, and how the result is judged.
 LEARNING = "a968980f0982c29a"

@@ -209,7 +209,7 @@ def _journalled(journal: Path | None, name: str, limits: str) -> dict[str, dict[
         for line in lines:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
-                lasting = _OF_BYTES if entry["bounds"] == limits else _OF_BYTES - _OF_BOUNDS
+                lasting = _OF_BYTES if entry.get("bounds") == limits else _OF_BYTES - _OF_BOUNDS
                 if entry["tag"] == name and entry["error"] in lasting:
                     facts[entry["sha256"]] = {key: entry[key] for key in (*_FACTS, "error", "detail")}
     return facts
