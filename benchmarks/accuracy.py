@@ -25,12 +25,13 @@ import yaml
 from benchmarks import common
 from benchmarks.common import SHARED, table
 from benchmarks.figures import plot, summarise
-from sora import crossval
-from sora.data import folds, manifest, shards, splits
-from sora.errors import InputError, SoraError
-from sora.files import atomic
-from sora.progress import bar, say
-from sora.settings import Settings, parse
+from sora.config.settings import Settings, parse
+from sora.core.errors import InputError, SoraError
+from sora.core.files import atomic
+from sora.core.progress import bar, say
+from sora.dataset import folds, manifest, splits
+from sora.learning import crossval
+from sora.store import shards
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".sora" / "accuracy"
@@ -86,7 +87,7 @@ def settings_of(params: Path | None, changes: list[str]) -> Settings:
         key, equals, text = change.partition("=")
         section, dot, name = key.partition(".")
         if not (equals and dot and section in values):
-            raise InputError(f"{change!r} is no change", mend="write section.key=value, as in train.epochs=40")
+            raise InputError(f"{change!r} is no change", fix="write section.key=value, as in train.epochs=40")
         # A preset fills in what is not given: nothing of the section may be.
         before = {} if key == "model.preset" else values[section]
         values[section] = {**before, name: yaml.safe_load(text)}
@@ -125,13 +126,13 @@ def _units(protocol: Protocol, settings: Settings, videos: pd.DataFrame) -> Any:
     if protocol.folds:
         return splits.units(videos, settings.validate_.near_duplicate_bits)
     if videos["group"].isna().any():
-        raise InputError(f"{protocol.name}: a video without a group", mend="give --group-pattern, or folds")
+        raise InputError(f"{protocol.name}: a video without a group", fix="give --group-pattern, or folds")
     return pd.factorize(videos["group"], sort=True)[0]
 
 
 @dataclass(frozen=True)
 class Fold:
-    """One training: `table` has the columns of `sora.data.table`; without `test` rows where `inner`."""
+    """One training: `table` has the columns of `sora.dataset.table`; without `test` rows where `inner`."""
 
     number: int
     seed: int
@@ -160,7 +161,7 @@ def plan(prepared: Prepared, commit: str, *, inner: bool) -> Iterator[Fold]:
             if inner:
                 rows = rows[rows["split"] != "test"]
                 if not aside.any():
-                    raise InputError(f"{protocol.name} has too few groups for --inner", mend="add groups, or seeds")
+                    raise InputError(f"{protocol.name} has too few groups for --inner", fix="add groups, or seeds")
             what = {
                 "configuration": crossval.configuration(settings),
                 "table": rows[["sha256", "label", "split"]].to_csv(index=False),

@@ -1,7 +1,7 @@
 """The reference article's network and how fast it trains beside the presets: `python -m benchmarks.article`.
 
 The network as printed can't train (its residual blocks have no shortcut, its reshape gives 114,688 outputs a sample);
-`network` is a mended copy, its six convolutions and their full resolution as printed. It sees single frames, so a clip
+`network` is a fixed copy, its six convolutions and their full resolution as printed. It sees single frames, so a clip
 costs it as many samples as it has frames. Both train on the same number of clips a step, of equal frames and size.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.common import table, timed
-from sora.presets import PRESETS
+from sora.config.presets import PRESETS
 
 if TYPE_CHECKING:
     import keras
@@ -32,7 +32,7 @@ def network(height: int, width: int, outputs: int = 2) -> keras.Model:
     """Two 3x3 convolutions of 64 filters, two of 128, two of 256, all at full resolution; the three levels side by side
     (448 channels); dense 1024, 512, outputs.
 
-    Mended: each pair has a shortcut (1x1), and the levels are averaged over the picture before the dense layers.
+    Fixed: each pair has a shortcut (1x1), and the levels are averaged over the picture before the dense layers.
 
     Input shape: `(batch, height, width, 3)` uint8.
     Output shape: `(batch, outputs)` logits.
@@ -67,9 +67,9 @@ def step(which: str, size: int, frames: int, clips: int, steps: int) -> None:
     """In a process of its own: prints the seconds of each training step and the FLOPs of a clip."""
     import keras
 
+    from sora.config.settings import Model
+    from sora.core.records import ClipSpec
     from sora.model import classifier, cost
-    from sora.records import ClipSpec
-    from sora.settings import Model
 
     x = np.random.default_rng(0).integers(0, 255, (clips, frames, size, size, 3), np.uint8)
     y = np.arange(clips) % 2
@@ -115,7 +115,7 @@ def measure(rounds: int = 2) -> list[dict[str, Any]]:
             "figure": "training, one clip of 16x112x112 a step: clips/s",
             "ours": median(ours["clips/s"] for ours, _ in pairs),
             "compared with": median(theirs["clips/s"] for _, theirs in pairs),
-            "which is": "the article's network, mended, on the same 16 frames",
+            "which is": "the article's network, fixed, on the same 16 frames",
             "ratio": median(ours["clips/s"] / theirs["clips/s"] for ours, theirs in pairs),
             "asked": "≥ 50",
         },
@@ -123,7 +123,7 @@ def measure(rounds: int = 2) -> list[dict[str, Any]]:
             "figure": "a clip of 16x112x112: GFLOP",
             "ours": pairs[0][0]["GFLOP a clip"],
             "compared with": pairs[0][1]["GFLOP a clip"],
-            "which is": "the article's network, mended, on the same 16 frames",
+            "which is": "the article's network, fixed, on the same 16 frames",
             "ratio": pairs[0][1]["GFLOP a clip"] / pairs[0][0]["GFLOP a clip"],
             "asked": "ours ≤ 1.5",
         },

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 from flows.training import job_for
-from sora import evaluation, training
-from sora.data import manifest, splits, table
-from sora.settings import Project
+from sora.config.settings import Project
+from sora.dataset import manifest, splits, table
+from sora.judging import evaluation
+from sora.learning import training
 
 
 def learn(project: Project) -> None:

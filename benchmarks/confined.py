@@ -46,8 +46,8 @@ def told():
 """
 WORK = {
     "manifest": """
-from sora.data import manifest
-from sora.settings import Settings
+from sora.dataset import manifest
+from sora.config.settings import Settings
 if __name__ == "__main__":
     found = manifest.build(Path(sys.argv[1]), Settings(), progress=progress)
     told()
@@ -55,8 +55,8 @@ if __name__ == "__main__":
     manifest.write(found, Path(sys.argv[3]))
 """,
     "shards": """
-from sora.data import manifest, shards
-from sora.records import ClipSpec
+from sora.dataset import manifest; from sora.store import shards
+from sora.core.records import ClipSpec
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as out:
         rows = manifest.read(Path(sys.argv[3]))
@@ -64,9 +64,9 @@ if __name__ == "__main__":
     told()
 """,
     "served": """
-from sora.records import ClipSpec
+from sora.core.records import ClipSpec
 from sora.serving.decoding import DecodePool
-from sora.settings import Serve
+from sora.config.settings import Serve
 async def main():
     with tempfile.TemporaryDirectory() as folder:
         few = len(inspect.signature(DecodePool).parameters) == 1

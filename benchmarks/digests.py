@@ -23,10 +23,11 @@ import numpy as np
 from benchmarks import common
 from benchmarks.common import SHARED, table
 from benchmarks.preprocessing import BATCH, spent
-from sora.data import manifest, shards
-from sora.data.shards import ShardSet
-from sora.records import ClipSpec
-from sora.settings import Settings
+from sora.config.settings import Settings
+from sora.core.records import ClipSpec
+from sora.dataset import manifest
+from sora.store import shards
+from sora.store.shards import ShardSet
 
 REPEATS = 300  # of one clip, for the digests by themselves
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sora.report import measure
+from sora.judging.report import measure
 
 DRAWS = 10_000
 MIN_UNITS = 10  # with fewer the interval is over videos

@@ -14,18 +14,18 @@ from typing import Any
 import litserve
 import numpy as np
 
-from sora.records import Recipe
+from sora.core.records import Recipe
 
 
 class Api(litserve.LitAPI):
     def setup(self, device: str) -> None:
-        from sora.serving.predictor import Predictor
+        from sora.runtime.predictor import Predictor
 
         self.recipe = Recipe.from_dict(json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")))
         self.predictor = Predictor(Path(sys.argv[1]), self.recipe, 1)
 
     def decode_request(self, request) -> np.ndarray:  # LitServe takes an annotation for a schema of the body
-        from sora.video.transform import prepare_clips
+        from sora.media.video.transform import prepare_clips
 
         with tempfile.NamedTemporaryFile() as file:
             file.write(request["file"].file.read())

@@ -13,8 +13,8 @@ import keras
 from keras import layers, ops
 
 from benchmarks import article
+from sora.core.records import ClipSpec
 from sora.model import cost
-from sora.records import ClipSpec
 
 Triple = tuple[int, int, int]  # time, height, width
 
@@ -202,7 +202,7 @@ def movinet_a0(clip: ClipSpec, classes: int) -> keras.Model:
 
 
 def article_frame(clip: ClipSpec, classes: int, side: int) -> keras.Model:
-    """The reference article's network, mended (`benchmarks.article.network`), on one frame of a clip made smaller.
+    """The reference article's network, fixed (`benchmarks.article.network`), on one frame of a clip made smaller.
 
     Input shape: `(batch, clip.height, clip.width, 3)` uint8.
     Output shape: `(batch, classes)` logits.

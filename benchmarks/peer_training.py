@@ -18,19 +18,19 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import article
-from sora import evaluation
-from sora.data.batches import Batches
-from sora.data.shards import ShardSet
-from sora.errors import InputError
-from sora.processes import child_main, run_child
-from sora.records import ClipSpec, Recipe
-from sora.report import measure
-from sora.settings import Model, Train
+from sora.config.settings import Model, Train
+from sora.core.errors import InputError
+from sora.core.processes import child_main, run_child
+from sora.core.records import ClipSpec, Recipe
+from sora.judging import evaluation
+from sora.judging.report import measure
+from sora.store.batches import Batches
+from sora.store.shards import ShardSet
 
 if TYPE_CHECKING:
     import keras
 
-    from sora.model.loop import ClipDataset
+    from sora.learning.loop import ClipDataset
 
 Emit = Callable[[dict[str, Any]], None]
 FRAME_CLIPS = 16  # clips whose frames are shuffled together, where frames are the samples
@@ -56,7 +56,7 @@ class Peer:
 
 
 PEERS = {
-    "article": Peer("the article's network, mended, frame by frame", 1e-3, 32),
+    "article": Peer("the article's network, fixed, frame by frame", 1e-3, 32),
     "r3d-18": Peer("R3D-18 (Tran et al. 2018)", 1e-3, 8, "r3d_18"),
     "x3d-xs": Peer("X3D-XS (Feichtenhofer 2020) on all frames", 2e-3, 16, "x3d_xs"),
     "x3d-xs-4": Peer("X3D-XS on 4 of the frames, as in its paper", 2e-3, 16, "x3d_xs_4"),
@@ -111,7 +111,7 @@ def fit(job: PeerJob, emit: Emit) -> dict[str, Any]:
     import keras
 
     from benchmarks import peer_networks
-    from sora.model import loop
+    from sora.learning import loop
 
     peer, train, clip = PEERS[job.network], Train(**job.train), ClipSpec.from_dict(job.clip)
     shards, classes = ShardSet.open(Path(job.shards)), len(job.classes)
@@ -181,7 +181,7 @@ def _train(
         optimizer.learning_rate = peer.rate * share_of_rate(spent / job.seconds)
         value = float(trained.train_on_batch(x, y, sample_weight=w))  # the mean of the epoch so far
         if not math.isfinite(value):
-            raise InputError(f"{job.network} diverged at step {steps + 1}", mend="lower its rate in PEERS")
+            raise InputError(f"{job.network} diverged at step {steps + 1}", fix="lower its rate in PEERS")
         steps += 1
         if ended:
             epoch += 1
@@ -228,7 +228,7 @@ class _Best:
 
 
 def share_of_rate(progress: float) -> float:
-    """Of the learning rate, when `progress` (0 to 1) of the time is over: as `sora.model.loop.compile_model`'s."""
+    """Of the learning rate, when `progress` (0 to 1) of the time is over: as `sora.learning.loop.compile_model`'s."""
     warm_up = 0.1
     if progress < warm_up:
         return 0.05 + 0.95 * progress / warm_up

@@ -27,12 +27,12 @@ import pandas as pd
 from benchmarks import accuracy, common, figures, peer_training
 from benchmarks.accuracy import ROOT, SETS, Fold, Prepared, Protocol
 from benchmarks.peer_training import PEERS, PeerJob
-from sora import crossval
-from sora.data.shards import ShardSet
-from sora.errors import InputError, SoraError
-from sora.files import atomic, source_digest
-from sora.progress import bar, say
-from sora.settings import Settings
+from sora.config.settings import Settings
+from sora.core.errors import InputError, SoraError
+from sora.core.files import atomic, source_digest
+from sora.core.progress import bar, say
+from sora.learning import crossval
+from sora.store.shards import ShardSet
 
 CACHE = ROOT / ".sora" / "peers"
 PLOT = ROOT / "docs" / "images" / "accuracy_flops.png"
@@ -135,7 +135,7 @@ def measure(protocol: Protocol, settings: Settings, given: argparse.Namespace, c
     plans = list(accuracy.plan(prepared, commit, inner=False))
     chosen = [fold for fold in plans if given.folds is None or fold.number in given.folds]
     if not chosen:
-        raise InputError(f"--folds {given.folds} are none of {protocol.name}'s", mend="count from 0")
+        raise InputError(f"--folds {given.folds} are none of {protocol.name}'s", fix="count from 0")
     results: dict[str, list[dict[str, Any]]] = {"sora": [], **{name: [] for name in given.network}}
     total = len(chosen) * len(results)
     with bar("Trainings") as update:

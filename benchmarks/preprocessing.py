@@ -33,13 +33,15 @@ import pandas as pd
 
 from benchmarks import common
 from benchmarks.common import SHARED, SORA, table, timed
-from sora import pool
-from sora.data import manifest, shards, splits, version
-from sora.data.batches import Batches
-from sora.data.shards import ShardSet
-from sora.records import ClipSpec
-from sora.settings import Project, Settings
-from sora.video.transform import prepare_clips
+from sora.config.settings import Project, Settings
+from sora.core.records import ClipSpec
+from sora.dataset import manifest, splits
+from sora.dataset.versioning import version
+from sora.media import pool
+from sora.media.video.transform import prepare_clips
+from sora.store import shards
+from sora.store.batches import Batches
+from sora.store.shards import ShardSet
 
 FIGHTS = SHARED / "fights300"
 BATCH = 16

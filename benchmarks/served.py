@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import SHARED, SORA, change_params, timed
-from sora.data import manifest
+from sora.config.settings import Project
+from sora.dataset import manifest
 from sora.serving.source import ModelCache
-from sora.settings import Project
 
 CLIENTS = 16  # at once, where many ask
 

@@ -36,8 +36,8 @@ from benchmarks.served import (
     settled,
     workplace,
 )
+from sora.config.settings import Project
 from sora.serving.run import THREADS, model_threads
-from sora.settings import Project
 
 FIGURES = {
     "latency": ("one client, p50, ms", "≤ 1.15"),

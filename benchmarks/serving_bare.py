@@ -12,9 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from sora.records import Recipe
-from sora.serving.predictor import Predictor
-from sora.video.transform import prepare_clips
+from sora.core.records import Recipe
+from sora.media.video.transform import prepare_clips
+from sora.runtime.predictor import Predictor
 
 
 def main() -> None:

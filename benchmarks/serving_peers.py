@@ -35,9 +35,9 @@ from benchmarks.served import (
     settled,
     workplace,
 )
-from sora.records import Recipe
-from sora.settings import Project
-from sora.video.transform import prepare_clips
+from sora.config.settings import Project
+from sora.core.records import Recipe
+from sora.media.video.transform import prepare_clips
 
 PEERS = Path(__file__).resolve().parent.parent / ".peers"
 # MLflow's scoring server knows nothing of Sora's layers; registering them is all that this adds to it.
@@ -157,11 +157,11 @@ def export(project: Path, folder: Path) -> None:
     """The champion's folder, as MLflow keeps it."""
     import mlflow
 
-    from sora.lifecycle import open_registry
+    from sora.runtime.lifecycle import open_registry
 
     home = Project(project)
     with open_registry(home):
-        from sora.services import login, running
+        from sora.operations.servers import login, running
 
         own = login(home, "mlflow")
         assert own is not None

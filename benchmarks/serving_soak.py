@@ -23,9 +23,9 @@ from typing import Any
 from benchmarks import common
 from benchmarks.common import SORA, table
 from benchmarks.served import CLIENTS, arguments, clip_file, failures, serving, workplace
+from sora.config.settings import Project
+from sora.operations.servers import login, running
 from sora.registry import Registry
-from sora.services import login, running
-from sora.settings import Project
 
 SLACK = 1.0  # seconds beyond the poll interval for the version that was kept
 

@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sora import nightly_log
-from sora.errors import SoraError
-from sora.progress import say
-from sora.settings import Project, find_project
+from sora.config.settings import Project, find_project
+from sora.core.errors import SoraError
+from sora.core.progress import say
+from sora.operations import nightly_log
 
 _log = logging.getLogger(__name__)
 ENVIRONMENT = "SORA_ALERT_WEBHOOK"
@@ -119,25 +119,25 @@ def _leads_inside(webhook: str) -> bool:
     return any(address.is_loopback or address.is_link_local or address.is_unspecified for address in addresses)
 
 
-def nightly_failed(project: Project, *, flow_run: str, reason: str, mend: str = "") -> bool:
+def nightly_failed(project: Project, *, flow_run: str, reason: str, fix: str = "") -> bool:
     """Sends `nightly_failed`. The webhook is what environment and params.yaml say now."""
     event = {
         "event": "nightly_failed",
         "project": str(project.root),
         "flow_run": flow_run,
         "reason": reason[-_LONGEST_REASON:],
-        "mend": mend,
+        "fix": fix,
     }
     return send(_webhook(project), event)
 
 
-def backup_failed(project: Project, *, reason: str, mend: str = "") -> bool:
+def backup_failed(project: Project, *, reason: str, fix: str = "") -> bool:
     """Sends `backup_failed`: the nightly itself may have ended well."""
     event = {
         "event": "backup_failed",
         "project": str(project.root),
         "reason": reason[-_LONGEST_REASON:],
-        "mend": mend,
+        "fix": fix,
     }
     return send(_webhook(project), event)
 
@@ -147,11 +147,11 @@ def on_failure(flow: Any, flow_run: Any, state: Any) -> None:
     root = (flow_run.parameters or {}).get("project")
     if not root:
         return
-    reason, mend = state.message or state.name, ""
+    reason, fix = state.message or state.name, ""
     error = _error_of(state)
     if isinstance(error, SoraError):
-        reason, mend = error.message, error.mend
-    nightly_failed(Project(Path(root)), flow_run=flow_run.name, reason=reason, mend=mend)
+        reason, fix = error.message, error.fix
+    nightly_failed(Project(Path(root)), flow_run=flow_run.name, reason=reason, fix=fix)
 
 
 on_crashed = on_failure

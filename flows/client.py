@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from sora.errors import ServiceError
+from sora.core.errors import ServiceError
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -29,5 +29,5 @@ def prefect_client() -> Iterator[SyncPrefectClient]:
             raise ServiceError(
                 f"the Prefect server at {client.api_url.copy_with(userinfo=b'')} did not do what it was asked: "
                 f"{type(error).__name__}: {error}",
-                mend="see that it is up (`sora doctor`), and that PREFECT_API_AUTH_STRING is set where it asks for one",
+                fix="see that it is up (`sora doctor`), and that PREFECT_API_AUTH_STRING is set where it asks for one",
             ) from error

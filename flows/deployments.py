@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.client import prefect_client
-from sora import nightly_log
-from sora.settings import Project, Settings
+from sora.config.settings import Project, Settings
+from sora.operations import nightly_log
 
 NIGHTLY = "flows.nightly.nightly"
 TRAIN = "flows.training.train"

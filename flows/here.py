@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from sora.errors import RunActive, ServiceError, SoraError
-from sora.lock import holder
-from sora.processes import QUIET_ENV
-from sora.settings import Project
+from sora.config.settings import Project
+from sora.core.errors import RunActive, ServiceError, SoraError
+from sora.core.processes import QUIET_ENV
+from sora.operations.lock import holder
 
 
 def run_here(project: Project, *, force: bool = False) -> dict[str, Any]:
@@ -18,14 +18,14 @@ def run_here(project: Project, *, force: bool = False) -> dict[str, Any]:
         RunActive: another run holds the project.
         SoraError: what stopped the run.
     """
-    from sora.services import environment, running, servers
+    from sora.operations.servers import environment, running, servers
 
     project.settings()  # a wrong params.yaml is said before servers start
     active = holder(project)
     if active is not None:
         raise RunActive(
             f"a run is active in {project.root} already (process {active['pid']}, since {active['since']})",
-            mend="wait until it ends, or stop that process",
+            fix="wait until it ends, or stop that process",
         )
     for name, value in QUIET_ENV.items():
         os.environ.setdefault(name, value)
@@ -46,7 +46,7 @@ def run_here(project: Project, *, force: bool = False) -> dict[str, Any]:
                 result["pages"] = [page for page in result.get("pages", []) if not page.startswith("MLflow")]
             return result
         if state.is_cancelled():
-            raise RunActive(state.message or "another run is active", mend="wait until it ends, or stop it")
+            raise RunActive(state.message or "another run is active", fix="wait until it ends, or stop it")
         error = state.result(raise_on_failure=False)
         if isinstance(error, SoraError):
             raise error

@@ -24,13 +24,14 @@ from prefect.states import Cancelled
 
 from flows import alerts, show
 from flows.deployments import superseded
-from sora import nightly_log, provenance, redaction
-from sora.data.ledger import Recorded
-from sora.errors import DiskFull, RunActive, ServiceError, SoraError
-from sora.lock import run_lock
-from sora.processes import die_with_parent
-from sora.progress import bar, say
-from sora.settings import Project, Settings
+from sora.config.settings import Project, Settings
+from sora.core import provenance, redaction
+from sora.core.errors import DiskFull, RunActive, ServiceError, SoraError
+from sora.core.processes import die_with_parent
+from sora.core.progress import bar, say
+from sora.dataset.ledger import Recorded
+from sora.operations import nightly_log
+from sora.operations.lock import run_lock
 
 NO_HISTORY = "no_history"  # tag of a run that found splits dealt before, and no run that dealt them
 NO_HISTORY_WORDS = (
@@ -130,25 +131,25 @@ def nightly(project: str, force: bool = False) -> dict[str, Any] | State:
 
 def _back_up(project: Project) -> None:
     """The backup of `backup.keep`. A failure is told (webhook, doctor, the task's state), and fails nothing else."""
-    from sora import backup
+    from sora.operations import backup
 
     try:
         settings = project.settings()
         if settings.backup.keep:
             _write_backup(project, settings)
     except Exception as error:
-        reason, mend = (error.message, error.mend) if isinstance(error, SoraError) else (repr(error), "")
+        reason, fix = (error.message, error.fix) if isinstance(error, SoraError) else (repr(error), "")
         say(f"the backup failed: {reason}")
         with suppress(OSError, SoraError):  # on the disk that is full
             backup.note_failure(project, reason)
-        alerts.backup_failed(project, reason=reason, mend=mend)
+        alerts.backup_failed(project, reason=reason, fix=fix)
 
 
 @_step(name="back up")
 def _write_backup(project: Project, settings: Settings) -> None:
-    from sora import backup
+    from sora.operations import backup
+    from sora.operations.servers import login, mlflow_address
     from sora.registry import Registry
-    from sora.services import login, mlflow_address
 
     registry = Registry(mlflow_address(project), settings.name, login(project, "mlflow"))
     try:
@@ -161,10 +162,10 @@ def _write_backup(project: Project, settings: Settings) -> None:
 
 
 def _cycle(project: Project, settings: Settings, force: bool) -> dict[str, Any]:
-    from sora.data import ledger
-    from sora.lifecycle import alias_lock
+    from sora.dataset import ledger
+    from sora.operations.servers import login, mlflow_address
     from sora.registry import Registry
-    from sora.services import login, mlflow_address
+    from sora.runtime.lifecycle import alias_lock
 
     registry = Registry(mlflow_address(project), settings.name, login(project, "mlflow"))
     with alias_lock(project):
@@ -209,7 +210,7 @@ def _doubts(registry: Any, judged: dict[str, Any] | None, recorded: Recorded | N
 
 @_retried(name="version data")
 def _version_data(project: Project) -> str:
-    from sora.data import version
+    from sora.dataset.versioning import version
 
     version.ensure_data(project)
     return version.add(project)
@@ -217,7 +218,7 @@ def _version_data(project: Project) -> str:
 
 @_retried(name="reproduce")
 def _reproduce(project: Project) -> list[str]:
-    from sora.data import version
+    from sora.dataset.versioning import version
 
     return version.reproduce(project)
 
@@ -225,7 +226,7 @@ def _reproduce(project: Project) -> list[str]:
 @_step(name="assign splits")
 def _assign(project: Project, settings: Settings, target: Path, recorded: Recorded | None) -> dict[str, Any]:
     """Joins manifest, quarantine and ledger into the table of this run."""
-    from sora.data import ledger, manifest, splits, table
+    from sora.dataset import ledger, manifest, splits, table
 
     ledger.require(project.splits_file, recorded)  # once more: the stages before may have taken an hour
 
@@ -259,8 +260,8 @@ def _learn(
     past: Past,
     force: bool,
 ) -> dict[str, Any]:
-    from sora.data import ledger
-    from sora.serving.predictor import Smoke
+    from sora.dataset import ledger
+    from sora.runtime.predictor import Smoke
 
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     work = Work(project.state / "work" / name)
@@ -325,7 +326,7 @@ def _learn(
 
 @_retried(name="open MLflow run")
 def _open_run(project: Project, settings: Settings, registry: Any, key: dict[str, str], facts: dict[str, Any]) -> str:
-    from sora.data import version
+    from sora.dataset.versioning import version
 
     state = version.state(project)
     tags = {**key, "splits": facts["digest"], "test_digest": facts["test_digest"]}
@@ -354,7 +355,7 @@ def _fit(
         return request_training(project, settings, registry, run_id, work)
     from flows.slots import device_slot
     from flows.training import job_for
-    from sora import training
+    from sora.learning import training
 
     job = job_for(project.shards, work / "table.parquet", settings, work / "fit")
     with device_slot() as environment, bar("Training") as update, registry.system_metrics(run_id):
@@ -375,7 +376,7 @@ def _evaluate(
     table: Path,
 ) -> dict[str, Any]:
     """Candidate and champion on the same current splits, in one child process."""
-    from sora import evaluation
+    from sora.judging import evaluation
 
     champion = registry.champion()
     done = work.once("evaluated", lambda: None) or {}
@@ -417,7 +418,7 @@ def _register(
     key: dict[str, str],
     facts: dict[str, Any],
 ) -> int:
-    from sora.records import EvalReport, Recipe
+    from sora.core.records import EvalReport, Recipe
 
     registry.log_path(run_id, Path(candidate["folder"]), "evaluation")
     for split, report in candidate["reports"].items():
@@ -442,8 +443,8 @@ def _judge(
     force: bool,
     version: int,
 ) -> dict[str, Any]:
-    from sora import promotion
-    from sora.records import EvalReport
+    from sora.core.records import EvalReport
+    from sora.judging import gate as promotion
 
     test = {
         name: EvalReport.from_dict(value["reports"]["test"])
@@ -465,8 +466,8 @@ def _judge(
 @_step(name="promote")
 def _promote(project: Project, registry: Any, version: int, reasons: list[str], smoke: Any) -> str | None:
     """Moves the alias; a failed smoke prediction puts the old champion back. Returns the failure in words, or None."""
-    from sora.errors import PromotionFailed
-    from sora.lifecycle import alias_lock, model_cache
+    from sora.core.errors import PromotionFailed
+    from sora.runtime.lifecycle import alias_lock, model_cache
 
     try:
         with alias_lock(project):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp
 
-from sora.doorkeeper import Doorkeeper, hosts_of
+from sora.core.doorkeeper import Doorkeeper, hosts_of
 
 
 def create_app() -> ASGIApp:

@@ -21,8 +21,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from flows.client import prefect_client
-from sora.errors import ServiceError
-from sora.progress import say
+from sora.core.errors import ServiceError
+from sora.core.progress import say
 
 LEASE_SECONDS = 60.0  # the least that Prefect's server allows
 LEASE_STORAGE = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
@@ -104,12 +104,12 @@ def _acquire(stack: ExitStack, found: list[Device], count: int, wait_seconds: fl
             except (AcquireConcurrencySlotTimeoutError, ConcurrencySlotAcquisitionError) as error:
                 if not _taken(error):
                     raise ServiceError(
-                        f"no device slot: {error}", mend="see that the Prefect server answers (`sora doctor`)"
+                        f"no device slot: {error}", fix="see that the Prefect server answers (`sora doctor`)"
                     ) from error
         if time.monotonic() >= until:
             raise ServiceError(
                 f"no device was free for {wait_seconds:.0f} s: {', '.join(device.slot for device in found)}",
-                mend="see who holds it with `prefect gcl ls`; the slot of a holder that died frees itself within 75 s",
+                fix="see who holds it with `prefect gcl ls`; the slot of a holder that died frees itself within 75 s",
             )
         if not told:
             told = True

@@ -27,10 +27,10 @@ from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.client import prefect_client
-from sora import provenance
-from sora.errors import InputError, ServiceError
-from sora.progress import Bar, bar, say
-from sora.settings import Project, Settings, parse
+from sora.config.settings import Project, Settings, parse
+from sora.core import provenance
+from sora.core.errors import InputError, ServiceError
+from sora.core.progress import Bar, bar, say
 
 HANDOVER = PurePosixPath("handover/table.parquet")  # artifacts of the run: to the worker …
 HANDBACK = "handback"  # … and back: model.keras, result.json
@@ -46,7 +46,7 @@ _POLL_SECONDS = 2.0
 
 def job_for(shards: Path, table: Path, settings: Settings, out: Path) -> Any:
     """The training of a project's shards and table; `out` keeps what a resumed training goes on from."""
-    from sora.training import TrainJob
+    from sora.learning.training import TrainJob
 
     values = settings.to_dict()
     return TrainJob(
@@ -82,7 +82,7 @@ def train(run_id: str, mlflow: str, state: dict[str, str], table_sha256: str, co
     if code != provenance.LEARNING:
         raise InputError(
             f"the training code in this worker ({provenance.LEARNING}) is not the nightly's ({code})",
-            mend=f"bring {clone.root} to the nightly's commit, install it, and restart the worker",
+            fix=f"bring {clone.root} to the nightly's commit, install it, and restart the worker",
         )
     if not re.fullmatch(r"[0-9a-f]{32}", run_id):
         raise InputError(f"{run_id!r} is no MLflow run id")
@@ -111,7 +111,7 @@ def own_clone() -> Project:
     if not root or not (Path(root) / "params.yaml").is_file():
         raise InputError(
             f"this worker knows no clone of the project (SORA_PROJECT={root!r})",
-            mend="start it in a clone: SORA_PROJECT=$PWD prefect worker start --pool POOL --type process",
+            fix="start it in a clone: SORA_PROJECT=$PWD prefect worker start --pool POOL --type process",
         )
     return Project(Path(root).resolve())
 
@@ -119,7 +119,7 @@ def own_clone() -> Project:
 @task(name="fetch shards", cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=5)
 def _fetch(clone: Project, registry: Any, run_id: str, state: dict[str, str], table_sha256: str, work: Path) -> Project:
     """Lays the nightly's state out in a folder of its own; the clone's files stay as they are."""
-    from sora.data import version
+    from sora.dataset.versioning import version
 
     target = work / "project"
     shutil.rmtree(target, ignore_errors=True)  # an earlier try's; the cache still has the bytes
@@ -129,10 +129,10 @@ def _fetch(clone: Project, registry: Any, run_id: str, state: dict[str, str], ta
     except ServiceError as error:
         raise ServiceError(
             f"the shards did not arrive: {error.message}",
-            mend="give project and clone a DVC remote that both reach (dvc remote add --default NAME URL)",
+            fix="give project and clone a DVC remote that both reach (dvc remote add --default NAME URL)",
         ) from error
     if registry.fetch_file(run_id, str(HANDOVER), work / "table.parquet") != table_sha256:
-        raise ServiceError("the table of splits did not arrive whole", mend="run the nightly again")
+        raise ServiceError("the table of splits did not arrive whole", fix="run the nightly again")
     return prepared
 
 
@@ -144,7 +144,7 @@ def _fit(
     on_event: Callable[[dict[str, Any]], None],
     environment: dict[str, str],
 ) -> dict[str, Any]:
-    from sora import training
+    from sora.learning import training
 
     job = job_for(prepared.shards, work / "table.parquet", settings, work / "fit")
     return training.run(job, on_event, log=work / "training.log", env=environment).to_dict()
@@ -217,7 +217,7 @@ def request_training(
     """
     from prefect.deployments import run_deployment
 
-    from sora.data import version
+    from sora.dataset.versioning import version
 
     pool = settings.train.work_pool
     assert pool is not None
@@ -260,7 +260,7 @@ def _wait(flow_run: UUID, pool: str, progress: Bar) -> None:
             if look.final:
                 raise ServiceError(
                     f"training in work pool {pool} ended as {look.state.lower()}: {look.message}",
-                    mend=f"read the flow run {look.name} in Prefect's UI; `sora run` tries again",
+                    fix=f"read the flow run {look.name} in Prefect's UI; `sora run` tries again",
                 )
             watch.answered(look, progress)
         time.sleep(_POLL_SECONDS)
@@ -328,17 +328,17 @@ class _Watch:
         if look.state == "SCHEDULED" and still > NO_WORKER_SECONDS:
             raise ServiceError(
                 f"no worker polls the work pool {self._pool}",
-                mend=f"on the GPU machine, in a clone of the project: {start}; or clear train.work_pool to train here",
+                fix=f"on the GPU machine, in a clone of the project: {start}; or clear train.work_pool to train here",
             )
         if look.state == "SCHEDULED" and now - self._began > QUEUE_SECONDS:
             raise ServiceError(
                 f"the workers of {self._pool} were busy for {QUEUE_SECONDS / 3600:.0f} hours",
-                mend="see their flow runs in Prefect's UI, or start another worker",
+                fix="see their flow runs in Prefect's UI, or start another worker",
             )
         if look.state != "SCHEDULED" and still > SILENCE_SECONDS:
             raise ServiceError(
                 f"the worker of {self._pool} stopped answering: no sign of life for {still:.0f} s",
-                mend="see whether that machine and its worker are up; the next run resumes at the last epoch",
+                fix="see whether that machine and its worker are up; the next run resumes at the last epoch",
             )
 
 
@@ -361,5 +361,5 @@ def _fetch_back(registry: Any, run_id: str, target: Path) -> dict[str, Any]:
     found = registry.fetch_file(run_id, f"{HANDBACK}/{model.name}", model)
     if found != result.pop("model_sha256"):
         model.unlink()
-        raise ServiceError("the model of the GPU worker did not arrive whole", mend="run again: it is fetched again")
+        raise ServiceError("the model of the GPU worker did not arrive whole", fix="run again: it is fetched again")
     return {**result, "model": str(model)}

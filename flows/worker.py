@@ -9,9 +9,9 @@ import os
 import sys
 from pathlib import Path
 
-from sora.errors import InputError, SoraError
-from sora.progress import say
-from sora.settings import find_project
+from sora.config.settings import find_project
+from sora.core.errors import InputError, SoraError
+from sora.core.progress import say
 
 
 def main() -> int:
@@ -20,7 +20,7 @@ def main() -> int:
         project = find_project(Path(sys.argv[1] if len(sys.argv) > 1 else "."))
         address = os.environ.get("PREFECT_API_URL")
         if not address:
-            raise InputError("PREFECT_API_URL is not set", mend="set it to the address of the Prefect server's API")
+            raise InputError("PREFECT_API_URL is not set", fix="set it to the address of the Prefect server's API")
         from flows.deployments import register
 
         pool = register(project, address).pool

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from sora.errors import ApiProblem, InputError, ServiceError
+from sora.core.errors import ApiProblem, InputError, ServiceError
 
 Video = Union[str, "os.PathLike[str]", IO[bytes]]
 T = TypeVar("T")
@@ -112,7 +112,7 @@ class Client:
     ) -> None:
         parts = urlsplit(address)
         if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise InputError(f"the address must be http://… or https://…, received {address!r}", mend="correct it")
+            raise InputError(f"the address must be http://… or https://…, received {address!r}", fix="correct it")
         self.address = address.rstrip("/")
         self._retries = retries
         self._longest_wait = longest_wait
@@ -141,7 +141,7 @@ class Client:
             embedding: the video's vector too, as `sora embed` has it.
 
         Raises:
-            ApiProblem: the server refused the video (`kind`, `mend`), or is still busy after the last attempt.
+            ApiProblem: the server refused the video (`kind`, `fix`), or is still busy after the last attempt.
             ServiceError: the server can't be reached.
             InputError: there is no such file.
         """
@@ -212,7 +212,7 @@ class Client:
                 if last or isinstance(error, httpx.ReadTimeout | httpx.UnsupportedProtocol):
                     raise ServiceError(
                         f"{self.address} does not answer: {error or type(error).__name__}",
-                        mend="start it (`sora serve`), or correct the address",
+                        fix="start it (`sora serve`), or correct the address",
                     ) from error
                 time.sleep(self._pause(attempt))
                 continue
@@ -244,7 +244,7 @@ def _opened(video: Video, opened: ExitStack) -> tuple[IO[bytes], str]:
         try:
             return opened.enter_context(open(video, "rb")), Path(video).name
         except OSError as error:
-            raise InputError(f"can't open {video}: {error.strerror}", mend="give the path of a video") from error
+            raise InputError(f"can't open {video}: {error.strerror}", fix="give the path of a video") from error
     name = getattr(video, "name", None)
     return video, Path(name).name if isinstance(name, str) and name else "video"
 
@@ -263,7 +263,7 @@ def _document(answer: httpx.Response) -> dict[str, Any]:
 def _problem(status: int, document: Mapping[str, Any]) -> ApiProblem:
     title, detail = document.get("title", ""), document.get("detail", "")
     message = f"{status} {title}: {detail}" if detail else f"{status} {title}"
-    return ApiProblem(message, mend=str(document.get("mend", "")), status=status, problem=dict(document))
+    return ApiProblem(message, fix=str(document.get("fix", "")), status=status, problem=dict(document))
 
 
 def _answer(value: Mapping[str, Any]) -> Answer:

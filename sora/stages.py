@@ -19,19 +19,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sora.errors import InputError, SoraError
-from sora.files import atomic
-from sora.processes import die_with_parent, error_event
-from sora.progress import Bar, bar, echo, say
-from sora.sandbox import hide_memory
-from sora.settings import Project
+from sora.config.settings import Project
+from sora.core.errors import InputError, SoraError
+from sora.core.files import atomic
+from sora.core.processes import die_with_parent, error_event
+from sora.core.progress import Bar, bar, echo, say
+from sora.core.sandbox import hide_memory
 
 BALANCE = "balance_shifted"  # the expectation against the last judged run: no function of the bytes alone
 
 
 def manifest(project: Project) -> dict[str, int]:
     """Decodes every video that is new, by its bytes, and writes manifest.parquet."""
-    from sora.data import manifest as manifests
+    from sora.dataset import manifest as manifests
 
     journal = project.journal
     if _from_scratch():
@@ -52,8 +52,8 @@ def validate(project: Project) -> dict[str, int]:
     Raises:
         NotTrainable: a rule about the whole set does not hold.
     """
-    from sora.data import expectations
-    from sora.data import manifest as manifests
+    from sora.dataset import manifest as manifests
+    from sora.dataset.quality import expectations
 
     reference = reference_counts(project)
     report = expectations.validate(
@@ -71,9 +71,9 @@ def validate(project: Project) -> dict[str, int]:
 
 def shards(project: Project) -> dict[str, int]:
     """Writes the clips of accepted videos; only the buckets of changed videos and of damaged clips."""
-    from sora.data import manifest as manifests
-    from sora.data import shards as sharding
-    from sora.data import version
+    from sora.dataset import manifest as manifests
+    from sora.dataset.versioning import version
+    from sora.store import shards as sharding
 
     if _from_scratch():
         shutil.rmtree(project.shards, ignore_errors=True)

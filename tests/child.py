@@ -7,8 +7,8 @@ import signal
 import sys
 import time
 
-from sora.errors import InputError
-from sora.processes import child_main
+from sora.core.errors import InputError
+from sora.core.processes import child_main
 
 
 def body(job, emit):
@@ -16,7 +16,7 @@ def body(job, emit):
     if job["do"] == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if job["do"] == "refuse":
-        raise InputError("not this one", mend="another")
+        raise InputError("not this one", fix="another")
     if job["do"] == "sleep":
         emit({"event": "asleep", "pid": os.getpid()})
         time.sleep(600)

@@ -9,9 +9,10 @@ import av
 import numpy as np
 import pandas as pd
 
-from sora.data import manifest, shards
-from sora.records import ClipSpec
-from sora.settings import Settings
+from sora.config.settings import Settings
+from sora.core.records import ClipSpec
+from sora.dataset import manifest
+from sora.store import shards
 
 CLASSES = ("left", "right")
 SPEC = ClipSpec(frames=8, height=32, width=32)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from sora.settings import Project
+from sora.config.settings import Project
 from tests.videos import make_folder
 
 
 @pytest.fixture(scope="session")
 def _template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    from sora import project as projects
+    from sora.operations import project as projects
 
     folder = tmp_path_factory.mktemp("template")
     with pytest.MonkeyPatch.context() as patch:
@@ -37,7 +37,7 @@ def fresh_project(_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(scope="session")
 def _prepared_template(_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from sora.data import version
+    from sora.dataset.versioning import version
 
     folder = tmp_path_factory.mktemp("prepared")
     with pytest.MonkeyPatch.context() as patch:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import httpx
 
-from sora.credentials import secret, secret_file
-from sora.services import mlflow_server, running, start, stop
-from sora.settings import Project
+from sora.config.credentials import secret, secret_file
+from sora.config.settings import Project
+from sora.operations.servers import mlflow_server, running, start, stop
 
 
 def make_project(root: Path, text: str = "name: tested\n") -> Project:

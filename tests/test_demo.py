@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import yaml
 
-from sora import provenance
-from sora.data import version
-from sora.records import ClipSpec
-from sora.settings import Project
-from sora.video.transform import prepare_clips
+from sora.config.settings import Project
+from sora.core import provenance
+from sora.core.records import ClipSpec
+from sora.dataset.versioning import version
+from sora.media.video.transform import prepare_clips
 
 
 @pytest.fixture(scope="module")

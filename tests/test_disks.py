@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from sora import files
 from sora.cli import _foreign, _with_disk
-from sora.errors import DiskFull, ReadOnly, ServiceError
-from sora.files import disk_failure, writing
+from sora.core import files
+from sora.core.errors import DiskFull, ReadOnly, ServiceError
+from sora.core.files import disk_failure, writing
 from tests.e2e.conftest import sora
 from tests.videos import make_video
 
@@ -123,10 +123,10 @@ def test_doctor_looks_at_disks_that_others_fail_on(made, disk):
     shutil.copytree(made / "project", disk.project)
     disk.fill()
     checks = {one["name"]: one for one in json.loads(sora(disk.project, "doctor", "--json").stdout)["checks"]}
-    assert not checks["disk"]["ok"] and "sora gc" in checks["disk"]["mend"]
+    assert not checks["disk"]["ok"] and "sora gc" in checks["disk"]["fix"]
     disk.read_only()
     checks = {one["name"]: one for one in json.loads(sora(disk.project, "doctor", "--json").stdout)["checks"]}
-    assert not checks["writable"]["ok"] and "read-only" in checks["writable"]["mend"]
+    assert not checks["writable"]["ok"] and "read-only" in checks["writable"]["fix"]
 
 
 def test_what_a_failure_says_is_heard_also_where_the_disk_looks_good(tmp_path, monkeypatch):
@@ -139,8 +139,8 @@ def test_what_a_failure_says_is_heard_also_where_the_disk_looks_good(tmp_path, m
     assert isinstance(disk_failure(tmp_path, "attempt to write a readonly database"), ReadOnly)
     assert disk_failure(tmp_path, "something else") is None
     project = ["--project", str(tmp_path)]
-    assert "sora gc" in _with_disk(ServiceError("dvc failed: No space left on device", mend="x"), project)
-    assert _with_disk(ServiceError("dvc failed", mend="x"), project) == "dvc failed\n  mend: x"
+    assert "sora gc" in _with_disk(ServiceError("dvc failed: No space left on device", fix="x"), project)
+    assert _with_disk(ServiceError("dvc failed", fix="x"), project) == "dvc failed\n  fix: x"
     try:
         try:
             raise sqlite3.OperationalError("database or disk is full")

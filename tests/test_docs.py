@@ -9,10 +9,10 @@ from pathlib import Path
 
 import yaml
 
-from sora.records import RULES
+from sora.core.records import RULES
 
 
-def test_readme_lists_every_rule_with_its_mend(repository: Path) -> None:
+def test_readme_lists_every_rule_with_its_fix(repository: Path) -> None:
     readme = (repository / "README.md").read_text(encoding="utf-8")
     assert dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", readme, re.MULTILINE)) == RULES
 

@@ -13,16 +13,21 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sora import audit, crossval, evaluation, promotion, training
-from sora.data import expectations, labels, manifest, shards, splits
-from sora.data import table as tables
-from sora.errors import InputError
-from sora.records import ClipSpec
+from sora.config.settings import Project, parse
+from sora.core import labels
+from sora.core.errors import InputError
+from sora.core.records import ClipSpec
+from sora.dataset import manifest, splits
+from sora.dataset import table as tables
+from sora.dataset.quality import expectations
+from sora.judging import evaluation
+from sora.judging import gate as promotion
+from sora.learning import audit, crossval, training
+from sora.learning.training import TrainJob
 from sora.registry import ChampionRef
-from sora.serving.predictor import ModelRefused, Predictor, Smoke, predict_files
+from sora.runtime.predictor import ModelRefused, Predictor, Smoke, predict_files
 from sora.serving.source import ModelCache
-from sora.settings import Project, parse
-from sora.training import TrainJob
+from sora.store import shards
 from tests.clips import SEVERAL, SMALL, make_several
 from tests.serving.inside import ready, running, send, until
 
@@ -203,7 +208,7 @@ def test_files_are_answered_as_evaluated(world: SimpleNamespace) -> None:
 
 
 def test_an_explanation_is_of_one_class_alone(world: SimpleNamespace, predictor: Predictor) -> None:
-    from sora.video.transform import prepare_clips
+    from sora.media.video.transform import prepare_clips
 
     clip = prepare_clips(world.data / videos(world)["path"].iloc[0], SPEC)
     odds = [predictor.attribution()(clip[0], label)[1] for label in range(4)]
@@ -257,4 +262,4 @@ def test_the_audit_says_that_it_is_not_for_this(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("model: {head: multilabel}\nclasses: [a, b]\n")
     with pytest.raises(InputError, match="multilabel") as caught:
         audit.audit(Project(tmp_path))
-    assert caught.value.mend
+    assert caught.value.fix

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from sora import project as projects
-from sora.check import check, show
 from sora.cli import main
-from sora.data import version
-from sora.errors import InputError, NotTrainable
-from sora.settings import Project
+from sora.config.settings import Project
+from sora.core.errors import InputError, NotTrainable
+from sora.dataset.check import check, show
+from sora.dataset.versioning import version
+from sora.operations import project as projects
 from tests.videos import make_folder, make_video
 
 LATIN1 = b"caf\xe9.mp4"
@@ -56,10 +56,10 @@ def test_a_name_that_is_not_utf8_stops_check_and_run_alike(
         (shown, "bad_name")
     ]
     code, out, _ = sora(capsys, "check", "--project", str(fresh_project.root))
-    assert code == 1 and shown in out and "not UTF-8" in out and "mend: rename" in out
+    assert code == 1 and shown in out and "not UTF-8" in out and "fix: rename" in out
     with pytest.raises(NotTrainable, match="bad_name") as caught:
         version.add(fresh_project)
-    assert shown in caught.value.message and "rename" in caught.value.mend
+    assert shown in caught.value.message and "rename" in caught.value.fix
     assert (fresh_project.docs.parent / "check" / "data_docs" / "index.html").read_text(encoding="utf-8")
     os.rename(
         os.path.join(os.fsencode(fresh_project.data), name.split(b"/1")[0]),
@@ -75,7 +75,7 @@ def test_init_refuses_it_and_leaves_nothing(tmp_path: Path) -> None:
     put(footage, b"jump/" + LATIN1)
     with pytest.raises(InputError, match="not UTF-8") as caught:
         projects.init(tmp_path / "project", footage)
-    assert r"jump/caf\xe9.mp4" in caught.value.message and "rename" in caught.value.mend
+    assert r"jump/caf\xe9.mp4" in caught.value.message and "rename" in caught.value.fix
     assert not (tmp_path / "project").exists()
 
 

@@ -1,6 +1,6 @@
 """What Sora computes from footage in this repository, held against what it computed when its parts got their names.
 
-A test here that fails says: this output changed. If that is meant, give the part a new name in `sora/provenance.py` and
+A test here that fails says: this output changed. If that is meant, give the part a new name in `sora/core/provenance.py` and
 write the new values with `python -m tests.test_provenance`; otherwise the change is a fault. Old names' values stay in
 the file, as a record.
 """
@@ -19,10 +19,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from sora import provenance
-from sora.data import expectations, manifest, shards, splits, table
-from sora.records import ClipSpec
-from sora.settings import NOT_OF_LEARNING, Settings, parse
+from sora.config.settings import NOT_OF_LEARNING, Settings, parse
+from sora.core import provenance
+from sora.core.records import ClipSpec
+from sora.dataset import manifest, splits, table
+from sora.dataset.quality import expectations
+from sora.store import shards
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDEN = REPOSITORY / "tests" / "golden" / "provenance.json"
@@ -106,8 +108,8 @@ def _clip() -> list[Any]:
 
 def _losses(work: Path, out: Path, joined: pd.DataFrame, classes: tuple[str, ...]) -> list[float]:
     """Losses of two tiny epochs, in a child as ever: it alone imports TensorFlow."""
-    from sora import training
-    from sora.settings import Model, Train
+    from sora.config.settings import Model, Train
+    from sora.learning import training
     from tests.clips import SMALL
 
     joined.to_csv(work / "table.csv", index=False)
@@ -139,10 +141,12 @@ def test_what_a_part_computes_changes_only_with_its_name(part: str, golden: dict
     if part == "learning":
         then_losses, now_losses = then.pop("losses"), now["losses"]
         assert now_losses == pytest.approx(then_losses, rel=_LOSS_TOLERANCE), (
-            "training computes something else: give provenance.LEARNING a new name, or mend the change"
+            "training computes something else: give provenance.LEARNING a new name, or fix the change"
         )
         now = {name: value for name, value in now.items() if name != "losses"}
-    assert now == then, f"{part} computes something else: give it a new name in sora/provenance.py, or mend the change"
+    assert now == then, (
+        f"{part} computes something else: give it a new name in sora/core/provenance.py, or fix the change"
+    )
 
 
 def test_settings_that_no_model_depends_on_change_nothing() -> None:
@@ -154,7 +158,7 @@ def test_settings_that_no_model_depends_on_change_nothing() -> None:
 
 
 def test_an_added_setting_counts_only_where_it_differs_from_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sora.settings.ADDED", frozenset({"train.ema"}))
+    monkeypatch.setattr("sora.config.settings.ADDED", frozenset({"train.ema"}))
     assert "ema" not in Settings().of_learning()["train"]
     assert Settings.model_validate({"train": {"ema": 0.9}}).of_learning()["train"]["ema"] == 0.9
 

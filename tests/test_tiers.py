@@ -26,18 +26,23 @@ def _collected(repository: Path, *arguments: str) -> list[str]:
 
 
 def test_servers_and_trainings_are_in_the_full_tier_only(repository: Path) -> None:
-    paths = ["tests/e2e", "tests/registry/test_runs.py", "tests/serving/test_replicas.py", "tests/test_stages.py"]
+    paths = [
+        "tests/e2e",
+        "tests/registry/test_runs.py",
+        "tests/serving/test_replicas.py",
+        "tests/dataset/versioning/test_stages.py",
+    ]
     fast = _collected(repository, "-m", "not slow", *paths)
-    assert {name.split("::")[0] for name in fast} <= {"tests/test_stages.py"}
+    assert {name.split("::")[0] for name in fast} <= {"tests/dataset/versioning/test_stages.py"}
     assert not [name for name in fast if "prepared" in name]
     assert len(_collected(repository, *paths)) > len(fast)
 
 
 def test_what_takes_longest_starts_first(repository: Path) -> None:
-    names = _collected(repository, "tests/data/test_folds.py", "tests/registry/test_runs.py", "tests/e2e")
+    names = _collected(repository, "tests/dataset/test_folds.py", "tests/registry/test_runs.py", "tests/e2e")
     files = list(dict.fromkeys(name.split("::")[0] for name in names))
     assert files == ["tests/e2e/test_life.py", "tests/e2e/test_multilabel.py", "tests/registry/test_runs.py",
-                     "tests/data/test_folds.py"]  # fmt: skip
+                     "tests/dataset/test_folds.py"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -45,11 +50,11 @@ def test_what_takes_longest_starts_first(repository: Path) -> None:
     [
         ("import keras", True),
         ("def test():\n    from tensorflow import data", True),
-        ("from sora import training", True),
+        ("from sora.learning import training", True),
         ("from sora.model.layers import x", True),
         ("from sora.modelling import x", False),
         ("import kerasish", False),
-        ("from sora.settings import Model\ntext = 'import keras'", False),
+        ("from sora.config.settings import Model\ntext = 'import keras'", False),
     ],
 )
 def test_imports_decide(tmp_path: Path, source: str, heavy: bool) -> None:

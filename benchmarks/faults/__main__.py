@@ -30,7 +30,7 @@ from benchmarks.faults.inject import FAULTS, Struck, small_disk
 from benchmarks.faults.invariants import Finding, check
 from benchmarks.faults.processes import Verb, sora
 from benchmarks.faults.scenes import LIMIT, Scenes, case_of, scenes_in
-from sora.errors import SoraError
+from sora.core.errors import SoraError
 
 RESULTS = common.RESULTS / "faults"
 CASES = 100

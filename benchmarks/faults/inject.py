@@ -18,9 +18,9 @@ from benchmarks.faults.invariants import Finding, spoken
 from benchmarks.faults.processes import Case, Verb, kill, role_of
 from benchmarks.faults.proxy import Mode, Proxy
 from benchmarks.faults.scenes import LIMIT
-from sora import services
-from sora.services import Addresses
-from sora.settings import Project
+from sora.config.settings import Project
+from sora.operations import servers as services
+from sora.operations.servers import Addresses
 
 DAY = 86_400
 _FAKETIME = "libfaketimeMT.so.1"

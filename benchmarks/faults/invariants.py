@@ -7,10 +7,11 @@ import time
 from dataclasses import dataclass
 
 from benchmarks.faults.processes import Case, Verb, role_of
-from sora import doctor, lifecycle
-from sora.data import version
-from sora.errors import SoraError
-from sora.settings import Project
+from sora.config.settings import Project
+from sora.core.errors import SoraError
+from sora.dataset.versioning import version
+from sora.operations import doctor
+from sora.runtime import lifecycle
 
 # Of the machine, not of the project: a busy machine or a small disk is no harm that a fault did.
 _MACHINE = frozenset({"python", "packages", "git", "dvc", "ffmpeg", "memory", "gpu", "disk"})
@@ -79,7 +80,7 @@ def spoken(verb: Verb) -> Finding:
         return Finding(what, False, f"not ended after {verb.seconds:.0f} s")
     if code <= 0 or code == 130:
         return Finding(what, "Traceback" not in said, f"ended with {code}")
-    helps = re.search(r"^\s*(mend|fix): \S", said, re.MULTILINE) is not None
+    helps = re.search(r"^\s*(fix|fix): \S", said, re.MULTILINE) is not None
     fine = helps and "Traceback" not in said and code in (1, 2, 3)
     lines = [line for line in said.strip().splitlines() if line.strip()]
     return Finding(what, fine, f"ended with {code}: " + " | ".join(lines[-6:])[-600:])

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from benchmarks.common import SORA
-from sora.processes import start_child
+from sora.core.processes import start_child
 
 MARK = "SORA_FAULTS_CASE"
 # Role → what its command line holds. The first that fits names the process.
@@ -26,9 +26,9 @@ _ROLES = (
     ("mlflow", ("mlflow.server",)),
     ("worker", ("flows.worker", "prefect worker start")),
     ("flow run", ("prefect.engine", "prefect flow-run execute", "prefect.flow_engine")),
-    ("training", ("sora.training",)),
-    ("evaluation", ("sora.evaluation",)),
-    ("smoke", ("sora.serving.smoke",)),
+    ("training", ("sora.learning.training",)),
+    ("evaluation", ("sora.judging.evaluation",)),
+    ("smoke", ("sora.runtime.smoke",)),
     ("decoder", ("sora.serving.decoder",)),
     ("api", ("sora.cli serve",)),
     ("up", ("sora.cli up",)),

@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.common import change_params
 from benchmarks.faults.processes import Case, Verb, sora
-from sora.files import source_digest
+from sora.core.files import source_digest
 
 SceneName = Literal["unchanged", "new", "fitted"]
 LIMIT = 300.0  # seconds a verb may take on a busy machine

@@ -18,7 +18,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from sora.errors import ServiceError
+from sora.core.errors import ServiceError
 from sora.model import streams
 
 
@@ -46,7 +46,7 @@ def split(model: keras.Model) -> Parts:
     if "low" not in layers:
         raise ServiceError(
             "this model has no network that sees every frame, so no moments to tell apart",
-            mend="explain a model with `model.streams: both` or `low`",
+            fix="explain a model with `model.streams: both` or `low`",
         )
     low, high = layers["low"], layers.get("high")
     joining = [layer for name, layer in layers.items() if name.startswith("lateral_")]

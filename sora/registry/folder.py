@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from sora.records import Recipe
+from sora.core.records import Recipe
 
 MODEL_FILE = "data/model.keras"
 RECIPE_FILE = "recipe.json"

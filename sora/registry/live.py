@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from sora.errors import ServiceError
+from sora.core.errors import ServiceError
 from sora.registry.rest import Rest
 
 _BATCH = 1000  # metrics that MLflow takes in one request

@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from sora.errors import PromotionFailed
-from sora.records import Recipe
+from sora.core.errors import PromotionFailed
+from sora.core.records import Recipe
 from sora.registry.history import Move, line, moves
 from sora.registry.rest import NotFound
 from sora.registry.runs import tags_of, user
@@ -78,11 +78,11 @@ class Registry(Versions):
         there = {int(item["version"]) for item in self._search()}
         earlier = [version for version in champions[:-1] if version in there and version != champions[-1]]
         if not earlier:
-            raise PromotionFailed("there is no earlier champion to go back to", mend="`sora models` lists all versions")
+            raise PromotionFailed("there is no earlier champion to go back to", fix="`sora models` lists all versions")
         if to is not None and to not in earlier:
             raise PromotionFailed(
                 f"version {to} was not champion before version {champions[-1]}; these were: {earlier}",
-                mend=f"`sora promote {to}` makes it champion all the same",
+                fix=f"`sora promote {to}` makes it champion all the same",
             )
         self._move("rollback", earlier[-1] if to is None else to, cache, smoke, reason, by)
         return self._who()
@@ -135,7 +135,7 @@ class Registry(Versions):
             now = f"version {left} is champion again" if left else "there is no champion"
             raise PromotionFailed(
                 f"version {version} failed its smoke test, {now}: {error}",
-                mend="look at the version in MLflow; `sora models` lists what else there is",
+                fix="look at the version in MLflow; `sora models` lists what else there is",
             ) from error
         self._tag_model(move.key, move.to_json())
         self._complete(move, passed)

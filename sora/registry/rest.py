@@ -18,9 +18,9 @@ from urllib.parse import quote, unquote, urlsplit
 
 import httpx
 
-from sora.credentials import Login
-from sora.errors import DiskFull, InputError, ServiceError
-from sora.redaction import without_login
+from sora.config.credentials import Login
+from sora.core.errors import DiskFull, InputError, ServiceError
+from sora.core.redaction import without_login
 
 _CHUNK = 1 << 20  # bytes
 _RETRY_AFTER = (0.2, 1.0)  # seconds before the second and the third attempt
@@ -60,7 +60,7 @@ class Rest:
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise InputError(
                 f"MLflow's address must be http://… or https://…, received {without_login(tracking_uri)!r}",
-                mend="set services.mlflow_tracking_uri to the address of an MLflow server, or leave it out",
+                fix="set services.mlflow_tracking_uri to the address of an MLflow server, or leave it out",
             )
         self.uri = without_login(tracking_uri).rstrip("/")
         headers = {}
@@ -148,9 +148,9 @@ class Rest:
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise DiskFull(
-                    f"no room for the model in {target.parent}", mend="make room: `sora gc --dry-run` shows what can go"
+                    f"no room for the model in {target.parent}", fix="make room: `sora gc --dry-run` shows what can go"
                 ) from error
-            raise ServiceError(f"can't write {target}: {error}", mend="make the folder writable") from error
+            raise ServiceError(f"can't write {target}: {error}", fix="make the folder writable") from error
         return digest.hexdigest()
 
     def text(self, root: str, name: str) -> str:
@@ -171,7 +171,7 @@ class Rest:
         if parts.scheme != "mlflow-artifacts":
             raise ServiceError(
                 f"MLflow at {self.uri} keeps artifacts at {root}, which is not reached through the server",
-                mend="start it with --serve-artifacts and --artifacts-destination, and use a new experiment",
+                fix="start it with --serve-artifacts and --artifacts-destination, and use a new experiment",
             )
         return parts.path.strip("/")
 
@@ -186,7 +186,7 @@ class Rest:
         except ValueError as error:
             raise ServiceError(
                 f"what answers at {self.uri} is no MLflow server: {path} is not JSON",
-                mend="correct services.mlflow_tracking_uri",
+                fix="correct services.mlflow_tracking_uri",
             ) from error
 
     def _send(self, method: str, path: str, *, timeout: float | None = None, **options: Any) -> httpx.Response:
@@ -215,14 +215,14 @@ class Rest:
         detail = str(error) or type(error).__name__
         return Unreachable(
             f"MLflow at {self.uri} does not answer: {detail}",
-            mend="start it (`sora up`), or correct services.mlflow_tracking_uri in params.yaml",
+            fix="start it (`sora up`), or correct services.mlflow_tracking_uri in params.yaml",
         )
 
     def _refused(self, method: str, path: str, answer: httpx.Response) -> ServiceError:
         if answer.status_code in (401, 403):
             return ServiceError(
                 f"MLflow at {self.uri} refused {method} {path} with {answer.status_code}: {answer.text[:200]}",
-                mend="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an account that may do this; for a "
+                fix="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an account that may do this; for a "
                 "server of `sora up` they are the two halves of its project's .sora/secret",
             )
         try:
@@ -235,5 +235,5 @@ class Rest:
             kind = NotFound
         elif code == "RESOURCE_ALREADY_EXISTS":
             kind = AlreadyExists
-        mend = "see the MLflow server's log (.sora/logs/mlflow.log)" if answer.status_code >= 500 else ""
-        return kind(f"MLflow refused {method} {path} with {answer.status_code} {code}: {message[:500]}", mend=mend)
+        fix = "see the MLflow server's log (.sora/logs/mlflow.log)" if answer.status_code >= 500 else ""
+        return kind(f"MLflow refused {method} {path} with {answer.status_code} {code}: {message[:500]}", fix=fix)

@@ -15,9 +15,9 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, Literal
 
-from sora.credentials import Login
-from sora.errors import InputError, ServiceError
-from sora.files import temporary_folder
+from sora.config.credentials import Login
+from sora.core.errors import InputError, ServiceError
+from sora.core.files import temporary_folder
 from sora.registry.live import MetricBuffer, system_metrics
 from sora.registry.rest import NotFound, Rest
 
@@ -89,7 +89,7 @@ class Runs:
         try:
             self._rest.post("runs/update", {"run_id": run_id, "status": "RUNNING"})
         except NotFound as error:
-            raise InputError(f"MLflow has no run {run_id}", mend="start a new one: `sora run`") from error
+            raise InputError(f"MLflow has no run {run_id}", fix="start a new one: `sora run`") from error
 
     def finish(self, run_id: str, status: RunStatus = "FINISHED") -> None:
         """Sends what is kept and ends the run.
@@ -102,7 +102,7 @@ class Runs:
         except ServiceError as error:
             raise ServiceError(
                 f"the run's metrics could not be stored: {error.message}",
-                mend="start MLflow again and repeat the command: the trained model is kept and is used again",
+                fix="start MLflow again and repeat the command: the trained model is kept and is used again",
             ) from error
         self._rest.post("runs/update", {"run_id": run_id, "status": status, "end_time": _now()})
 
@@ -192,7 +192,7 @@ class Runs:
         root = self._root(run_id)
         names = [path.rsplit("/", 1)[-1] for path in self._rest.names(root, STATE_FOLDER)]
         if _FACTS not in names:
-            raise InputError(f"run {run_id} has no stored state", mend="choose a version that a full `sora run` made")
+            raise InputError(f"run {run_id} has no stored state", fix="choose a version that a full `sora run` made")
         wanted = [name for name in names if only in ("", name) or name == _FACTS]
         texts = {name: self._rest.text(root, f"{STATE_FOLDER}/{name}") for name in wanted}
         return {**json.loads(texts.pop(_FACTS)), **texts}
@@ -223,7 +223,7 @@ class Runs:
         if found.get("lifecycle_stage") == "deleted":
             raise ServiceError(
                 f"MLflow's experiment {self.name!r} was deleted",
-                mend=f"restore it: mlflow experiments restore -x {found['experiment_id']}",
+                fix=f"restore it: mlflow experiments restore -x {found['experiment_id']}",
             )
         self._experiment = str(found["experiment_id"])
         return self._experiment

@@ -6,8 +6,8 @@ import os
 
 from starlette.types import ASGIApp
 
-from sora.doorkeeper import LOGIN, Doorkeeper, hosts_of
-from sora.errors import InputError
+from sora.core.doorkeeper import LOGIN, Doorkeeper, hosts_of
+from sora.core.errors import InputError
 
 
 def create_app() -> ASGIApp:
@@ -18,7 +18,7 @@ def create_app() -> ASGIApp:
     """
     login = os.environ.pop(LOGIN, "")
     if ":" not in login:
-        raise InputError(f"{LOGIN} is not set", mend="start the server with `sora up`")
+        raise InputError(f"{LOGIN} is not set", fix="start the server with `sora up`")
     from mlflow.server.fastapi_app import app
 
     return Doorkeeper(app, hosts=hosts_of(), login=login, open_paths=("/health",), realm="MLflow")

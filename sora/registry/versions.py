@@ -13,10 +13,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from sora.data import ledger
-from sora.errors import AnswerIsNo, DiskFull, InputError, ServiceError
-from sora.files import temporary_folder
-from sora.records import EvalReport, ModelVersion, Recipe
+from sora.core.errors import AnswerIsNo, DiskFull, InputError, ServiceError
+from sora.core.files import temporary_folder
+from sora.core.records import EvalReport, ModelVersion, Recipe
+from sora.dataset import ledger
 from sora.registry import folder
 from sora.registry.rest import AlreadyExists, NotFound
 from sora.registry.runs import Runs, tags_of
@@ -69,7 +69,7 @@ class Versions(Runs):
         if recipe.model_sha256 not in ("", found):
             raise InputError(
                 f"the recipe is for a model with sha256 {recipe.model_sha256}, {model_file} has {found}",
-                mend="evaluate this model file, and register it with that recipe",
+                fix="evaluate this model file, and register it with that recipe",
             )
         recipe = replace(recipe, model_sha256=found)
         for there in self._search(f"run_id='{run_id}'"):
@@ -177,7 +177,7 @@ class Versions(Runs):
         if not _is_digest(wanted) or not _is_digest(wanted_recipe):
             raise ServiceError(
                 f"version {version} of {self.name} has no recorded digest: Sora did not register it",
-                mend="choose a version that `sora models` lists with a data version",
+                fix="choose a version that `sora models` lists with a data version",
             )
         file, recipe_file = cache / wanted / "model.keras", cache / wanted / folder.RECIPE_FILE
         missing = [
@@ -195,7 +195,7 @@ class Versions(Runs):
         recipe = Recipe.from_dict(json.loads(recipe_file.read_bytes()))
         if recipe.model_sha256 != wanted:
             raise ServiceError(
-                f"the recipe of version {version} belongs to another model", mend="`sora promote` another version"
+                f"the recipe of version {version} belongs to another model", fix="`sora promote` another version"
             )
         return file, recipe
 
@@ -219,7 +219,7 @@ class Versions(Runs):
         """
         found = self._version(version)
         if version in self._aliases().values():
-            raise AnswerIsNo(f"version {version} is champion or previous", mend="promote another one first")
+            raise AnswerIsNo(f"version {version} is champion or previous", fix="promote another one first")
         self._rest.delete("model-versions/delete", {"name": self.name, "version": str(version)})
         if str(found.get("source", "")).startswith("models:/"):
             self._rest.delete(f"logged-models/{found['source'].removeprefix('models:/')}", {})
@@ -260,13 +260,13 @@ class Versions(Runs):
     def _ledger_of(self, run_id: str, version: int | None) -> ledger.Recorded:
         found = self.run_state(run_id, only="splits.csv").get("splits.csv")
         if found is None:
-            raise InputError(f"run {run_id} has no stored splits.csv", mend="choose another version: --from VERSION")
+            raise InputError(f"run {run_id} has no stored splits.csv", fix="choose another version: --from VERSION")
         return ledger.Recorded(run_id, version, tuple(ledger.parse(found.encode(), f"splits.csv of run {run_id}")))
 
     def times_judged(self, test_digest: str) -> int:
         """How many runs were judged on the test split with this digest (their tag `test_digest`)."""
         if not test_digest.isalnum():
-            raise InputError(f"{test_digest!r} is no digest", mend="pass what splits.digest gives")
+            raise InputError(f"{test_digest!r} is no digest", fix="pass what splits.digest gives")
         wanted = f"tags.`sora.judged` = 'true' AND tags.`sora.test_digest` = '{test_digest}'"
         return sum(1 for _ in self.search_runs(wanted))
 
@@ -304,15 +304,15 @@ class Versions(Runs):
             target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             kind = DiskFull if error.errno == errno.ENOSPC else ServiceError
-            mend = "make room (`sora gc --dry-run`), or make the folder writable"
-            raise kind(f"can't make {target.parent}: {error}", mend=mend) from error
+            fix = "make room (`sora gc --dry-run`), or make the folder writable"
+            raise kind(f"can't make {target.parent}: {error}", fix=fix) from error
         part = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.part")
         try:
             found = self._rest.download(root, name, part)
             if found != wanted:
                 raise ServiceError(
                     f"{name} of version {version} has sha256 {found}, registered was {wanted}: it was altered",
-                    mend="don't use this version; `sora rollback` or `sora promote` another one",
+                    fix="don't use this version; `sora rollback` or `sora promote` another one",
                 )
             os.replace(part, target)
         finally:
@@ -324,7 +324,7 @@ class Versions(Runs):
         return self._rest.pages("GET", "model-versions/search", "model_versions", query)
 
     def _version(self, version: int) -> dict[str, Any]:
-        unknown = InputError(f"there is no version {version} of {self.name}", mend="`sora models` lists the versions")
+        unknown = InputError(f"there is no version {version} of {self.name}", fix="`sora models` lists the versions")
         if not 0 < version <= _LARGEST:
             raise unknown
         try:

@@ -13,8 +13,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from sora import __version__
-from sora.data.inbox import Inbox
-from sora.errors import ServiceError
+from sora.config.settings import Serve
+from sora.core.errors import ServiceError
+from sora.dataset.corrections import Inbox
 from sora.serving import card, explain, problems, routes
 from sora.serving import inbox as corrections
 from sora.serving.guard import Guard
@@ -23,10 +24,9 @@ from sora.serving.schemas import problem_answers
 from sora.serving.service import Service
 from sora.serving.source import ModelCache, ModelSource
 from sora.serving.tokens import Tokens
-from sora.settings import Serve
 
 if TYPE_CHECKING:
-    from sora.settings import Project
+    from sora.config.settings import Project
 
 
 def create_app(
@@ -55,7 +55,7 @@ def create_app(
 
     app = FastAPI(
         title="Sora", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
-        description="A video classifier. Errors are problem documents (RFC 9457) that say the mend.",
+        description="A video classifier. Errors are problem documents (RFC 9457) that say the fix.",
     )  # fmt: skip
     app.state.service = service
     app.add_middleware(
@@ -81,13 +81,13 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        mend = "see /openapi.json for addresses and methods"
-        return Problem(error.status_code, str(error.detail), mend=mend, headers=dict(error.headers or {})).response()
+        fix = "see /openapi.json for addresses and methods"
+        return Problem(error.status_code, str(error.detail), fix=fix, headers=dict(error.headers or {})).response()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         wrong = "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()[:5])
-        return Problem(400, wrong, mend="see /openapi.json for what is allowed").response()
+        return Problem(400, wrong, fix="see /openapi.json for what is allowed").response()
 
     @app.exception_handler(ServiceError)
     async def service(request: Request, error: ServiceError) -> Response:
@@ -100,7 +100,7 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         request_id = request.state.request_id
-        return Problem(500, f"request {request_id} failed inside the server", mend="report the request id").response()
+        return Problem(500, f"request {request_id} failed inside the server", fix="report the request id").response()
 
 
 def serve(project: Project, host: str | None = None, port: int | None = None) -> None:

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from sora.serving.predictor import MAX_BATCH, Predictor
+from sora.runtime.predictor import MAX_BATCH, Predictor
 
 T = TypeVar("T")
 

@@ -10,12 +10,12 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
-from sora.errors import SoraError
+from sora.core.errors import SoraError
 from sora.serving.follow import in_thread
 from sora.serving.source import ModelSource
 
 if TYPE_CHECKING:
-    from sora.records import ModelVersion
+    from sora.core.records import ModelVersion
     from sora.serving.follow import Served
     from sora.serving.service import Service
 

@@ -1,4 +1,4 @@
-"""A small pool of decoding processes (`sora.video.decoder`), seen from the server.
+"""A small pool of decoding processes (`sora.media.video.child`), seen from the server.
 
 One that dies, hangs or eats too much is killed and replaced, and costs one request a clear answer.
 """
@@ -17,16 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from sora import pool, sandbox
-from sora.errors import ServiceError, VideoError
-from sora.records import RULES, ClipSpec
-from sora.settings import Serve
+from sora.config.settings import Serve
+from sora.core import sandbox
+from sora.core.errors import ServiceError, VideoError
+from sora.core.records import RULES, ClipSpec
+from sora.media import pool
 
 BOOT_SECONDS = 60.0  # imports of PyAV and OpenCV on a busy machine
 GRACE_SECONDS = 0.5  # a client hung up: so long may its decoder go on before it is killed
 _PIPE_BYTES = 4 * 2**20
 
-Spans = list[tuple[float, float]]  # as `sora.video.spans` makes them; importing that would load FFmpeg here
+Spans = list[tuple[float, float]]  # as `sora.media.video.spans` makes them; importing that would load FFmpeg here
 _Answer = tuple[np.ndarray, Spans | None, float]  # clips, their spans, seconds that it took
 
 
@@ -113,16 +114,16 @@ class DecodePool:
                 raise VideoError(
                     f"took longer than {timeout:g} s to decode",
                     rule="too_slow",
-                    mend="cut the video or scale it down, or have serve.decode_timeout raised",
+                    fix="cut the video or scale it down, or have serve.decode_timeout raised",
                 ) from None
             except (asyncio.IncompleteReadError, ConnectionError, ValueError, TypeError, KeyError):  # or nonsense
                 raise VideoError(
-                    "the decoder stopped on this file", rule="unreadable", mend="re-export the video and send it again"
+                    "the decoder stopped on this file", rule="unreadable", fix="re-export the video and send it again"
                 ) from None
             healthy = not (isinstance(answer, dict) and answer.get("last"))
             if isinstance(answer, dict):
                 rule = answer["rule"] if answer["rule"] in RULES else "unreadable"
-                raise VideoError(str(answer["message"])[:500], rule=rule, mend=str(answer["mend"])[:500])
+                raise VideoError(str(answer["message"])[:500], rule=rule, fix=str(answer["fix"])[:500])
             return answer
         finally:
             if healthy and worker.usable:
@@ -180,7 +181,7 @@ class _Worker:
         except (OSError, TimeoutError, asyncio.IncompleteReadError, ValueError) as error:
             raise ServiceError(
                 f"no decoder could be started: {type(error).__name__}: {error}",
-                mend="free memory or processes on the server, or raise serve.decode_memory",
+                fix="free memory or processes on the server, or raise serve.decode_memory",
             ) from error
 
     @property

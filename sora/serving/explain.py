@@ -16,7 +16,7 @@ from sora.serving import forms
 from sora.serving.problems import Problem
 
 if TYPE_CHECKING:
-    from sora.serving.predictor import Predictor
+    from sora.runtime.predictor import Predictor
     from sora.serving.service import Service
 
 METHOD = "Grad-CAM (Selvaraju et al. 2017) on every level of both networks, of the class's log-odds"
@@ -116,7 +116,7 @@ def weighed(evidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _drawn(clip: np.ndarray, evidence: np.ndarray) -> tuple[bytes, list[int], list[list[list[float]]], list[float]]:
-    from sora.video.strip import strip  # OpenCV: not before the server is ready
+    from sora.media.video.strip import strip  # OpenCV: not before the server is ready
 
     heat, weights = weighed(evidence)
     image, shown = strip(clip, heat, weights)
@@ -139,7 +139,7 @@ def unknown_class(label: str, predictor: Predictor) -> Problem:
     """422: a label that the model does not know."""
     names = ", ".join(predictor.classes[:20]) + (", …" if len(predictor.classes) > 20 else "")
     return Problem(
-        422, f"version {predictor.version} knows no class {label[:100]!r}", mend=f"use one of: {names}", kind="no-class"
+        422, f"version {predictor.version} knows no class {label[:100]!r}", fix=f"use one of: {names}", kind="no-class"
     )
 
 

@@ -19,9 +19,9 @@ from datetime import UTC, datetime
 from threading import Thread
 from typing import Any, TypeVar
 
-from sora.errors import ServiceError, SoraError
+from sora.core.errors import ServiceError, SoraError
 from sora.registry import ChampionRef
-from sora.serving.predictor import ModelRefused, Predictor, prepare_backend
+from sora.runtime.predictor import ModelRefused, Predictor, prepare_backend
 from sora.serving.source import ModelCache, ModelSource
 
 log = logging.getLogger("sora.serving")
@@ -44,13 +44,13 @@ class Served:
 class Refusal:
     champion: ChampionRef
     reason: str
-    mend: str
+    fix: str
     at: str
 
     @property
     def note(self) -> str:
         """What is written down with the version: it says where, since another machine may serve it well."""
-        return f"{self.reason} (on {socket.gethostname()}, {self.at}; mend: {self.mend})"
+        return f"{self.reason} (on {socket.gethostname()}, {self.at}; fix: {self.fix})"
 
 
 class Follower:
@@ -130,7 +130,7 @@ class Follower:
         self._asking = self._asking or asyncio.wrap_future(in_thread(self._source.champion))
         done, _ = await asyncio.wait((self._asking,), timeout=ASK_SECONDS)
         if not done:
-            raise ServiceError(f"the registry has not answered for {ASK_SECONDS:g} s", mend="look at MLflow's log")
+            raise ServiceError(f"the registry has not answered for {ASK_SECONDS:g} s", fix="look at MLflow's log")
         asking, self._asking = self._asking, None
         return asking.result()
 
@@ -159,7 +159,7 @@ class Follower:
             model_file, recipe = source.fetch(champion)
             if recipe.model_sha256 != champion.digest:
                 raise ModelRefused(
-                    f"version {champion.version}: its recipe belongs to other bytes", mend="register the version again"
+                    f"version {champion.version}: its recipe belongs to other bytes", fix="register the version again"
                 )
             predictor = Predictor(model_file, recipe, champion.version)
             predictor.check_golden()
@@ -169,7 +169,7 @@ class Follower:
         try:
             predictor = await asyncio.wrap_future(in_thread(load))
         except ModelRefused as error:
-            self.refused = Refusal(champion, error.message, error.mend, _now())
+            self.refused = Refusal(champion, error.message, error.fix, _now())
             log.error("refused version %s: %s", champion.version, error.message)
             self._notes.add(self.refused)
             self._on_refusal(self.refused)
@@ -203,7 +203,7 @@ class Follower:
         refused = self.refused and {
             "version": self.refused.champion.version,
             "reason": self.refused.reason,
-            "mend": self.refused.mend,
+            "fix": self.refused.fix,
             "at": self.refused.at,
         }
         return {

@@ -97,7 +97,7 @@ async def read(request: Request, folder: Path, max_bytes: int, fields: Collectio
 
 def _unusable(detail: str, fields: Collection[str]) -> Problem:
     words = "".join(f" -F {name}=…" for name in fields)
-    return Problem(400, detail, mend=f"send multipart/form-data, as in: curl -F file=@video.mp4{words} …")
+    return Problem(400, detail, fix=f"send multipart/form-data, as in: curl -F file=@video.mp4{words} …")
 
 
 class _Reader(uploads.PartReader):

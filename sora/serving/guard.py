@@ -114,20 +114,20 @@ class Guard:
                 return Problem(
                     401,
                     "this server needs a bearer token",
-                    mend="send the header `Authorization: Bearer …` with a token that `sora token add NAME` made there",
+                    fix="send the header `Authorization: Bearer …` with a token that `sora token add NAME` made there",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
         elif not names_this_machine(headers.get("host", "")):
             return Problem(
                 403,
                 "without tokens, only requests to this machine by its own name are answered",
-                mend="call http://127.0.0.1:… or http://localhost:…, or make a token (`sora token add NAME`)",
+                fix="call http://127.0.0.1:… or http://localhost:…, or make a token (`sora token add NAME`)",
             )
         if scope["method"] not in _READING and not self._is_own_page(scope, headers):
             return Problem(
                 403,
                 "a page of another origin sent this",
-                mend="use this server's own page, or a program; where a proxy changes the Host header, list the "
+                fix="use this server's own page, or a program; where a proxy changes the Host header, list the "
                 "page's origin in serve.origins",
                 kind="other-origin",
             )

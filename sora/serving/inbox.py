@@ -1,4 +1,4 @@
-"""`/v1/corrections`: "this is wrong, it is …", and the review of what was said (see `sora.data.inbox`).
+"""`/v1/corrections`: "this is wrong, it is …", and the review of what was said (see `sora.dataset.corrections`).
 
 Whoever may ask for predictions may correct: a token where the server has tokens, this machine where not. Reviewing is a
 right of its own, since what is accepted is learned from: tokens of `sora token add NAME --review` have it, and, where
@@ -16,15 +16,15 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import BaseModel, Field
 
-from sora.data import labels
-from sora.data.inbox import MEDIA_TYPES, NEXT, Entry, Inbox, InboxFull, NoEntry
-from sora.errors import DiskFull, InputError
+from sora.core import labels
+from sora.core.errors import DiskFull, InputError
+from sora.dataset.corrections import MEDIA_TYPES, NEXT, Entry, Inbox, InboxFull, NoEntry
 from sora.serving import forms
 from sora.serving.explain import unknown_class
 from sora.serving.problems import Problem
 
 if TYPE_CHECKING:
-    from sora.serving.predictor import Predictor
+    from sora.runtime.predictor import Predictor
     from sora.serving.service import Service
 
 T = TypeVar("T")
@@ -169,7 +169,7 @@ def _check_right(request: Request) -> None:
         raise Problem(
             403,
             "this token may send corrections and not review them",
-            mend="use a token that `sora token add NAME --review` made, or `sora data review` on the server's machine",
+            fix="use a token that `sora token add NAME --review` made, or `sora data review` on the server's machine",
             kind="no-review",
         )
 
@@ -195,7 +195,7 @@ def _waiting(inbox: Inbox) -> list[dict[str, Any]]:
 def _checked(fields: dict[str, str], predictor: Predictor) -> tuple[str, str, int]:
     missing = [name for name in _FIELDS if name not in fields]
     if missing:
-        raise Problem(422, f"the form lacks {', '.join(missing)}", mend="send file, label, predicted and version")
+        raise Problem(422, f"the form lacks {', '.join(missing)}", fix="send file, label, predicted and version")
     multilabel = predictor.recipe.multilabel
     given = {name: labels.names(fields[name], multilabel) for name in ("label", "predicted")}
     for name, found in given.items():
@@ -204,7 +204,7 @@ def _checked(fields: dict[str, str], predictor: Predictor) -> tuple[str, str, in
             raise unknown_class(unknown[0] if unknown else fields[name], predictor)
     version = fields["version"]
     if not (version.isascii() and version.isdigit() and len(version) <= 9 and int(version) > 0):
-        raise Problem(422, f"the version is no number, received {version[:100]!r}", mend="send the answer's `version`")
+        raise Problem(422, f"the version is no number, received {version[:100]!r}", fix="send the answer's `version`")
     return labels.join(given["label"]), labels.join(given["predicted"]), int(version)
 
 
@@ -217,13 +217,13 @@ async def _in_inbox(function: Callable[[], T]) -> T:
     try:
         return await asyncio.to_thread(function)
     except NoEntry as error:
-        raise Problem(404, error.message, mend="GET /v1/corrections lists what waits", kind="no-entry") from error
+        raise Problem(404, error.message, fix="GET /v1/corrections lists what waits", kind="no-entry") from error
     except InputError as error:
-        raise Problem(409, error.message, mend=error.mend, kind="not-acceptable") from error
+        raise Problem(409, error.message, fix=error.fix, kind="not-acceptable") from error
     except InboxFull as error:
-        raise Problem(507, error.message, mend=error.mend, kind="inbox-full") from error
+        raise Problem(507, error.message, fix=error.fix, kind="inbox-full") from error
     except DiskFull as error:
-        raise Problem(507, "no space left for the clip", mend="the server's operator must make room") from error
+        raise Problem(507, "no space left for the clip", fix="the server's operator must make room") from error
 
 
 def _shown(entry: Entry) -> dict[str, Any]:

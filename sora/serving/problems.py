@@ -1,6 +1,6 @@
 """What goes wrong with a request, as RFC 9457 problem documents (`application/problem+json`).
 
-Every document has `type`, `title`, `status`, `detail`, and `mend`: what the caller can do about it.
+Every document has `type`, `title`, `status`, `detail`, and `fix`: what the caller can do about it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from sora.errors import ServiceError, VideoError
+from sora.core.errors import ServiceError, VideoError
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -33,8 +33,8 @@ TITLES = {
 }
 
 
-# What an uploader can do; the mends of `records.RULES` speak to the owner of a data folder.
-_MENDS = {
+# What an uploader can do; the fixes of `records.RULES` speak to the owner of a data folder.
+_FIXES = {
     "not_a_video": "send a video file, as mp4, mov, mkv, webm, avi or gif",
     "unreadable": "re-export the video and send it again",
     "too_large": "send a shorter or smaller video; /v1/model names the limits",
@@ -48,18 +48,18 @@ class Problem(Exception):
     Arguments:
         status: HTTP status, 400 to 599.
         detail: the rule and what was received.
-        mend: what the caller can do.
+        fix: what the caller can do.
         kind: last part of `type`; a stable word that programs compare.
         headers: more response headers, such as Retry-After.
     """
 
     def __init__(
-        self, status: int, detail: str, *, mend: str, kind: str = "", headers: dict[str, str] | None = None, **more: Any
+        self, status: int, detail: str, *, fix: str, kind: str = "", headers: dict[str, str] | None = None, **more: Any
     ) -> None:
         super().__init__(detail)
         self.status = status
         self.detail = detail
-        self.mend = mend
+        self.fix = fix
         self.kind = kind or TITLES.get(status, "problem").lower().replace(" ", "-").replace("'", "")
         self.headers = headers or {}
         self.more = more
@@ -70,7 +70,7 @@ class Problem(Exception):
             "title": TITLES.get(self.status, "The request failed"),
             "status": self.status,
             "detail": self.detail,
-            "mend": self.mend,
+            "fix": self.fix,
             **self.more,
         }
 
@@ -84,13 +84,13 @@ def of_video(error: VideoError, name: str) -> Problem:
     `name` is the client's own name for the file, which replaces any path of this server in the message.
     """
     status = 413 if error.rule == "too_large" else 422
-    mend = _MENDS.get(error.rule) or error.mend or "send another video file"
-    return Problem(status, error.message, mend=mend, kind=error.rule.replace("_", "-"), rule=error.rule, filename=name)
+    fix = _FIXES.get(error.rule) or error.fix or "send another video file"
+    return Problem(status, error.message, fix=fix, kind=error.rule.replace("_", "-"), rule=error.rule, filename=name)
 
 
 def of_service(error: ServiceError) -> Problem:
     """The problem of what may work later."""
-    return Problem(503, error.message, mend=error.mend or "try again", headers={"Retry-After": "5"})
+    return Problem(503, error.message, fix=error.fix or "try again", headers={"Retry-After": "5"})
 
 
 def of_deadline(seconds: float, stage: str) -> Problem:
@@ -104,14 +104,14 @@ def of_deadline(seconds: float, stage: str) -> Problem:
         return Problem(
             504,
             f"the request's {seconds:g} s were over while its video was being decoded",
-            mend="cut the video or scale it down, or have serve.request_timeout raised",
+            fix="cut the video or scale it down, or have serve.request_timeout raised",
             kind="deadline",
             stage=stage,
         )
     return Problem(
         503,
         f"the request's {seconds:g} s were over while it waited for {'a decoder' if stage == 'wait' else 'the model'}",
-        mend="try again when the server is less busy, or have serve.request_timeout raised",
+        fix="try again when the server is less busy, or have serve.request_timeout raised",
         kind="deadline",
         headers={"Retry-After": "5"},
         stage=stage,

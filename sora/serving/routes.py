@@ -53,7 +53,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.get("/readyz", response_model=Ready, responses=problem_answers(403, 503), summary="Can it predict?")
     async def readyz() -> dict[str, Any]:
         if service.stopping:
-            raise Problem(503, "this server is about to stop", mend="ask another one", kind="stopping")
+            raise Problem(503, "this server is about to stop", fix="ask another one", kind="stopping")
         return {"status": "ready", "version": service.served().champion.version}
 
     @app.get(
@@ -72,5 +72,5 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.get("/page/{name}", include_in_schema=False)
     async def page_file(name: str) -> Response:
         if name not in _PAGE_FILES:
-            raise Problem(404, "no such file", mend="open /")
+            raise Problem(404, "no such file", fix="open /")
         return FileResponse(PAGE / name, media_type=_PAGE_FILES[name], headers={"cache-control": "no-cache"})

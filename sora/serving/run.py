@@ -9,17 +9,17 @@ import threading
 import time
 from collections.abc import Callable
 
-from sora import services
-from sora.credentials import Login
-from sora.data.inbox import Inbox
-from sora.errors import InputError, ServiceError, SoraError
-from sora.progress import say
+from sora.config.credentials import Login
+from sora.config.settings import Project, Serve
+from sora.core.errors import InputError, ServiceError, SoraError
+from sora.core.progress import say
+from sora.dataset.corrections import Inbox
+from sora.operations import servers as services
 from sora.serving.app import create_app
 from sora.serving.guard import is_loopback
 from sora.serving.server import listen, serve
 from sora.serving.source import ModelCache, RegistrySource
 from sora.serving.tokens import ENVIRONMENT, TokenFile, Tokens
-from sora.settings import Project, Serve
 
 log = logging.getLogger("sora.serving")
 FIRST_WAIT = 60.0  # seconds that a cached champion may take to be ready before MLflow is started beside it
@@ -41,7 +41,7 @@ def run(project: Project, host: str | None = None, port: int | None = None) -> N
     if not given and not file.tokens() and strangers:
         raise InputError(
             f"serving on {host} lets others call, and there is no token",
-            mend="make one (`sora token add NAME`), or set SORA_API_TOKEN, or serve on 127.0.0.1",
+            fix="make one (`sora token add NAME`), or set SORA_API_TOKEN, or serve on 127.0.0.1",
         )
     tokens = Tokens(given, file, always=strangers)
     _log_to_stderr()
@@ -82,7 +82,7 @@ def read_tokens(text: str) -> list[str]:
     if any(len(token) < MIN_TOKEN or not token.isascii() for token in tokens):
         raise InputError(
             f"SORA_API_TOKEN holds a token of fewer than {MIN_TOKEN} ASCII characters",
-            mend="use `openssl rand -hex 24`",
+            fix="use `openssl rand -hex 24`",
         )
     return tokens
 

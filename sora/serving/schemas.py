@@ -47,7 +47,7 @@ class PredictAnswer(BaseModel):
 
 
 class ProblemAnswer(BaseModel):
-    """RFC 9457, and `mend`: what the caller can do."""
+    """RFC 9457, and `fix`: what the caller can do."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -55,7 +55,7 @@ class ProblemAnswer(BaseModel):
     title: str
     status: int
     detail: str
-    mend: str
+    fix: str
 
 
 class FileProblem(ProblemAnswer):

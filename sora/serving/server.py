@@ -12,7 +12,7 @@ from typing import cast
 import uvicorn
 from fastapi import FastAPI
 
-from sora.errors import ServiceError
+from sora.core.errors import ServiceError
 from sora.serving.connections import Connections
 from sora.serving.service import Service
 
@@ -37,7 +37,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise ServiceError(
             f"can't listen on {host} port {port}: {error.strerror or error}",
-            mend="end what uses the port, or give --port (0: any free one) and an address of this machine",
+            fix="end what uses the port, or give --port (0: any free one) and an address of this machine",
         ) from error
     return listener
 

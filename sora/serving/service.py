@@ -13,8 +13,9 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from sora.errors import ServiceError, VideoError
-from sora.records import ClipSpec
+from sora.config.settings import Serve
+from sora.core.errors import ServiceError, VideoError
+from sora.core.records import ClipSpec
 from sora.serving import problems, uploads
 from sora.serving import timeline as timelines
 from sora.serving.batcher import Batcher
@@ -24,7 +25,6 @@ from sora.serving.metrics import Metrics
 from sora.serving.problems import Problem
 from sora.serving.source import ModelCache, ModelSource
 from sora.serving.workplace import workplace
-from sora.settings import Serve
 
 
 class Service:
@@ -85,14 +85,14 @@ class Service:
             return current
         follower = self.follower
         if follower.none:
-            detail, mend = "there is no champion yet", "run `sora run`: the first version that passes its gate serves"
+            detail, fix = "there is no champion yet", "run `sora run`: the first version that passes its gate serves"
         elif follower.refused is not None:
-            detail, mend = follower.refused.reason, follower.refused.mend
+            detail, fix = follower.refused.reason, follower.refused.fix
         elif follower.problem is not None:
-            detail, mend = follower.problem, "start MLflow (`sora up`); this server asks again by itself"
+            detail, fix = follower.problem, "start MLflow (`sora up`); this server asks again by itself"
         else:
-            detail, mend = "the model is being loaded", "ask again in a few seconds"
-        raise Problem(503, detail, mend=mend, kind="no-model", headers={"Retry-After": "5"})
+            detail, fix = "the model is being loaded", "ask again in a few seconds"
+        raise Problem(503, detail, fix=fix, kind="no-model", headers={"Retry-After": "5"})
 
     async def predict(self, request: Request, wanted: Wanted) -> dict[str, Any]:
         """One call, from its bytes to its answer: of the one file that it brings, or `{"answers": […]}` of several.
@@ -147,7 +147,7 @@ class Service:
             raise Problem(
                 429,
                 f"{self.settings.queue} predictions are under way, the most that this server takes",
-                mend="try again after the seconds in Retry-After",
+                fix="try again after the seconds in Retry-After",
                 kind="queue-full",
                 headers={"Retry-After": "1"},
             )

@@ -14,10 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
-from sora.credentials import Login
-from sora.errors import ServiceError
-from sora.files import atomic
-from sora.records import ModelVersion, Recipe
+from sora.config.credentials import Login
+from sora.core.errors import ServiceError
+from sora.core.files import atomic
+from sora.core.records import ModelVersion, Recipe
 from sora.registry import ChampionRef, Registry
 
 
@@ -69,7 +69,7 @@ class ModelCache:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
-            raise ServiceError(f"{self.folder / 'champion.json'} can't be read: {error}", mend="remove it") from error
+            raise ServiceError(f"{self.folder / 'champion.json'} can't be read: {error}", fix="remove it") from error
 
     def fetch(self, champion: ChampionRef) -> tuple[Path, Recipe]:
         folder = self.model_folder(champion.digest)
@@ -77,7 +77,7 @@ class ModelCache:
             recipe = Recipe.from_dict(json.loads((folder / "recipe.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ServiceError(
-                f"version {champion.version} is not in the cache {self.folder}", mend="start MLflow (`sora up`)"
+                f"version {champion.version} is not in the cache {self.folder}", fix="start MLflow (`sora up`)"
             ) from error
         return folder / "model.keras", recipe
 
@@ -102,7 +102,7 @@ class ModelCache:
 
     def model_folder(self, digest: str) -> Path:
         if not re.fullmatch(r"[0-9a-f]{64}", digest):
-            raise ServiceError(f"the registry gave {digest[:80]!r} as a digest", mend="register the version again")
+            raise ServiceError(f"the registry gave {digest[:80]!r} as a digest", fix="register the version again")
         return self.models / digest
 
 
@@ -147,7 +147,7 @@ class RegistrySource:
         """One client an address: making one costs more than a question does."""
         uri = self._address()
         if uri is None:
-            raise ServiceError("no MLflow server runs for this project", mend="start one: `sora up`")
+            raise ServiceError("no MLflow server runs for this project", fix="start one: `sora up`")
         known = (uri, self._login())
         with self._lock:
             if self._registry is None or known != self._known:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sora.records import THRESHOLD
+from sora.core.records import THRESHOLD
 
 
 def timeline(

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sora.errors import InputError, ServiceError
-from sora.files import atomic
+from sora.core.errors import InputError, ServiceError
+from sora.core.files import atomic
 
 log = logging.getLogger("sora.serving")
 MAX_TOKENS = 100
@@ -65,7 +65,7 @@ class TokenFile:
             return []
         except (OSError, ValueError, TypeError) as error:
             raise ServiceError(
-                f"{self.path} can't be read: {error}", mend="remove it, and add the tokens that are needed again"
+                f"{self.path} can't be read: {error}", fix="remove it, and add the tokens that are needed again"
             ) from error
         if not all(
             isinstance(one.name, str)
@@ -73,7 +73,7 @@ class TokenFile:
             and isinstance(one.review, bool)
             for one in found
         ):
-            raise ServiceError(f"{self.path} holds something else", mend="remove it, and add the tokens again")
+            raise ServiceError(f"{self.path} holds something else", fix="remove it, and add the tokens again")
         return found
 
     def add(self, name: str, *, review: bool = False) -> str:
@@ -85,16 +85,16 @@ class TokenFile:
         """
         if not _NAME.fullmatch(name) or name == ENVIRONMENT:
             raise InputError(
-                f"{name!r} is no name for a token", mend="use 1 to 32 letters, digits, dots, dashes and underscores"
+                f"{name!r} is no name for a token", fix="use 1 to 32 letters, digits, dots, dashes and underscores"
             )
         with self._locked():
             known = self.tokens()
             if any(one.name == name for one in known):
                 raise InputError(
-                    f"there is a token {name!r}", mend=f"choose another name, or `sora token revoke {name}`"
+                    f"there is a token {name!r}", fix=f"choose another name, or `sora token revoke {name}`"
                 )
             if len(known) >= MAX_TOKENS:
-                raise InputError(f"there are {MAX_TOKENS} tokens, the most", mend="`sora token revoke` unused ones")
+                raise InputError(f"there are {MAX_TOKENS} tokens, the most", fix="`sora token revoke` unused ones")
             token = _PREFIX + secrets.token_urlsafe(32)
             self._write([*known, Token(name, _digest(token).hex(), _now(), review)])
         return token
@@ -110,7 +110,7 @@ class TokenFile:
             known = self.tokens()
             left = [one for one in known if one.name != name]
             if len(left) == len(known):
-                raise InputError(f"there is no token {name!r}", mend="`sora token list` shows the names")
+                raise InputError(f"there is no token {name!r}", fix="`sora token list` shows the names")
             self._write(left)
         return len(left)
 
@@ -128,7 +128,7 @@ class TokenFile:
             with FileLock(self.path.with_suffix(".lock"), timeout=10):
                 yield
         except Timeout as error:
-            raise ServiceError("another `sora token` has been at work for 10 s", mend="try again") from error
+            raise ServiceError("another `sora token` has been at work for 10 s", fix="try again") from error
 
 
 class Tokens:

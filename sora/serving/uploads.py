@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 OVERHEAD = 64 * 1024  # bytes that a body may have beyond its file: boundaries and part headers
 MAX_NAME = 255  # characters of the client's file name that are echoed
-_MEND = "send multipart/form-data with parts named `file`, as in: curl -F file=@video.mp4 …/v1/predict"
+_FIX = "send multipart/form-data with parts named `file`, as in: curl -F file=@video.mp4 …/v1/predict"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +51,13 @@ def check_headers(content_type: str | None, content_length: str | None, max_byte
     kind, options = parse_options_header(content_type)
     if kind != b"multipart/form-data":
         received = repr(content_type[:100]) if content_type else "none"
-        raise Problem(415, f"the content type must be multipart/form-data, received {received}", mend=_MEND)
+        raise Problem(415, f"the content type must be multipart/form-data, received {received}", fix=_FIX)
     boundary = options.get(b"boundary", b"")
     if not 1 <= len(boundary) <= 70:  # RFC 2046
-        raise Problem(400, "the content type has no usable multipart boundary", mend=_MEND)
+        raise Problem(400, "the content type has no usable multipart boundary", fix=_FIX)
     if content_length is not None:
         if not re.fullmatch(r"[0-9]{1,18}", content_length):
-            raise Problem(400, "the content length is no number", mend=_MEND)
+            raise Problem(400, "the content length is no number", fix=_FIX)
         if int(content_length) > max_bytes + OVERHEAD:
             raise too_large(max_bytes, int(content_length))
     return boundary
@@ -68,7 +68,7 @@ def too_large(max_bytes: int, received: int | None = None) -> Problem:
     return Problem(
         413,
         f"a call may bring {max_bytes:,} bytes, received {was}",
-        mend="send a smaller file or several files in several calls, or have serve.max_bytes raised",
+        fix="send a smaller file or several files in several calls, or have serve.max_bytes raised",
         kind="too-large",
         max_bytes=max_bytes,
     )
@@ -88,7 +88,7 @@ async def within(seconds: float) -> AsyncIterator[None]:
         raise Problem(
             408,
             f"the upload took longer than {seconds:g} s",
-            mend="send a smaller file or use a faster line",
+            fix="send a smaller file or use a faster line",
             headers={"Connection": "close"},
         ) from None
 
@@ -123,13 +123,13 @@ async def receive(
             reader.flush()
         parser.finalize()
         if not reader.complete:
-            raise Problem(400, "the body has no complete part named `file`", mend=_MEND)
+            raise Problem(400, "the body has no complete part named `file`", fix=_FIX)
         return reader.uploads()
     except BaseException as error:
         for part in reader.parts:
             part.path.unlink(missing_ok=True)
         if isinstance(error, FormParserError):
-            raise Problem(400, "the body is no well-formed multipart/form-data", mend=_MEND) from error
+            raise Problem(400, "the body is no well-formed multipart/form-data", fix=_FIX) from error
         if is_full(error):
             raise no_room() from error
         raise
@@ -147,7 +147,7 @@ def no_room() -> Problem:
     return Problem(
         507,
         "no space left for the upload",
-        mend="try later; the server's operator must make room",
+        fix="try later; the server's operator must make room",
         headers={"Retry-After": "60"},
     )
 
@@ -224,11 +224,11 @@ class _Reader(PartReader):
         if len(self.parts) == self._max_files:
             most = f"{self._max_files} files" if self._max_files > 1 else "one file"
             raise Problem(
-                400, f"one call takes {most}, received more", mend="send the others in another call", kind="many-files"
+                400, f"one call takes {most}, received more", fix="send the others in another call", kind="many-files"
             )
         if kind != b"form-data" or options.get(b"name") != b"file" or b"filename" not in options:
             received = options.get(b"name", b"")[:100].decode("utf-8", "replace")
-            raise Problem(400, f"each part must be a file named `file`, received {received!r}", mend=_MEND)
+            raise Problem(400, f"each part must be a file named `file`, received {received!r}", fix=_FIX)
         self.complete = False
         self.parts.append(_Part(self._folder, shown_name(options[b"filename"])))
 

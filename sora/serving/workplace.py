@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sora.files import writing
+from sora.core.files import writing
 
 log = logging.getLogger("sora.serving")
 PREFIX = "sora-uploads-"

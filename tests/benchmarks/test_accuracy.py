@@ -18,8 +18,8 @@ import pytest
 
 from benchmarks import accuracy, figures
 from benchmarks.accuracy import Prepared, Protocol
-from sora.errors import InputError, SettingsError
-from sora.settings import Settings
+from sora.config.settings import Settings
+from sora.core.errors import InputError, SettingsError
 from tests.clips import make_shards
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import article, common, peer_networks, peer_training, peers
-from sora.records import ClipSpec
+from sora.core.records import ClipSpec
 from tests.benchmarks.test_accuracy import TINY, fold
 from tests.clips import make_shards
 

@@ -12,8 +12,8 @@ import httpx
 import psutil
 import pytest
 
-from sora.credentials import secret
-from sora.settings import Project
+from sora.config.credentials import secret
+from sora.config.settings import Project
 from tests.e2e.conftest import SORA, Running, sora, sora_json
 from tests.servers import prefect_client
 from tests.videos import make_video
@@ -117,7 +117,7 @@ def test_rollback_and_the_server_follows(running: Running, first: dict) -> None:
     assert sora_json(running.project, "rollback") == {"champion": 1, "previous": 2}
     served(running, 1)
     done = sora(running.project, "rollback", "--json")
-    assert done.returncode == 1 and not done.stdout and "mend" in done.stderr
+    assert done.returncode == 1 and not done.stdout and "fix" in done.stderr
 
 
 def test_reproduce(running: Running, first: dict) -> None:
@@ -191,7 +191,7 @@ def test_the_scheduled_nightly_runs_in_the_worker(running: Running, first: dict)
 
 def test_doctor_finds_all_in_order(running: Running, first: dict) -> None:
     checks = {check["name"]: check for check in sora_json(running.project, "doctor")["checks"]}
-    assert all(set(check) == {"name", "ok", "detail", "mend"} for check in checks.values())
+    assert all(set(check) == {"name", "ok", "detail", "fix"} for check in checks.values())
     assert not [check for check in checks.values() if not check["ok"]]
 
 

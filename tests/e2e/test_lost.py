@@ -56,7 +56,7 @@ def test_half_a_database_is_said_by_every_verb(project: Path) -> None:
     for arguments in (["run"], ["models"], ["rollback"], ["splits", "restore"]):
         refused(sora(project, *arguments, "--json"), 3, "mlflow's database", "damaged", "sora restore")
     found = check_of(project, "mlflow database")
-    assert not found["ok"] and "sora restore" in found["mend"]
+    assert not found["ok"] and "sora restore" in found["fix"]
     database.write_bytes(whole)
     assert check_of(project, "mlflow database")["ok"]
     assert len(sora_json(project, "models")) == 1

@@ -66,7 +66,7 @@ def test_predict_and_its_neighbours(project: Path, first: dict) -> None:
     assert len(sora_json(project, "embed", str(video))[0]["vector"]) == SMALL["embedding"]
     assert sora_json(project, "reproduce", "1")["matches"]
     audited = sora(project, "data", "audit")
-    assert audited.returncode == 2 and "multilabel" in audited.stderr and "mend" in audited.stderr
+    assert audited.returncode == 2 and "multilabel" in audited.stderr and "fix" in audited.stderr
     assert "4 classes, head multilabel" in sora(project, "model", "describe").stdout
 
 

@@ -57,8 +57,8 @@ def test_all_at_once(case: Callable[[str], Case]) -> None:
 
 
 def list_versions(case: Case) -> list[int]:
-    from sora.lifecycle import models
-    from sora.settings import Project
+    from sora.config.settings import Project
+    from sora.runtime.lifecycle import models
 
     with case.inside():
         return [version.version for version in models(Project(case.root))]

@@ -18,8 +18,8 @@ from benchmarks.faults.inject import proxied, until
 from benchmarks.faults.processes import Case, Verb
 from benchmarks.faults.proxy import Mode, Proxy
 from benchmarks.faults.scenes import LIMIT, Scenes, case_of
-from sora.data import version
-from sora.settings import Project
+from sora.config.settings import Project
+from sora.dataset.versioning import version
 from tests.faults.conftest import holds, runs, speaks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -65,7 +65,7 @@ def test_all_is_well_after(behind: tuple[Case, dict[str, Proxy]]) -> None:
     case, _ = behind
     runs(case)
     with case.inside():
-        from sora.lifecycle import open_registry
+        from sora.runtime.lifecycle import open_registry
 
         with open_registry(Project(case.root)) as registry:
             assert registry.champion() is not None

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from sora.files import temporary_folder
+from sora.core.files import temporary_folder
 
 _HOLD = """
 import sys, time
-from sora.files import temporary_folder
+from sora.core.files import temporary_folder
 with temporary_folder("reproduce") as folder:
     (folder / "copy").write_bytes(b"x" * 1000)
     print(folder, flush=True)

@@ -17,10 +17,10 @@ from benchmarks.faults.inject import UP, trigger_nightly, wait_until_up, wait_un
 from benchmarks.faults.processes import Case, Verb, kill
 from benchmarks.faults.scenes import LIMIT, Scenes, case_of
 from flows.deployments import pool_name
-from sora import services
-from sora.processes import start_child
-from sora.services import Addresses
-from sora.settings import Project
+from sora.config.settings import Project
+from sora.core.processes import start_child
+from sora.operations import servers as services
+from sora.operations.servers import Addresses
 from tests.faults.conftest import holds, runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -113,7 +113,7 @@ def wait_for_another(verb: Verb, role: str, before: psutil.Process) -> None:
 
 
 def holder_of_the_run(case: Case) -> psutil.Process:
-    from sora.lock import holder
+    from sora.operations.lock import holder
 
     active = holder(Project(case.root))
     assert active and active["pid"], "no run is active"
@@ -129,7 +129,7 @@ def worker_of(flow: psutil.Process) -> psutil.Process:
 
 def until_free(case: Case) -> None:
     """Until no run holds the project."""
-    from sora.lock import holder
+    from sora.operations.lock import holder
 
     until = time.monotonic() + LIMIT
     while holder(Project(case.root)) is not None:
@@ -146,7 +146,7 @@ def until_said(case: Case, word: str, process: subprocess.Popen[bytes]) -> None:
 
 def last_nightly(case: Case) -> int:
     """How many good nightlies ended since the scene was built."""
-    from sora import nightly_log
+    from sora.operations import nightly_log
 
     last = nightly_log.read(Project(case.root))
     built = (case.root / "data.dvc").stat().st_mtime

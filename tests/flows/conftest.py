@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from flows.slots import LEASE_STORAGE
-from sora.processes import quiet_environment, start_child
+from sora.core.processes import quiet_environment, start_child
 
 
 def free_port() -> int:

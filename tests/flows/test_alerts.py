@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from flows import alerts
-from sora import nightly_log
-from sora.errors import NotTrainable
-from sora.settings import Project, Schedule
+from sora.config.settings import Project, Schedule
+from sora.core.errors import NotTrainable
+from sora.operations import nightly_log
 
 SECRET = "T0KEN-in-the-path"
 
@@ -168,14 +168,14 @@ def test_no_webhook_no_alert(tmp_path: Path) -> None:
     assert not alerts.nightly_failed(Project(tmp_path), flow_run="r", reason="x")
 
 
-def test_the_hook_tells_why_a_flow_failed_and_what_mends_it(
+def test_the_hook_tells_why_a_flow_failed_and_what_fixes_it(
     prefect_server: str, receiver: Receiver, tmp_path: Path
 ) -> None:
     from prefect import flow
 
     @flow(on_failure=[alerts.on_failure], on_crashed=[alerts.on_crashed])
     def nightly(project: str) -> None:
-        raise NotTrainable("too few classes: 1", mend="add a second class")
+        raise NotTrainable("too few classes: 1", fix="add a second class")
 
     project = _project(tmp_path, receiver.url)
     with pytest.raises(NotTrainable):
@@ -184,7 +184,7 @@ def test_the_hook_tells_why_a_flow_failed_and_what_mends_it(
     assert event["event"] == "nightly_failed"
     assert event["project"] == str(tmp_path)
     assert event["reason"] == "too few classes: 1"
-    assert event["mend"] == "add a second class"
+    assert event["fix"] == "add a second class"
     assert event["flow_run"]
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from flows import deployments
-from sora import nightly_log
-from sora.errors import ServiceError
-from sora.processes import quiet_environment
-from sora.settings import Project
+from sora.config.settings import Project
+from sora.core.errors import ServiceError
+from sora.core.processes import quiet_environment
+from sora.operations import nightly_log
 
 
 def _project(root: Path, params: str) -> Project:

@@ -12,8 +12,8 @@ import pytest
 
 from flows import slots
 from flows.slots import Device
-from sora.errors import ServiceError
-from sora.processes import start_child
+from sora.core.errors import ServiceError
+from sora.core.processes import start_child
 
 
 def _active(name: str) -> int:

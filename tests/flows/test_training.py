@@ -19,11 +19,11 @@ import pytest
 
 from flows import deployments, training
 from flows.training import _Look, _Watch
-from sora.credentials import secret
-from sora.errors import ServiceError
-from sora.processes import quiet_environment
-from sora.progress import bar
-from sora.settings import Project
+from sora.config.credentials import secret
+from sora.config.settings import Project
+from sora.core.errors import ServiceError
+from sora.core.processes import quiet_environment
+from sora.core.progress import bar
 from tests.videos import make_folder
 
 POOL = "gpu-test"
@@ -62,7 +62,7 @@ class Site:
 
     def run(self, work: Path) -> tuple[str, Path]:
         """A new MLflow run and its work folder with a table of splits."""
-        from sora.data import manifest
+        from sora.dataset import manifest
 
         rows = manifest.read(self.project.manifest).sort_values("sha256", ignore_index=True)
         rows["split"] = ["val" if index % 4 == 3 else "train" for index in range(len(rows))]
@@ -119,10 +119,10 @@ def _stop(worker: subprocess.Popen[bytes], how: signal.Signals = signal.SIGTERM)
 
 @pytest.fixture(scope="module")
 def site(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    from sora import project as projects
-    from sora.data import version
+    from sora.dataset.versioning import version
+    from sora.operations import project as projects
+    from sora.operations.servers import servers
     from sora.registry import Registry
-    from sora.services import servers
 
     place = tmp_path_factory.mktemp("site")
     footage = make_folder(place / "footage", groups=6, frames=12, size=(48, 32))
@@ -184,7 +184,7 @@ def test_without_a_worker_the_error_says_how_to_start_one_and_nothing_stays_queu
     run_id, work = site.run(tmp_path / "work")
     with pytest.raises(ServiceError, match=f"no worker polls the work pool {POOL}") as caught:
         training.request_training(site.project, site.project.settings(), site.registry, run_id, work)
-    assert f"prefect worker start --pool {POOL}" in caught.value.mend
+    assert f"prefect worker start --pool {POOL}" in caught.value.fix
     with get_client(sync_client=True) as client:
         (newest, *_) = sorted(client.read_flow_runs(), key=lambda run: run.created, reverse=True)
     assert newest.state.is_cancelled() or newest.state.type.value == "CANCELLING"
@@ -328,7 +328,7 @@ def test_a_server_that_is_away_loses_nobody_unless_it_stays_away(watch: tuple[_W
 
 
 def test_a_worker_without_a_clone_says_how_to_name_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from sora.errors import InputError
+    from sora.core.errors import InputError
 
     for value in ("", str(tmp_path), str(tmp_path / "nothing")):
         monkeypatch.setenv("SORA_PROJECT", value)

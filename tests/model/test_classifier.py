@@ -11,10 +11,10 @@ import keras
 import numpy as np
 import pytest
 
+from sora.config.presets import PRESETS
+from sora.config.settings import Model
+from sora.core.records import ClipSpec
 from sora.model import classifier, cost, streams
-from sora.presets import PRESETS
-from sora.records import ClipSpec
-from sora.settings import Model
 from tests.clips import SMALL, SPEC, moving_square
 from tests.model.variants import VARIANTS, variant
 
@@ -131,9 +131,7 @@ def test_it_learns_the_direction_of_movement() -> None:
 
 
 def test_on_another_backend_nothing_here_needs_tensorflow() -> None:
-    code = (
-        "import sys; sys.modules['tensorflow'] = None; import sora.model.classifier, sora.data.batches, sora.model.loop"
-    )
+    code = "import sys; sys.modules['tensorflow'] = None; import sora.model.classifier, sora.store.batches, sora.learning.loop"
     environment = {"KERAS_BACKEND": "numpy", "PATH": "/usr/bin"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

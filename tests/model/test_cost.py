@@ -6,9 +6,9 @@ import keras
 import numpy as np
 import pytest
 
+from sora.config.settings import Model
+from sora.core.records import ClipSpec
 from sora.model import classifier, cost, fusion, lateral, residual
-from sora.records import ClipSpec
-from sora.settings import Model
 from tests.clips import SMALL, SPEC
 from tests.model.variants import VARIANTS, variant
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from sora.cli import _run
-from sora.errors import InputError
+from sora.config.presets import PRESETS
+from sora.config.settings import Model, parse
+from sora.core.errors import InputError
 from sora.model import classifier, cost, describe
-from sora.presets import PRESETS
-from sora.settings import Model, parse
 from tests.clips import SMALL
 from tests.model.variants import VARIANTS
 

@@ -12,11 +12,11 @@ import keras
 import numpy as np
 import pytest
 
-from sora.errors import InputError, ServiceError
+from sora.config.settings import Model
+from sora.core.errors import InputError, ServiceError
+from sora.core.records import ClipSpec
 from sora.model import classifier, pretrained
 from sora.model.backbone import HEAD, BackboneStream
-from sora.records import ClipSpec
-from sora.settings import Model
 from tests.clips import SMALL
 
 # Photographs that come with locked packages, and the class of ImageNet that each shows.
@@ -164,7 +164,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
     model = classifier.build(Model(**SMALL, backbone="mobilenetv2"), ClipSpec(frames=4, height=32, width=32), 2)
     with pytest.raises(ServiceError, match="can't be downloaded") as raised:
         pretrained.load(model)
-    assert "efficientnet-lite0" in raised.value.mend
+    assert "efficientnet-lite0" in raised.value.fix
 
 
 def test_the_widths_that_the_fusion_reads():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sora.records import ClipSpec, EvalReport, Recipe
+from sora.core.records import ClipSpec, EvalReport, Recipe
 from sora.registry import Registry
 from tests.servers import mlflow
 

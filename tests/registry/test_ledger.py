@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from flows import nightly
-from sora import lifecycle
-from sora.data import ledger
-from sora.data.ledger import Row
-from sora.doctor import doctor
-from sora.errors import AnswerIsNo, InputError, SplitsLost
+from sora.config.settings import Project
+from sora.core.errors import AnswerIsNo, InputError, SplitsLost
+from sora.dataset import ledger
+from sora.dataset.ledger import Row
+from sora.operations.doctor import doctor
 from sora.registry import Registry
-from sora.settings import Project
+from sora.runtime import lifecycle
 from tests.registry.conftest import add_version
 
 ROWS = [Row(f"{n:064x}", split, "") for n, split in enumerate(["train", "train", "val", "test"])]
@@ -59,10 +59,10 @@ def test_a_run_stops_before_anything_is_dealt(
     before = project.splits_file.read_bytes() if now is not None else None
     with pytest.raises(SplitsLost) as caught:
         nightly._cycle(project, project.settings(), force)
-    assert caught.value.exit_code == 1 and "sora splits restore" in caught.value.mend
+    assert caught.value.exit_code == 1 and "sora splits restore" in caught.value.fix
     assert (project.splits_file.read_bytes() if project.splits_file.exists() else None) == before
     check = next(one for one in doctor(project)["checks"] if one["name"] == "splits")
-    assert not check["ok"] and "sora splits restore" in check["mend"]
+    assert not check["ok"] and "sora splits restore" in check["fix"]
     done = lifecycle.restore_splits(project)
     assert done.source == "version 1" and ledger.read(project.splits_file) == ROWS
     assert next(one for one in doctor(project)["checks"] if one["name"] == "splits")["ok"]

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sora.errors import PromotionFailed, ServiceError
-from sora.records import Recipe
+from sora.core.errors import PromotionFailed, ServiceError
+from sora.core.records import Recipe
 from sora.registry import Move, Registry
 from sora.registry.history import line
 from tests.registry.conftest import add_version, answers, fails

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from sora.errors import InputError, ServiceError
+from sora.core.errors import InputError, ServiceError
 from sora.registry import Registry, Unreachable
 from sora.registry.rest import Rest
 
@@ -159,7 +159,7 @@ def test_metrics_survive_a_server_that_goes_and_comes_back(line: Line, registry:
     assert time.monotonic() - begin < 5  # training is not held up
     with pytest.raises(ServiceError, match="could not be stored") as failure:
         live.finish(run_id)
-    assert "kept" in failure.value.mend
+    assert "kept" in failure.value.fix
     line.join()
     live.finish(run_id)
     history = registry._rest.get("metrics/get-history", run_id=run_id, metric_key="loss")["metrics"]
@@ -199,7 +199,7 @@ def test_no_server_is_a_clear_error(line: Line) -> None:
     with pytest.raises(Unreachable, match=r"does not answer") as failure:
         Registry(line.uri, "any").champion()
     assert failure.value.exit_code == 3
-    assert "sora up" in failure.value.mend
+    assert "sora up" in failure.value.fix
 
 
 @pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "mlruns", "file:///tmp/x", "http://", ""])
@@ -228,7 +228,7 @@ def test_credentials_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
         thread.join(10)
     expected = base64.b64encode("ann:sécret".encode())
     assert b"Basic " + expected in heard[0]
-    assert "MLFLOW_TRACKING_USERNAME" in failure.value.mend
+    assert "MLFLOW_TRACKING_USERNAME" in failure.value.fix
 
 
 def test_something_else_at_the_address(server: SimpleNamespace) -> None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sora.errors import AnswerIsNo, DiskFull, InputError, ServiceError
+from sora.core.errors import AnswerIsNo, DiskFull, InputError, ServiceError
 from sora.registry import Registry, champion_over_rest, fetch_over_rest
 from tests.registry.conftest import add_version, answers, recipe, report
 

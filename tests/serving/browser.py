@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 from websockets.sync.client import ClientConnection, connect
 
-from sora.processes import start_child
+from sora.core.processes import start_child
 from tests import programs
 
 CHROMIUM = programs.find("chromium")

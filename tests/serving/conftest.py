@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sora.records import ClipSpec, Recipe
+from sora.core.records import ClipSpec, Recipe
 from sora.registry import ChampionRef
 from sora.serving.source import ModelCache
 from tests.serving.standing import Standing, standing
@@ -44,9 +44,9 @@ class Made:
 def make_model(folder: Path, version: int, temperature: float = 1.5) -> Made:
     import keras
 
-    from sora.evaluation import golden_clip
+    from sora.config.settings import Model
+    from sora.judging.evaluation import golden_clip
     from sora.model import classifier
-    from sora.settings import Model
 
     keras.utils.set_random_seed(version)
     config = Model(low_filters=(16,), high_filters=(16,), key_frames=2, embedding=8)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import httpx
 
+from sora.config.settings import Serve
 from sora.serving.app import create_app
 from sora.serving.source import ModelCache
-from sora.settings import Serve
 
 
 @asynccontextmanager

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import httpx
 
-from sora.data.inbox import Inbox
-from sora.processes import start_child
+from sora.config.settings import Project, Serve
+from sora.core.processes import start_child
+from sora.dataset.corrections import Inbox
 from sora.serving.source import ModelCache
-from sora.settings import Project, Serve
 
 
 def main() -> None:

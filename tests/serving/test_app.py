@@ -16,14 +16,14 @@ import numpy as np
 import psutil
 import pytest
 
-from sora.errors import ServiceError, VideoError
+from sora.config.settings import Serve
+from sora.core.errors import ServiceError, VideoError
+from sora.runtime.predictor import Predictor
 from sora.serving import follow, uploads
 from sora.serving.app import create_app
 from sora.serving.batcher import Batcher
 from sora.serving.decoding import DecodePool
-from sora.serving.predictor import Predictor
 from sora.serving.source import ModelCache
-from sora.settings import Serve
 from tests.serving.conftest import SPEC, other_golden
 from tests.serving.inside import ready, running, send, true, until
 
@@ -34,7 +34,7 @@ def test_no_champion_yet_and_then_the_first(models, video, tmp_path):
             await until(true(lambda: service.follower.none))
             for answer in (await client.get("/readyz"), await send(client, video)):
                 assert answer.status_code == 503 and answer.headers["retry-after"]
-                assert "sora run" in answer.json()["mend"]
+                assert "sora run" in answer.json()["fix"]
             model = (await client.get("/v1/model")).json()
             assert model["version"] is None and model["classes"] == []
             assert (await client.get("/healthz")).status_code == 200
@@ -113,7 +113,7 @@ def test_a_refusal_is_written_down_with_the_version(models, tmp_path, monkeypatc
         nonlocal tried
         tried += 1
         if tried <= failures:
-            raise ServiceError("the registry is read-only", mend="")
+            raise ServiceError("the registry is read-only", fix="")
         write(self, champion, reason)
 
     monkeypatch.setattr(ModelCache, "refused", failing)
@@ -329,7 +329,7 @@ def test_no_decoder_to_be_had_is_503(models, video, tmp_path):
             await until(ready(client))
             for _ in range(3):
                 answer = await send(client, video)
-                assert answer.status_code == 503 and "decode_memory" in answer.json()["mend"]
+                assert answer.status_code == 503 and "decode_memory" in answer.json()["fix"]
 
     asyncio.run(story())
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from sora.serving.predictor import predict_files
+from sora.runtime.predictor import predict_files
 from sora.serving.source import ModelCache
 from tests.bombs import animated_png, many_streams, motion_jpeg
 from tests.serving.inside import ready, running, send, until

@@ -31,7 +31,7 @@ def answered(client, video):
 def _problem(answer: httpx.Response, status: int, kind: str) -> dict:
     assert answer.status_code == status, answer.text
     document = answer.json()
-    assert document["type"] == f"urn:sora:problem:{kind}" and document["mend"]
+    assert document["type"] == f"urn:sora:problem:{kind}" and document["fix"]
     return document
 
 
@@ -121,7 +121,7 @@ def test_several_files_get_an_answer_or_a_problem_each(models, video, tmp_path):
                 assert one["label"] == expected["label"] and one["version"] == 1
                 assert one["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-4)
             assert [one["rule"] for one in found[1:3]] == ["not_a_video", "not_a_video"]
-            assert all(one["status"] == 422 and one["mend"] for one in found[1:3])
+            assert all(one["status"] == 422 and one["fix"] for one in found[1:3])
             assert service.active == 0 and not list(service.folder.iterdir())
 
     asyncio.run(story())

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from sora.client import Answer, Client
-from sora.errors import ApiProblem, InputError, ServiceError
+from sora.core.errors import ApiProblem, InputError, ServiceError
 from sora.serving.tokens import TokenFile
 from tests.serving.conftest import CLASSES
 from tests.serving.standing import Standing, free_port
@@ -70,7 +70,7 @@ def test_refusals_carry_the_problem_document(sora, tmp_path):
         sora.predict(text)
     problem = refused.value
     assert problem.status == 422 and problem.kind == "not-a-video" and problem.problem["rule"] == "not_a_video"
-    assert problem.mend and "video" in str(problem)
+    assert problem.fix and "video" in str(problem)
     text.write_bytes(bytes(2_100_000))
     with pytest.raises(ApiProblem) as large:
         sora.predict(text)
@@ -110,7 +110,7 @@ def test_a_token(api, video):
             assert client.predict(video).version == 1
         with Client(str(api.client.base_url), token="wrong") as client, pytest.raises(ApiProblem) as refused:
             client.model()
-        assert refused.value.status == 401 and refused.value.mend
+        assert refused.value.status == 401 and refused.value.fix
     finally:
         file.path.unlink()
 
@@ -175,7 +175,7 @@ def _fill(descriptor: int, data: bytes) -> None:
         pipe.write(data)
 
 
-BUSY = (429, {"Retry-After": "0", "Content-Type": "application/problem+json"}, b'{"detail": "busy", "mend": "wait"}')
+BUSY = (429, {"Retry-After": "0", "Content-Type": "application/problem+json"}, b'{"detail": "busy", "fix": "wait"}')
 GOOD = (200, {}, json.dumps(ANSWER).encode())
 
 
@@ -211,7 +211,7 @@ def test_it_does_not_wait_for_ever():
     with told(BUSY) as (address, server), Client(address, retries=2) as client:
         with pytest.raises(ApiProblem) as busy:
             client.predict(io.BytesIO(b"x"))
-        assert len(server.seen) == 3 and busy.value.status == 429 and busy.value.mend == "wait"
+        assert len(server.seen) == 3 and busy.value.status == 429 and busy.value.fix == "wait"
 
 
 @pytest.mark.parametrize("status", [400, 401, 413, 422, 500, 502, 504, 507])

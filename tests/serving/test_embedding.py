@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from sora.client import Client
-from sora.serving.predictor import Predictor, clips_of
+from sora.runtime.predictor import Predictor, clips_of
 from sora.serving.source import ModelCache
 from tests.serving.inside import ready, running, until
 from tests.serving.standing import standing

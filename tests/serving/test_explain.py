@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from sora.errors import ServiceError
+from sora.config.settings import Model, Serve
+from sora.core.errors import ServiceError
+from sora.core.records import ClipSpec, Recipe
 from sora.model import attribution, classifier
-from sora.records import ClipSpec, Recipe
+from sora.runtime.predictor import Predictor
 from sora.serving.app import create_app
 from sora.serving.batcher import Batcher
 from sora.serving.explain import GRID, _coarse, weighed
-from sora.serving.predictor import Predictor
 from sora.serving.source import ModelCache
-from sora.settings import Model, Serve
 from tests.serving.conftest import CLASSES
 
 SEEN = ClipSpec(frames=8, height=32, width=32)

@@ -117,7 +117,7 @@ def test_predicting(api, document, video, data):
     event(f"status {answer.status_code}")
     if answer.status_code == 200:
         for one in answer.json().get("answers", [answer.json()]):
-            assert "mend" in one or abs(sum(one["probabilities"].values()) - 1) < 1e-6
+            assert "fix" in one or abs(sum(one["probabilities"].values()) - 1) < 1e-6
 
 
 @settings(RUN, max_examples=60)
@@ -130,7 +130,7 @@ def test_other_methods_and_addresses(api, document, method, path):
         assert answer.status_code in (404, 405)
         if method != "HEAD":
             problem = answer.json()
-            assert problem["status"] == answer.status_code and problem["mend"]
+            assert problem["status"] == answer.status_code and problem["fix"]
 
 
 @settings(RUN, max_examples=40)

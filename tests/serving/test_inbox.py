@@ -11,14 +11,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from sora.data.inbox import Inbox
-from sora.errors import ServiceError
-from sora.records import ModelVersion
+from sora.config.settings import Project, Serve
+from sora.core.errors import ServiceError
+from sora.core.records import ModelVersion
+from sora.dataset.corrections import Inbox
 from sora.serving import card as card_module
 from sora.serving.app import create_app
 from sora.serving.source import ModelCache
 from sora.serving.tokens import TokenFile, Tokens
-from sora.settings import Project, Serve
 from tests.serving.conftest import CLASSES
 from tests.videos import make_video
 
@@ -74,7 +74,7 @@ def test_a_correction_from_sending_to_data(project, models, video):
             assert clip.headers["content-disposition"].startswith("attachment")
             address = f"/v1/corrections/{entry['id']}"
             refused = await client.post(f"{address}/accept")  # a table could hold this label, a folder can't
-            assert refused.status_code == 409 and refused.json()["mend"]
+            assert refused.status_code == 409 and refused.json()["fix"]
             assert (await client.post(f"{address}/accept", params={"label": "swim"})).status_code == 409
             accepted = await client.post(f"{address}/accept", params={"label": "sit"})
             assert accepted.status_code == 200 and "sora run" in accepted.json()["next"]
@@ -110,7 +110,7 @@ def test_what_is_no_correction_is_not_stored(project, models, video, tmp_path):
                 {"version": "9" * 30}, {"version": "²"}, {"label": "../../x"},
             ):  # fmt: skip
                 answer = await correct(client, video, **fields)
-                assert answer.status_code == 422 and answer.json()["mend"], answer.text
+                assert answer.status_code == 422 and answer.json()["fix"], answer.text
             files = {"file": (video.name, video.read_bytes())}
             assert (await client.post("/v1/corrections", files=files, data={"label": "sit"})).status_code == 422
             assert (await client.post("/v1/corrections", data=SAID)).status_code == 415  # no multipart without a file
@@ -231,7 +231,7 @@ def test_reviewing_is_a_right_of_its_own(project, models, video):
                 client.headers["authorization"] = f"Bearer {token}"
                 for answer in await asked():
                     assert answer.status_code == 403 and answer.json()["type"].endswith("no-review"), answer.text
-                    assert "--review" in answer.json()["mend"]
+                    assert "--review" in answer.json()["fix"]
             client.headers["authorization"] = f"Bearer {boss}"
             (waiting,) = (await client.get("/v1/corrections")).json()["entries"]
             assert waiting["id"] == entry["id"]
@@ -328,7 +328,7 @@ def test_only_the_own_page_and_programs_change_anything(project, models, video, 
             waiting = (await client.get("/v1/corrections")).json()["entries"]
             assert len(waiting) == (status == 201)
             if status == 403:
-                assert answer.json()["mend"]
+                assert answer.json()["fix"]
                 for address in ("v1/predict", "v1/explain", f"v1/corrections/{'0' * 64}/accept"):
                     assert (await client.post(f"/{address}")).status_code == 403
                 assert (await client.delete("/v1/model")).status_code == 403

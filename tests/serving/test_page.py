@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sora.data.inbox import Inbox
+from sora.config.settings import Project
+from sora.dataset.corrections import Inbox
 from sora.serving.source import ModelCache
-from sora.settings import Project
 from tests.programs import needs
 from tests.serving.browser import chromium
 from tests.serving.conftest import CLASSES, make_model

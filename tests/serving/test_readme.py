@@ -57,7 +57,7 @@ def test_curl(api, repository, folder):
                     assert (folder / saved[1]).read_bytes()[:4] == b"\x89PNG", line
                     continue
                 answer = json.loads(done.stdout)
-                assert "mend" not in answer, f"{line}\n{answer}"
+                assert "fix" not in answer, f"{line}\n{answer}"
                 if "a.mp4" in line:
                     assert [one["filename"] for one in answer["answers"]] == ["a.mp4", "b.mp4"]
                 elif "timeline" in line:

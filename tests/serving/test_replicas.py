@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sora.client import Client
-from sora.errors import SoraError
-from sora.processes import start_child
+from sora.core.errors import SoraError
+from sora.core.processes import start_child
 from sora.serving.source import ModelCache
 from sora.serving.tokens import TokenFile
 from tests.programs import find, needs

@@ -16,16 +16,17 @@ import httpx
 import psutil
 import pytest
 
-from sora import lifecycle, services
-from sora.errors import InputError, ServiceError
-from sora.processes import start_child
-from sora.records import EvalReport
+from sora.config.settings import Project
+from sora.core.errors import InputError, ServiceError
+from sora.core.processes import start_child
+from sora.core.records import EvalReport
+from sora.operations import servers as services
 from sora.registry import Registry
+from sora.runtime import lifecycle
 from sora.serving.guard import is_loopback, names_this_machine
 from sora.serving.run import read_tokens, run
 from sora.serving.server import listen
 from sora.serving.tokens import TokenFile
-from sora.settings import Project
 from tests.serving.conftest import CLASSES, Made, other_golden
 from tests.serving.standing import Standing
 
@@ -81,7 +82,7 @@ def test_it_follows_the_champion_of_a_real_registry(models, video, tmp_path, cap
         registry = Registry(str(addresses.mlflow_tracking_uri), "tested", services.login(project, "mlflow"))
         assert [register(registry, made) for made in models] == [1, 2]
     with serving(project) as it:  # no MLflow server is up: it starts one
-        it.until(lambda: "sora run" in it.client.get("/readyz").json().get("mend", ""))
+        it.until(lambda: "sora run" in it.client.get("/readyz").json().get("fix", ""))
         promote(project, 1)
         it.until(serves(it, 1))
         body = it.send(video).json()

@@ -50,20 +50,22 @@ def nothing_is_left(server):
 
 
 def _decoders(server: Standing) -> list[psutil.Process]:
-    return [child for child in psutil.Process(server.process.pid).children() if "sora.video.decoder" in child.cmdline()]
+    return [
+        child for child in psutil.Process(server.process.pid).children() if "sora.media.video.child" in child.cmdline()
+    ]
 
 
 def _problem(answer: httpx.Response, status: int) -> dict:
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
     document = answer.json()
-    assert document["status"] == status and document["mend"] and document["detail"] and document["title"]
+    assert document["status"] == status and document["fix"] and document["detail"] and document["title"]
     assert document["type"].startswith("urn:sora:problem:")
     return document
 
 
 def test_a_video_is_answered(server, models, video):
-    from sora.serving.predictor import predict_files
+    from sora.runtime.predictor import predict_files
 
     answer = server.send(video)
     assert answer.status_code == 200, answer.text
@@ -114,7 +116,7 @@ def test_openapi_describes_it(server):
     answers = document["paths"]["/v1/predict"]["post"]["responses"]
     for status in ("413", "422", "429", "503"):
         schema = answers[status]["content"]["application/problem+json"]["schema"]
-        assert set(schema["required"]) == {"type", "title", "status", "detail", "mend"}
+        assert set(schema["required"]) == {"type", "title", "status", "detail", "fix"}
     assert server.client.get("/docs").status_code == 404  # it would load scripts from elsewhere
 
 
@@ -346,7 +348,7 @@ def test_a_version_that_fails_is_refused_and_reported(server, models, video):
     registry.remember(bad)
     server.until(lambda: server.client.get("/v1/model").json()["following"]["refused"], 60)
     refused = server.client.get("/v1/model").json()["following"]["refused"]
-    assert refused["version"] == 9 and "differs" in refused["reason"] and refused["mend"]
+    assert refused["version"] == 9 and "differs" in refused["reason"] and refused["fix"]
     assert server.send(video).json()["version"] == 1
     assert "sora_model_refusals_total 1.0" in server.client.get("/metrics").text
     models[0].promote(registry)
@@ -365,7 +367,7 @@ def _damaged(registry: ModelCache, made, recipe) -> str:
 
 
 def _expected(models, video: Path) -> list[dict]:
-    from sora.serving.predictor import predict_files
+    from sora.runtime.predictor import predict_files
 
     return [predict_files([video], made.file, made.recipe, made.version)[0] for made in models]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sora.errors import InputError, ServiceError
+from sora.core.errors import InputError, ServiceError
 from sora.serving.metrics import Metrics
 from sora.serving.source import ModelCache
 from sora.serving.tokens import MAX_TOKENS, TokenFile, Tokens
@@ -147,7 +147,7 @@ def test_a_running_server_follows_them(models, video, tmp_path, file, lines):
             assert (await client.get("/v1/model", headers={"host": "sora.example"})).status_code == 200
             file.revoke("phone")
             refused = await send(client, video)
-            assert refused.status_code == 401 and "sora token add" in refused.json()["mend"]
+            assert refused.status_code == 401 and "sora token add" in refused.json()["fix"]
 
     asyncio.run(story())
 
@@ -165,7 +165,7 @@ def test_the_verbs(tmp_path: Path):
     assert "boss  (may review)" in sora(tmp_path, "token", "list").stdout
     sora(tmp_path, "token", "revoke", "boss")
     again = sora(tmp_path, "token", "add", "phone")
-    assert again.returncode == 2 and "mend:" in again.stderr and not again.stdout
+    assert again.returncode == 2 and "fix:" in again.stderr and not again.stdout
     assert json.loads(sora(tmp_path, "token", "revoke", "phone", "--json").stdout) == {"name": "phone", "left": 1}
     assert "nobody may call" in sora(tmp_path, "token", "revoke", "tablet").stdout
     assert sora(tmp_path, "token", "revoke", "tablet").returncode == 2

@@ -20,7 +20,7 @@ $("form").addEventListener("submit", (event) => {
   if (!file || busy) return;
   if (file.size > model.maxBytes) {
     return showProblem({
-      title: "Too large", detail: `${file.name} has ${bytes(file.size)}.`, mend: `At most ${bytes(model.maxBytes)}.`,
+      title: "Too large", detail: `${file.name} has ${bytes(file.size)}.`, fix: `At most ${bytes(model.maxBytes)}.`,
     });
   }
   const request = new XMLHttpRequest();

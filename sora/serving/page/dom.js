@@ -56,7 +56,7 @@ export function authorization() {
   return token ? { Authorization: `Bearer ${token}` } : {};
 }
 
-export const UNREACHABLE = { status: 0, title: "No answer", detail: "The connection broke.", mend: "Try again." };
+export const UNREACHABLE = { status: 0, title: "No answer", detail: "The connection broke.", fix: "Try again." };
 
 // A request to this server. Returns the response; throws the problem document where it is none of 2xx.
 export async function ask(path, options = {}) {
@@ -77,6 +77,6 @@ export function needToken() {
 
 export function problemBox(problem) {
   const box = make("div", "problem");
-  box.append(make("strong", "", problem.title), make("p", "", problem.detail), make("p", "quiet", problem.mend));
+  box.append(make("strong", "", problem.title), make("p", "", problem.detail), make("p", "quiet", problem.fix));
   return box;
 }

@@ -41,7 +41,7 @@ function row(entry) {
       const answer = await (await ask(`v1/corrections/${entry.id}/${verb}${query}`, { method: "POST" })).json();
       say($("inbox-said"), done(answer));
     } catch (problem) {
-      say($("inbox-said"), `${problem.detail} ${problem.mend}`);
+      say($("inbox-said"), `${problem.detail} ${problem.fix}`);
     }
     await refreshInbox();
     const next = $("inbox").querySelector("button"); // the focus would fall to the page's top

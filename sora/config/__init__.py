@@ -1,0 +1,1 @@
+"""params.yaml: every setting with its default and range, presets, and the paths of a project."""

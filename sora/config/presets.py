@@ -1,0 +1,55 @@
+"""Named sets of model settings: `model.preset` in params.yaml, and what `sora model describe PRESET` shows.
+
+A preset says what a left-out field of the section `model` is; a field that is given overrides it. It never touches
+other sections: clips are DVC's, and a changed model must not decode videos again. `clip` is what a preset was made for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sora.core.records import ClipSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """`model`: fields of `settings.Model` that differ from its defaults."""
+
+    about: str
+    model: Mapping[str, Any]
+    clip: ClipSpec = field(default_factory=ClipSpec)
+
+
+PRESETS: dict[str, Preset] = {
+    "demo": Preset(
+        "two CPU cores, seconds an epoch",
+        {"high_filters": (16, 32)},
+        ClipSpec(frames=12, height=64, width=64),
+    ),
+    "small": Preset("the defaults: a CPU, minutes for a few hundred clips", {}),
+    # A fourth level sees the 112 pixels' 4x4 remains, where width is cheap: 1.3 GFLOP a clip, twice those of `small`.
+    "base": Preset(
+        "one GPU, or patience",
+        {"low_filters": (16, 32, 64, 128), "high_filters": (48, 96, 192, 256), "embedding": 256},
+    ),
+    # Of the high network only its reading is learnt: what a few hundred clips are enough for.
+    "pretrained": Preset(
+        "little data: appearance as ImageNet taught it, motion from scratch",
+        {"backbone": "efficientnet-lite0"},
+    ),
+    # The reference article's worked case. Its 448 channels are the high network's; the low one adds motion.
+    "article": Preset(
+        "the reference article's case: 10 frames of 256x256, ten 256-vectors, one 256x256 matrix",
+        {
+            "low_filters": (16, 32, 64),
+            "high_filters": (64, 128, 256),
+            "key_frames": 10,
+            "fusion": "gram",
+            "gram_vectors": "frame",
+            "gram_width": 256,
+        },
+        ClipSpec(frames=10, height=256, width=256),
+    ),
+}

@@ -1,0 +1,74 @@
+"""Versions of what computes. What another version made is not reused; what the same version made is.
+
+Each constant below names what one part of Sora computes. **Give it a new name when its output changes, and only then**:
+a new `FACTS` decodes every video of every project again, a new `LEARNING` trains every project again. A change that
+leaves the output as it is (an import, a message, a plot's colour) leaves the name as it is, so nobody pays for it.
+`tests/test_provenance.py` computes every output from footage in this repository and fails when one changed and its name
+did not.
+
+The first names are those that earlier versions of Sora computed from their source, so that what they made is still
+good. New names are words: `facts-2`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import metadata
+from typing import Literal
+
+Stage = Literal["manifest", "validate", "shards"]
+
+# A video's facts: one row of the manifest, less its path and label (`sora.media.video.decode.inspect`).
+FACTS = "af61f5b0f8efdbea"
+# A video's clips (`sora.media.video.transform.prepare_clips`).
+CLIPS = "04c4a1d68573b206"
+# What each stage of dvc.yaml writes: also the defaults of the settings that it reads.
+STAGES: dict[Stage, str] = {
+    "manifest": "manifest-2",  # it remembers the limits under which a file was refused
+    "validate": "validate-2",  # too_large, too_slow, bad_name
+    "shards": "shards-2",  # the index holds digests
+}
+# Which video stands in which split (`sora.dataset.splits`), what training makes of them, and how the result is judged.
+LEARNING = "a968980f0982c29a"
+
+# The decoders under which the names above were given. Others may decode the same bytes to other pixels.
+DECODERS = {"av": "18.1.0", "opencv-python-headless": "5.0.0.93"}
+
+
+def facts() -> str:
+    """The name of what finds a video's facts: `FACTS`, with the decoders where they are others than `DECODERS`."""
+    return _with_decoders(FACTS)
+
+
+def clips() -> str:
+    """The name of what makes a video's clips: `CLIPS`, with the decoders where they are others than `DECODERS`."""
+    return _with_decoders(CLIPS)
+
+
+def stages(multilabel: bool = False, bounds: str = "") -> dict[Stage, str]:
+    """Stage of dvc.yaml → the name of what it computes; this is what preprocessing.lock holds.
+
+    Args:
+        multilabel: the project's head. Two stages read several labels of a video with it. It stands in the name, since
+            the dvc.yaml of projects made before this head can't depend on a setting that they do not have.
+        bounds: what a video may cost, where that is set otherwise than by default. It stands in the name for the same
+            reason.
+    """
+    names = dict(STAGES)
+    names["manifest"] = _with_decoders(names["manifest"])
+    names["shards"] = _with_decoders(names["shards"])
+    if multilabel:
+        for stage in ("manifest", "validate"):
+            names[stage] += "-multilabel"
+    if bounds:
+        names["manifest"] += f"-{hashlib.sha256(bounds.encode()).hexdigest()[:8]}"
+    return names
+
+
+def _with_decoders(name: str) -> str:
+    others = [
+        f"{package}-{installed}"
+        for package, expected in DECODERS.items()
+        if (installed := metadata.version(package)) != expected
+    ]
+    return "+".join([name, *others])

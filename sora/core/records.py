@@ -1,0 +1,210 @@
+"""The records that flow between Sora's parts: plain frozen dataclasses, with conversion to and from JSON only.
+
+VideoRecord → Manifest + ClipSpec → ClipWindow → (T,H,W,3) uint8 → shard + index → Batch → keras.Model
+→ EvalReport → ModelVersion(number, recipe, report, data_version) → Prediction
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+Outcome = Literal["promoted", "refused", "unchanged"]
+LABEL_SEPARATOR = "|"  # between several labels of one video (`sora.core.labels`)
+THRESHOLD = 0.5  # a multi-label model answers the classes that are at least so probable
+
+RULES: dict[str, str] = {
+    # rule → the fix that is printed with it
+    "bad_name": "rename the file or folder: its name is not UTF-8 (for many: `convmv -f latin1 -t utf8 -r`)",
+    "not_a_video": "remove the file or give it a name that is no video's (readme, licence, csv)",
+    "unreadable": "re-export the video; FFmpeg can't decode any frame of it",
+    "truncated": "copy the video again from its source: the file ends or breaks before its last frame",
+    "too_short": "use a longer video or lower validate.min_frames / validate.min_seconds",
+    "too_small": "use a larger picture or lower validate.min_side",
+    "too_large": "use a shorter or smaller video, or raise the limits in params.yaml (of data/ under `validate`, of "
+    "calls under `serve`)",
+    "too_slow": "cut the video or scale it down, or raise validate.max_decode_seconds (of calls: serve.decode_timeout)",
+    "odd_frame_rate": "re-encode at a usual frame rate or widen validate.min_fps / validate.max_fps",
+    "unlabelled": "move the video into data/<class>/ or add it to data/labels.csv",
+    "unknown_label": "add the class to `classes` in params.yaml, or move the folder out of data/",
+    "duplicate": "nothing to do: the first copy by path is used",
+    "label_conflict": "the same bytes carry two labels: keep the right one and remove the other",
+    "split_conflict": "it ties a train to a test video (same group, near-duplicate): leave it out or fix its group",
+    "symlink": "replace the link by the file itself (cp -L): DVC does not version what a link points to",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class VideoRecord:
+    """One row of the manifest: what one file is, found by decoding all of it once.
+
+    `path` is relative to the data folder, with forward slashes. A file that can't be used still has a row: `error` is
+    then a rule of `RULES`, `detail` says what was found, and the facts that were not found are 0, "" or None.
+    """
+
+    path: str
+    sha256: str
+    bytes: int
+    label: str | None
+    group: str | None
+    codec: str
+    width: int  # pixels, upright (after rotation)
+    height: int
+    rotation: int  # degrees clockwise that the player must turn the stored picture: 0, 90, 180, 270
+    frames: int  # that really decode
+    fps: float  # frames a second, from the timestamps of decoded frames
+    duration: float  # seconds, first to last decoded frame plus one frame
+    audio: bool
+    brightness: float  # mean luma of sampled frames, 0 to 255
+    signature: str  # hex: three 64-bit difference hashes; "" where the picture has too little texture to tell
+    error: str | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A quarantined video: `path` and a rule of `RULES`. A list entry only; the file is never touched."""
+
+    path: str
+    rule: str
+    detail: str
+    sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ClipSpec:
+    """How a video becomes clips of `(frames, height, width, 3) uint8`. Travels inside every registered model."""
+
+    frames: int = 16
+    height: int = 112
+    width: int = 112
+    sampling: Literal["uniform", "window"] = "uniform"
+    window_seconds: float = 2.0  # window sampling: the span that one clip covers
+    max_clips: int = 8  # window sampling: at most so many clips a video, evenly spread
+    aspect: Literal["stretch", "crop", "pad"] = "crop"
+    gamma: float = 1.0  # below 1 brightens dark footage; 1 leaves it
+    equalise: Literal["none", "histogram", "clahe"] = "none"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> ClipSpec:
+        return cls(**value)
+
+
+@dataclass(frozen=True, slots=True)
+class ClipWindow:
+    """One clip of a video: the indices, in decoding order of shown frames, that it is made of. May repeat an index."""
+
+    clip: int  # 0, 1, … within the video
+    indices: tuple[int, ...]
+
+
+def schema_of(multilabel: bool) -> int:
+    """Of a recipe. A Sora that knows no multi-label model reads schema 1 only: it would answer by a softmax."""
+    return 2 if multilabel else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a model needs besides its weights to answer for a file. Stored with the registered model."""
+
+    clip: ClipSpec
+    classes: tuple[str, ...]
+    temperature: float = 1.0  # softmax(logits / temperature) is calibrated; of a multi-label model the sigmoid
+    schema: int = 1  # see `schema_of`
+    golden: tuple[dict[str, Any], ...] = ()  # [{"seed": int, "probabilities": [...]}]: answers to made-up clips
+    model_sha256: str = ""  # of the model file: loading verifies it
+    views: tuple[str, ...] = ()  # of each clip besides itself, averaged (see `sora.store.augment.views`)
+    unsure_below: float | None = None  # an answer of less confidence is unsure; None: no answer is
+    multilabel: bool = False  # classes don't exclude each other: a video may have several, or none
+
+    def to_dict(self) -> dict[str, Any]:
+        lists = {"classes": list(self.classes), "golden": list(self.golden), "views": list(self.views)}
+        return {**asdict(self), **lists}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Recipe:
+        return cls(
+            clip=ClipSpec.from_dict(value["clip"]),
+            classes=tuple(value["classes"]),
+            temperature=float(value["temperature"]),
+            schema=int(value["schema"]),
+            golden=tuple(value.get("golden", ())),
+            model_sha256=value.get("model_sha256", ""),
+            views=tuple(value.get("views", ())),
+            unsure_below=value.get("unsure_below"),
+            multilabel=value.get("multilabel", False),
+        )
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """One model on one split. `metrics` has flat names ("accuracy", "macro_f1", "ece", "log_loss", "latency_ms" …).
+
+    `videos` holds one entry a video, in the order of sha256: {"sha256", "path", "label", "predicted", "probabilities"}.
+    Of a multi-label model both are joined labels (`sora.core.labels`), "" for none: equal is an exact match.
+    """
+
+    split: Split
+    classes: tuple[str, ...]
+    metrics: dict[str, float]
+    per_class: dict[str, dict[str, float]]  # class → {"recall", "low", "high", "precision", "support"}
+    confusion: list[list[int]]  # rows: true class, columns: predicted class; of a multi-label model none
+    # [{"slice": "brightness", "value": "dark", "videos": n, "accuracy": a, "low", "high"}]
+    slices: list[dict[str, Any]]
+    videos: list[dict[str, Any]]
+    temperature: float
+    multilabel: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "classes": list(self.classes)}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> EvalReport:
+        return cls(**{**value, "classes": tuple(value["classes"])})
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the gate says: `promote`, with the reasons in words; `evidence` holds the numbers behind them."""
+
+    promote: bool
+    reasons: tuple[str, ...]
+    evidence: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """One registered version, as `sora models` shows it."""
+
+    version: int
+    aliases: tuple[str, ...]
+    metrics: dict[str, float]
+    data_version: str
+    created: str  # ISO 8601, UTC
+    decision: str  # promoted | refused | rolled_back | manual | pending
+    reasons: tuple[str, ...]
+    run_id: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "aliases": list(self.aliases), "reasons": list(self.reasons)}
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The answer for one video. `label` is the most probable class, of a multi-label model too."""
+
+    label: str
+    probabilities: dict[str, float]
+    version: int
+    unsure: bool | None = None  # None: the model has no threshold
+    labels: tuple[str, ...] | None = None  # of a multi-label model: all that it answers, the likeliest first
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the contract has it: `unsure` only where there is a threshold, `labels` only of a multi-label model."""
+        value = {name: value for name, value in asdict(self).items() if value is not None}
+        return value if self.labels is None else {**value, "labels": list(self.labels)}

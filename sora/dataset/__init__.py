@@ -1,0 +1,1 @@
+"""What a data folder is: scan, manifest, quality, splits, corrections, versions."""

@@ -1,0 +1,315 @@
+"""The split ledger as a file: its rows, what a judged run recorded of them, and how lost rows come back.
+
+`splits.csv` decides which videos the test figures are about. A row that is lost is dealt anew, and then yesterday's
+training videos stand in today's test split: the figures rise and mean nothing. So each run stores the ledger with
+itself, and the next one compares: what was recorded must still be there, word for word. Rows may only be added.
+
+Standard library only: `sora doctor` reads ledgers too.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sora.config.settings import Project
+from sora.core.errors import InputError, SplitsLost
+from sora.core.files import atomic, writing
+from sora.core.records import SPLITS
+from sora.dataset.versioning.dvc import git
+
+COLUMNS = ("sha256", "split", "group")
+RESTORE = "`sora splits restore` brings back what was recorded, and keeps new rows"
+_HEADER = ",".join(COLUMNS)
+_HEXADECIMAL = frozenset("0123456789abcdef")
+_BY_HAND = (
+    "`sora splits restore` brings back what a judged run recorded; or restore it from git (`git checkout splits.csv`), "
+    "or correct that line; Sora never guesses a split"
+)
+ANEW = "to deal all videos anew on purpose, give the project another `name` in params.yaml: a new history begins"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One video. `group` is "" where none is known."""
+
+    sha256: str
+    split: str
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """The ledger that a judged run stored. `version` is None where the run registered none."""
+
+    run_id: str
+    version: int | None
+    rows: tuple[Row, ...]
+
+    @property
+    def name(self) -> str:
+        return f"version {self.version}" if self.version is not None else f"run {self.run_id[:8]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Recorded rows that a ledger lacks (`lost`) or has in another split (`moved`)."""
+
+    lost: tuple[Row, ...]
+    moved: tuple[Row, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.lost or self.moved)
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What `restore` did, in rows. `copy` is where the file lies that stood there before; None where none was changed.
+
+    `dropped` counts rows that were not recorded and contradict what was, or could not be read: those videos are dealt
+    by the next run.
+    """
+
+    source: str
+    rows: int
+    returned: int
+    corrected: int
+    kept: int
+    dropped: int
+    copy: str | None
+
+
+def parse(content: bytes, name: str) -> list[Row]:
+    """The rows of a ledger; a video that is listed twice with one split counts once.
+
+    Raises:
+        InputError: it is no ledger, ends in the middle of a line, or gives a video two splits.
+    """
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"can't read the split ledger {name}: {error}", fix=_BY_HAND) from error
+    if text and not text.endswith("\n"):
+        last = text.count("\n") + 1
+        torn = text.splitlines()[-1][:80]
+        raise InputError(f"{name}: line {last} is torn (no end of line): {torn!r}", fix=_BY_HAND)
+    if text.split("\n", 1)[0].rstrip("\r") != _HEADER:
+        raise InputError(f"{name}: the first line must be {_HEADER!r}, not {text[:80].splitlines()[:1]}", fix=_BY_HAND)
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))[1:]
+    except csv.Error as error:
+        raise InputError(f"{name} is no CSV: {error}", fix=_BY_HAND) from error
+    found: dict[str, Row] = {}
+    for number, cells in enumerate(rows, start=2):
+        row = _row(cells)
+        if row is None:
+            shown = ",".join(cells)[:100]
+            raise InputError(f"{name}: row {number} is not `sha256,split,group`: {shown!r}", fix=_BY_HAND)
+        known = found.setdefault(row.sha256, row)
+        if known.split != row.split:
+            raise InputError(
+                f"{name}: row {number} puts {row.sha256[:12]}… in {row.split}, an earlier one in {known.split}",
+                fix=_BY_HAND,
+            )
+    return list(found.values())
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of the ledger; none where there is no file.
+
+    Raises:
+        InputError: see `parse`; or the file can't be read.
+    """
+    return parse(content, str(path)) if (content := _content(path)) is not None else []
+
+
+def text(rows: Iterable[Row]) -> str:
+    """The file that holds these rows."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows((row.sha256, row.split, row.group) for row in rows)
+    return out.getvalue()
+
+
+def compare(recorded: Iterable[Row], now: Iterable[Row]) -> Difference:
+    """What of `recorded` is not in `now` any more."""
+    split = {row.sha256: row.split for row in now}
+    lost, moved = [], []
+    for row in recorded:
+        if row.sha256 not in split:
+            lost.append(row)
+        elif split[row.sha256] != row.split:
+            moved.append(row)
+    return Difference(tuple(lost), tuple(moved))
+
+
+def require(path: Path, recorded: Recorded | None, *, judged: bool = False) -> list[Row]:
+    """The rows of the ledger, which must hold all that the last judged run recorded.
+
+    Args:
+        recorded: None where no run was judged, or none whose ledger can be read.
+        judged: whether any run was.
+
+    Raises:
+        SplitsLost: rows are missing or changed, the file is damaged, or git's last commit has it and it is gone.
+        InputError: the file is damaged, and there is nothing to restore it from.
+    """
+    try:
+        rows = read(path)
+    except InputError as error:
+        if recorded is None:
+            raise
+        raise SplitsLost(f"{error.message}; {recorded.name} was judged on its splits", fix=RESTORE) from error
+    if recorded is None:
+        if not rows and (judged or _committed(path)):
+            who = "runs were judged on its splits" if judged else "git's last commit has it with rows"
+            raise SplitsLost(
+                f"{path} is gone or empty, and {who}: its videos would be dealt anew, and videos that models were "
+                "trained on would become test videos",
+                fix=f"`git checkout {path.name}`, or `sora restore` a backup; to deal all videos anew on purpose, "
+                f"commit the removal of {path.name} and give the project another `name` in params.yaml",
+            )
+        return rows
+    if found := compare(recorded.rows, rows):
+        raise SplitsLost(_words(path, recorded, found, len(rows)), fix=f"{RESTORE}; {ANEW}")
+    return rows
+
+
+def _words(path: Path, recorded: Recorded, found: Difference, rows: int) -> str:
+    what = []
+    if found.lost:
+        tests = sum(row.split == "test" for row in found.lost)
+        what.append(f"{len(found.lost)} of them are missing ({tests} test videos)")
+    if found.moved:
+        first = found.moved[0]
+        what.append(f"{len(found.moved)} stand in another split ({first.sha256[:12]}… was {first.split})")
+    state = f"{path} has {rows} rows" if path.exists() else f"{path} is missing"
+    return (
+        f"{recorded.name} was judged on {len(recorded.rows)} videos' splits, and {' and '.join(what)}: {state}. "
+        "Dealt anew, videos that models were trained on would become test videos, and every figure would flatter"
+    )
+
+
+def restore(path: Path, recorded: Recorded, *, copies: Path) -> Restored:
+    """Makes the ledger hold all that was recorded, and after it the rows added since that do not contradict it.
+
+    Contradicting are another split for the same video (what was recorded wins), and a split for a group all of whose
+    recorded videos stand elsewhere. A file that is changed is kept below `copies` first.
+
+    Raises:
+        DiskFull, ServiceError: it can't be written; the old file stands.
+    """
+    content = _content(path)
+    now, unread = _salvage(content or b"")
+    found = compare(recorded.rows, now)
+    own = {row.sha256 for row in recorded.rows}
+    sides: dict[str, set[str]] = {}
+    for row in recorded.rows:
+        if row.group:
+            sides.setdefault(row.group, set()).add(row.split)
+    new = [row for row in now if row.sha256 not in own]
+    kept = [row for row in new if row.split in sides.get(row.group, {row.split})]
+    dropped = unread + len(new) - len(kept)
+    copy: Path | None = None
+    if found or dropped or content is None:
+        if content is not None:
+            copy = _keep_copy(content, copies)
+        with atomic(path) as file:
+            file.write(text([*recorded.rows, *kept]).encode())
+    return Restored(
+        source=recorded.name,
+        rows=len(recorded.rows) + len(kept),
+        returned=len(found.lost),
+        corrected=len(found.moved),
+        kept=len(kept),
+        dropped=dropped,
+        copy=None if copy is None else str(copy),
+    )
+
+
+# --- the copy on this machine, for those who ask without a server ---------------------------------------------------
+
+
+def remember(project: Project, recorded: Recorded) -> None:
+    """Keeps what the last judged run recorded in `.sora/`, for `sora check` and `sora doctor`."""
+    value = {"name": project.settings().name, **asdict(recorded)}
+    place = _remembered_file(project)
+    with writing(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(place) as file:
+        file.write(json.dumps(value).encode())
+
+
+def remembered(project: Project) -> Recorded | None:
+    """What `remember` kept; None where nothing was, or where it is of another `name` or can't be read."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        value = json.loads(_remembered_file(project).read_text(encoding="utf-8"))
+        if value["name"] == project.settings().name:
+            rows = tuple(Row(**row) for row in value["rows"])
+            return Recorded(str(value["run_id"]), value["version"], rows)
+    return None
+
+
+def _remembered_file(project: Project) -> Path:
+    return project.state / "judged_splits.json"
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"can't read the split ledger {path}: {error}", fix=_BY_HAND) from error
+
+
+def _row(cells: Sequence[str]) -> Row | None:
+    if len(cells) != 3 or len(cells[0]) != 64 or not _HEXADECIMAL.issuperset(cells[0]) or cells[1] not in SPLITS:
+        return None
+    return Row(*cells)
+
+
+def _salvage(content: bytes) -> tuple[list[Row], int]:
+    """The rows of a damaged ledger that say one thing clearly, and how many lines do not."""
+    lines = content.split(b"\n")
+    torn = lines.pop()  # after the last end of line: nothing, or half a line
+    unread = int(bool(torn))
+    found: dict[str, Row | None] = {}
+    for number, line in enumerate(lines):
+        if not line.strip() or (number == 0 and line.strip() == _HEADER.encode()):
+            continue
+        row = None
+        with suppress(UnicodeDecodeError, csv.Error, StopIteration):
+            row = _row(next(csv.reader([line.decode("utf-8").rstrip("\r")], strict=True)))
+        if row is None:
+            unread += 1
+        elif row.sha256 not in found:
+            found[row.sha256] = row
+        elif (known := found[row.sha256]) is not None and known.split != row.split:
+            found[row.sha256] = None  # two splits: neither is believed
+    return [row for row in found.values() if row], unread + sum(row is None for row in found.values())
+
+
+def _keep_copy(content: bytes, folder: Path) -> Path:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    place = folder / f"splits-{datetime.now(UTC):%Y%m%dT%H%M%S%f}.csv"
+    with atomic(place) as file:
+        file.write(content)
+    return place
+
+
+def _committed(path: Path) -> bool:
+    """Whether git's last commit holds this ledger with rows."""
+    held = git(path.parent, "show", f"HEAD:./{path.name}")
+    return bool(held) and len(str(held).splitlines()) > 1

@@ -1,0 +1,344 @@
+"""Which video is for training, which for validation, which for the test: an append-only ledger, `splits.csv`.
+
+A video never changes its split as data grows; otherwise tomorrow's test set holds what today's champion learned. What
+belongs together is assigned together: a *unit* is a connected component of videos of one group (person, camera,
+source), near-duplicates and equal bytes. New units go where their classes are missing most; a new video that ties two
+splits together is quarantined as `split_conflict`.
+
+The ledger is a CSV of `sha256,split,group`, oldest row first. It is replaced as a whole (written beside, synced,
+renamed), so a crash leaves the old file or the new one, never half a line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from sora.config.settings import Settings
+from sora.core import labels
+from sora.core.errors import InputError, ServiceError
+from sora.core.files import atomic
+from sora.core.records import SPLITS, Rejection
+from sora.dataset import ledger as ledgers
+from sora.dataset import similar
+from sora.dataset.ledger import COLUMNS
+from sora.dataset.similar import near_duplicates
+
+__all__ = ["COLUMNS", "Assignment", "append", "assign", "digest", "near_duplicates", "read", "units"]
+
+_TRAIN, _VAL, _TEST = (SPLITS.index(name) for name in ("train", "val", "test"))
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What `assign` decided. `ledger` has the old rows first and unchanged, then `added` new ones."""
+
+    ledger: pd.DataFrame
+    added: int
+    rejections: list[Rejection] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read(path: Path) -> pd.DataFrame:
+    """The ledger, columns `sha256, split, group` (all text, "" for no group); empty where there is no file.
+
+    Raises:
+        InputError: the file is no ledger, ends in the middle of a line, or gives a video two splits.
+    """
+    rows = [(row.sha256, row.split, row.group) for row in ledgers.read(path)]
+    return pd.DataFrame({name: pd.Series([row[i] for row in rows], dtype=str) for i, name in enumerate(COLUMNS)})
+
+
+def append(path: Path, assignment: Assignment) -> None:
+    """Makes `path` hold `assignment.ledger`: all of it or, after a crash or on a full disk, nothing new.
+
+    Raises:
+        InputError: the file is damaged (see `read`).
+        ServiceError: it changed since `assign` read it, or can't be written; the old ledger stands.
+        DiskFull: no space; the old ledger stands.
+    """
+    if not assignment.added:
+        return
+    old = assignment.ledger.iloc[: len(assignment.ledger) - assignment.added]
+    now = read(path)
+    if len(now) != len(old) or not (now.to_numpy() == old.to_numpy()).all():
+        raise ServiceError(f"{path} changed while splits were assigned", fix="run the same command again")
+    with atomic(path) as file:
+        assignment.ledger.to_csv(file, index=False, columns=list(COLUMNS), lineterminator="\n")
+
+
+def digest(ledger: pd.DataFrame, sha256s: list[str]) -> str:
+    """One hash of the splits of these videos: the same whatever else the ledger holds and in whatever order.
+
+    Raises:
+        InputError: a video is not in the ledger.
+    """
+    split = dict(zip(ledger["sha256"], ledger["split"], strict=True))
+    missing = sorted(set(sha256s) - split.keys())
+    if missing:
+        raise InputError(f"{len(missing)} videos have no split yet: {missing[0][:12]}…", fix="run `sora run`")
+    lines = "".join(f"{sha},{split[sha]}\n" for sha in sorted(set(sha256s)))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def assign(accepted: pd.DataFrame, ledger: pd.DataFrame, settings: Settings) -> Assignment:
+    """Splits for the accepted videos that the ledger does not hold yet.
+
+    The result depends on the set of videos, the ledger and the settings, not on the order of the rows. Each class gets
+    a unit in train, then in test, then in val, before the shares are filled up; the larger units are placed first.
+    A video of several labels counts for each of them (as in Sechidis et al. 2011): combinations are not balanced.
+
+    Args:
+        accepted: rows of the manifest (`path, sha256, label, group, signature` are read).
+        ledger: as `read` returns it.
+    """
+    if accepted["sha256"].isin(ledger["sha256"]).all():
+        return Assignment(ledger=ledger[list(COLUMNS)], added=0)
+    order = np.argsort(accepted["sha256"].to_numpy(dtype="S64"), kind="stable")
+    if accepted["sha256"].duplicated().any():  # only with the duplicate rules off
+        order = np.lexsort((accepted["path"], accepted["sha256"]))
+    videos = accepted.iloc[order].reset_index(drop=True)
+    bits = settings.validate_.near_duplicate_bits if settings.validate_.duplicates else None
+    bound = _Bindings(videos, ledger)
+    unit = units(videos, bits)
+    reasons = _untangle(videos, bound, unit, bits)
+    kept = np.ones(len(videos), bool)
+    kept[list(reasons)] = False
+    split = _place(videos, unit, bound.split, kept, settings)
+    new = np.flatnonzero((bound.own < 0) & kept)
+    new = new[~videos["sha256"].iloc[new].duplicated().to_numpy()]
+    rows = pd.DataFrame(
+        {
+            "sha256": videos["sha256"].iloc[new].to_numpy(),
+            "split": [SPLITS[code] for code in split[new]],
+            "group": videos["group"].fillna("").iloc[new].to_numpy(),
+        },
+        columns=list(COLUMNS),
+        dtype=str,
+    )
+    rejections = [
+        Rejection(str(videos.at[i, "path"]), "split_conflict", why, str(videos.at[i, "sha256"]))
+        for i, why in reasons.items()
+    ]
+    return Assignment(
+        ledger=pd.concat([ledger[list(COLUMNS)], rows], ignore_index=True),
+        added=len(rows),
+        rejections=sorted(rejections, key=lambda rejection: rejection.path),
+        notes=_notes(videos[kept], unit[kept], split[kept], bound, settings.multilabel) if len(rows) else [],
+    )
+
+
+def units(videos: pd.DataFrame, bits: int | None) -> np.ndarray:
+    """Number of the unit of each video, `(videos,) int64`: what one of them is part of must not be divided.
+
+    Args:
+        videos: rows of the manifest (`sha256, group, signature` are read).
+        bits: two videos whose signatures differ in at most so many bits belong together; None: whatever they show.
+    """
+    names = videos["group"].fillna("")
+    pairs = np.empty((0, 2), np.int64) if bits is None else near_duplicates(videos, bits)
+    group, content = pd.factorize(names.where(names != ""))[0], pd.factorize(videos["sha256"])[0]
+    return _components(len(videos), pairs, group, content)
+
+
+class _Bindings:
+    """What the ledger says about the videos at hand, one number a video; -1 is "nothing".
+
+    `own`: the video's own split in the ledger. `group`, `content`: codes of its group and its bytes. `split`: its own
+    split, or else that of its group. `torn`: its group already stands in two splits.
+    """
+
+    def __init__(self, videos: pd.DataFrame, ledger: pd.DataFrame) -> None:
+        code = {name: number for number, name in enumerate(SPLITS)}
+        self.own = videos["sha256"].map(dict(zip(ledger["sha256"], ledger["split"].map(code), strict=True)))
+        self.own = self.own.fillna(-1).to_numpy(np.int64)
+        names = videos["group"].fillna("")
+        self.group, known = pd.factorize(names.where(names != ""))
+        self.content = pd.factorize(videos["sha256"])[0]
+        # A group is where the ledger put any member, gone ones included, and where known members are by now.
+        placed = np.zeros((len(known), len(SPLITS)), bool)
+        recorded = pd.Index(known).get_indexer(ledger["group"]) if len(known) else np.full(len(ledger), -1)
+        recorded_split = ledger["split"].map(code).to_numpy(np.int64)
+        placed[recorded[recorded >= 0], recorded_split[recorded >= 0]] = True
+        both = (self.group >= 0) & (self.own >= 0)
+        placed[self.group[both], self.own[both]] = True
+        sides = placed.sum(axis=1)
+        grouped = np.where(sides == 1, placed.argmax(axis=1), -1) if len(known) else np.empty(0, np.int64)
+        of_group = np.where(self.group >= 0, grouped[self.group] if len(known) else -1, -1)
+        self.split = np.where(self.own >= 0, self.own, of_group)
+        self.torn = (self.group >= 0) & (sides[self.group] > 1) if len(known) else np.zeros(len(videos), bool)
+        self.torn_groups = sorted(str(name) for name in known[sides > 1])
+
+
+def _components(count: int, pairs: np.ndarray, *codes: np.ndarray) -> np.ndarray:
+    """Component number of each video: joined by `pairs` and by equal, non-negative codes."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    links = [pairs]
+    for code in codes:
+        member = np.flatnonzero(code >= 0)
+        member = member[np.argsort(code[member], kind="stable")]
+        same = code[member[1:]] == code[member[:-1]]
+        links.append(np.stack([member[:-1][same], member[1:][same]], axis=1))
+    edges = np.concatenate(links).astype(np.int64)
+    if not count:
+        return np.empty(0, np.int64)
+    graph = coo_array((np.ones(len(edges), bool), (edges[:, 0], edges[:, 1])), shape=(count, count))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def _untangle(videos: pd.DataFrame, bound: _Bindings, unit: np.ndarray, bits: int | None) -> dict[int, str]:
+    """Takes units apart that touch two splits. Returns the new videos to reject, each with what it ties together.
+
+    Old videos stay where they are, whatever ties them. The new ones of such a unit are added to them one by one, in
+    the order of their hashes; one that would join two parts that stand in different splits is rejected, the others
+    stay. Changes `unit` and `bound.split` in place, so that afterwards every unit has at most one split.
+    """
+    placed = np.flatnonzero(bound.split >= 0)
+    first = np.full(unit.max(initial=-1) + 1, -1)
+    first[unit[placed]] = bound.split[placed]
+    mixed = np.zeros(len(first), bool)
+    mixed[unit[placed[bound.split[placed] != first[unit[placed]]]]] = True
+    mixed[unit[bound.torn]] = True
+    members = np.flatnonzero(mixed[unit])
+    if not len(members):
+        return {}
+    words, textured = similar.words(videos["signature"].iloc[members])
+    label = len(first) + np.arange(len(members))  # the part that a member belongs to
+    side = bound.split[members]
+    side[bound.own[members] < 0] = -1
+    present = bound.own[members] >= 0
+    of_group: dict[int, int] = {}  # new videos of one group hold together: the first of them
+    reasons: dict[int, str] = {}
+    for at in np.flatnonzero(~present).tolist():
+        i, group = int(members[at]), int(bound.group[members[at]])
+        if bound.torn[i]:
+            reasons[i] = f"its group {videos.at[i, 'group']!r} already stands in more than one split"
+            continue
+        tied = present & (bound.content[members] == bound.content[i])
+        if bits is not None and textured[at]:
+            tied |= present & textured & (similar.distance(words, words[at]) <= bits)
+        if group in of_group:
+            tied |= label == label[of_group[group]]
+        ties = {
+            int(side[other]): f"it is a near-duplicate of {videos.at[int(members[other]), 'path']} in {{}}"
+            for other in np.flatnonzero(tied & (side >= 0))[::-1]
+        }
+        if bound.split[i] >= 0:
+            ties[int(bound.split[i])] = f"its group {videos.at[i, 'group']!r} is in {{}}"
+        if len(ties) > 1:
+            reasons[i] = " and ".join(text.format(SPLITS[code]) for code, text in sorted(ties.items()))
+            continue
+        joined = np.isin(label, label[tied])
+        joined[at] = present[at] = True
+        label[joined] = label[at]
+        side[joined] = next(iter(ties), -1)
+        if group >= 0:
+            of_group.setdefault(group, at)
+    unit[members] = label
+    bound.split[members] = side
+    return reasons
+
+
+def _place(
+    videos: pd.DataFrame, unit: np.ndarray, bound: np.ndarray, keep: np.ndarray, settings: Settings
+) -> np.ndarray:
+    """Split number of each video, that of its unit; -1 for those not kept."""
+    kept = np.flatnonzero(keep)
+    chosen = np.full(len(videos), -1)
+    if not len(kept):
+        return chosen
+    # Units are numbered anew in the order in which they are placed: larger first, equals by a hash with the seed.
+    number, index, size = np.unique(unit[kept], return_index=True, return_counts=True)
+    first = videos["sha256"].to_numpy()[kept][index]  # rows are sorted by hash: the unit's smallest
+    shuffled = [hashlib.blake2b(f"{settings.split.seed}:{sha}".encode(), digest_size=8).digest() for sha in first]
+    order = sorted(range(len(number)), key=lambda u: (-size[u], shuffled[u]))
+    rank = np.empty(len(number), np.int64)
+    rank[order] = np.arange(len(number))
+    member_unit = rank[np.searchsorted(number, unit[kept])]
+    single = labels.single(videos["label"].iloc[kept].reset_index(drop=True), settings.multilabel)
+    label, classes = pd.factorize(single, sort=True)
+
+    key, count = np.unique(member_unit[single.index] * len(classes) + label, return_counts=True)
+    content: list[list[tuple[int, int]]] = [[] for _ in number]  # unit → [(class, videos)]
+    for k, n in zip(key.tolist(), count.tolist(), strict=True):
+        content[k // len(classes)].append((k % len(classes), n))
+
+    place = np.full(len(number), -1)
+    old = bound[kept] >= 0
+    place[member_unit[old]] = bound[kept][old]
+    shares = [0.0] * len(SPLITS)
+    shares[_VAL], shares[_TEST] = settings.split.val, settings.split.test
+    shares[_TRAIN] = 1 - settings.split.val - settings.split.test
+    total = np.bincount(label, minlength=len(classes))
+    target = [[share * n for n in total.tolist()] for share in shares]
+    have = [[0] * len(classes) for _ in SPLITS]
+
+    def put(u: int, split: int) -> None:
+        place[u] = split
+        for c, n in content[u]:
+            have[split][c] += n
+
+    for u in np.flatnonzero(place >= 0).tolist():
+        put(u, int(place[u]))
+    _cover(content, place, have, len(classes), put)
+    for u in np.flatnonzero(place < 0).tolist():
+        # The split where the squared distance to the wanted counts falls most, each count relative to what is wanted.
+        cost = [
+            sum(n / target[s][c] * (n - 2 * (target[s][c] - have[s][c])) for c, n in content[u])
+            for s in range(len(SPLITS))
+        ]
+        put(u, min((_TRAIN, _TEST, _VAL), key=cost.__getitem__))
+    chosen[kept] = place[member_unit]
+    return chosen
+
+
+def _cover(content: list[list[tuple[int, int]]], place: np.ndarray, have: list[list[int]], classes: int, put) -> None:
+    """Gives each class a unit in train, then test, then val, as far as its units go; the classes with fewest first."""
+    units: list[list[int]] = [[] for _ in range(classes)]
+    for u, parts in enumerate(content):
+        for c, _ in parts:
+            units[c].append(u)
+    scarce = sorted(range(classes), key=lambda c: (len(units[c]), c))
+    for step, split in enumerate((_TRAIN, _TEST, _VAL)):
+        for c in scarce:
+            if have[split][c] or len(units[c]) <= step:
+                continue
+            free = [u for u in units[c] if place[u] < 0]
+            if not free:
+                continue
+
+            def gain(u: int, split: int = split) -> tuple[int, int, int]:
+                missing = sum(1 for k, _ in content[u] if not have[split][k])
+                size = sum(n for _, n in content[u])
+                return (-missing, -size if split == _TRAIN else size, u)
+
+            put(min(free, key=gain), split)
+
+
+def _notes(videos: pd.DataFrame, unit: np.ndarray, split: np.ndarray, bound: _Bindings, multilabel: bool) -> list[str]:
+    notes = []
+    if (bound.group < 0).all():
+        notes.append(
+            "no groups are known (no `group` column in labels.csv, no split.group_pattern): videos of one person or "
+            "camera may stand on both sides, and then test figures flatter"
+        )
+    if bound.torn_groups:
+        shown = ", ".join(bound.torn_groups[:3])
+        notes.append(f"{len(bound.torn_groups)} groups already stand in more than one split ({shown}); none is moved")
+    single = labels.single(videos["label"].reset_index(drop=True), multilabel)
+    kept = pd.DataFrame({"label": single.to_numpy(), "unit": unit[single.index], "split": split[single.index]})
+    for label, rows in kept.groupby("label", sort=True):
+        lacking = [name for code, name in enumerate(SPLITS) if not (rows["split"] == code).any()]
+        if lacking:
+            count = rows["unit"].nunique()
+            notes.append(
+                f"class {label} has no video in {' and '.join(lacking)}: its {len(rows)} videos make only "
+                f"{count} independent {'unit' if count == 1 else 'units'}"
+            )
+    return notes

@@ -1,0 +1,1 @@
+"""Data versions and the preprocessing pipeline, by DVC."""

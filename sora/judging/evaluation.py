@@ -1,0 +1,336 @@
+"""Candidate and champion on the same current splits: logits, temperature, reports, page; in a child process.
+
+`run` is the parent's side and imports nothing heavy. The child (`python -m sora.judging.evaluation JOBFILE`) loads one model
+after the other, so that memory holds one; a champion whose clip spec differs from the shards' gets clips prepared from
+the videos with its own recipe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+
+import numpy as np
+
+from sora.config.settings import Validate
+from sora.core import labels
+from sora.core.errors import InputError, ServiceError, VideoError
+from sora.core.files import atomic
+from sora.core.processes import child_main, run_child
+from sora.core.records import ClipSpec, EvalReport, Recipe, Split, schema_of
+from sora.judging.report import measure
+from sora.media import pool
+from sora.store import augment
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sora.store.shards import ShardSet
+
+GOLDEN_SEEDS = (0, 1)
+JUDGED: tuple[Split, ...] = ("val", "test")
+LATENCY_CALLS = 20
+
+
+class EvalModel(TypedDict):
+    """One model to evaluate. Without a recipe it is fresh from training: it gets one, and a page."""
+
+    name: str  # of its folder below `EvalJob.out`, and its key in the result
+    file: str
+    recipe: dict[str, Any] | None
+    history: NotRequired[list[dict[str, float]]]  # of its training, the metrics of an epoch each; for the page
+
+
+@dataclass(frozen=True)
+class EvalJob:
+    """What the child needs, as JSON can carry it.
+
+    `table` is a parquet or CSV file with the columns of `sora.dataset.table.COLUMNS`. `data` is the folder that its paths
+    are relative to. `classes` are those of a fresh model, in the order of its logits.
+    """
+
+    shards: str
+    table: str
+    models: list[EvalModel]
+    classes: list[str]
+    data: str
+    out: str
+    batch: int = 16
+    title: str = ""  # of the page
+    views: list[str] = field(default_factory=list)  # of a fresh model, see `data.augment.views`
+    unsure_precision: float | None = None  # of a fresh model: wanted of the answers that are not unsure
+    multilabel: bool = False  # of a fresh model: a video may have several of the classes
+    bounds: dict[str, Any] = field(default_factory=dict)  # of videos decoded anew: the settings' section `validate`
+
+
+@dataclass(frozen=True)
+class EvalOutcome:
+    """One model's recipe and reports ("val" and "test").
+
+    `folder` holds report.json and, of a fresh model, index.html and the plots.
+    """
+
+    recipe: Recipe
+    reports: dict[str, EvalReport]
+    folder: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        reports = {split: report.to_dict() for split, report in self.reports.items()}
+        return {"recipe": self.recipe.to_dict(), "reports": reports, "folder": str(self.folder)}
+
+
+def run(
+    job: EvalJob, on_event: Callable[[dict[str, Any]], None] = lambda event: None, log: Path | None = None
+) -> dict[str, EvalOutcome]:
+    """Evaluates every model of the job in one child process.
+
+    Events: {"event": "evaluate", "name": model, "done": videos, "total": of so many}.
+
+    Raises:
+        InputError: a model file's digest is not its recipe's; a model answers for another number of classes.
+        ServiceError: the shards lack a video of the table, or the child died.
+        VideoError: a video can't be read any more (only where a champion's own clip spec needs it).
+    """
+    result = run_child("sora.judging.evaluation", asdict(job), on_event, log=log)
+    return {name: read(Path(job.out) / name) for name in result["models"]}
+
+
+def read(folder: Path) -> EvalOutcome:
+    """What an evaluation left in `folder`."""
+    stored = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    reports = {split: EvalReport.from_dict(report) for split, report in stored["reports"].items()}
+    return EvalOutcome(Recipe.from_dict(stored["recipe"]), reports, folder)
+
+
+def golden_clip(spec: ClipSpec, seed: int) -> np.ndarray:
+    """A made-up clip `(T, H, W, 3) uint8`: whoever loads the model asks it again and compares with the recipe."""
+    return np.random.default_rng(seed).integers(0, 256, (spec.frames, spec.height, spec.width, 3), np.uint8)
+
+
+def file_digest(path: Path) -> str:
+    """sha256, hexadecimal.
+
+    Raises:
+        InputError: the file can't be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(
+            f"can't read the model {path}: {error.strerror}", fix="give the file that training left"
+        ) from error
+
+
+# ---- the child's side ----
+
+
+def evaluate(value: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Body of the child: evaluates the models of the job and leaves a folder each."""
+    import pandas as pd
+
+    from sora.store.shards import ShardSet
+
+    job = EvalJob(**value)
+    table = pd.read_parquet(job.table) if job.table.endswith(".parquet") else pd.read_csv(job.table)
+    table = table[table["split"].isin(JUDGED)].sort_values("sha256", ignore_index=True)
+    shards = ShardSet.open(Path(job.shards))
+    for model in job.models:
+        folder = Path(job.out) / model["name"]
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe, reports, raw = _evaluate_one(job, model, table, shards, emit)
+        if model["recipe"] is None:
+            from sora.judging.report import page
+
+            page.write(folder, reports, raw_test=raw, shards=shards, history=model.get("history", ()), title=job.title)
+        with atomic(folder / "report.json") as file:  # last: a folder with it is complete
+            stored = EvalOutcome(recipe, reports, folder).to_dict()
+            file.write(json.dumps(stored, indent=1, allow_nan=False).encode())
+    return {"models": [model["name"] for model in job.models]}
+
+
+def _evaluate_one(
+    job: EvalJob, model: EvalModel, table: pd.DataFrame, shards: ShardSet, emit: Callable[[dict[str, Any]], None]
+) -> tuple[Recipe, dict[str, EvalReport], np.ndarray]:
+    """(recipe, reports, probabilities of the test split before calibration)."""
+    digest = file_digest(Path(model["file"]))
+    if model["recipe"] is None:
+        recipe = Recipe(
+            clip=shards.spec,
+            classes=tuple(job.classes),
+            model_sha256=digest,
+            views=tuple(job.views),
+            schema=schema_of(job.multilabel),
+            multilabel=job.multilabel,
+        )
+    else:
+        recipe = Recipe.from_dict(model["recipe"])
+        if recipe.model_sha256 and recipe.model_sha256 != digest:
+            raise InputError(
+                f"the model file of {model['name']} has sha256 {digest}, its recipe says {recipe.model_sha256}",
+                fix="fetch that version again; the file was altered or is another version's",
+            )
+    network = _load(Path(model["file"]), recipe)
+    # Of a class that the model never heard of it can't be right; the gate reports such classes apart.
+    known, truths = _known(table, recipe)
+    logits, owner = _logits(network, _clips(known, shards, recipe, job), len(known), job.batch, model["name"], emit)
+    if not np.isfinite(logits).all():
+        raise ServiceError(
+            f"the model {model['name']} answers with NaN: its training diverged", fix="lower train.learning_rate"
+        )
+
+    parts: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, pd.DataFrame]] = {}
+    for split in JUDGED:
+        chosen = np.flatnonzero((known["split"] == split).to_numpy())
+        clips = np.isin(owner, chosen)
+        parts[split] = logits[clips], np.searchsorted(chosen, owner[clips]), truths[chosen], known.iloc[chosen]
+    if model["recipe"] is None:
+        recipe = replace(recipe, temperature=measure.fit_temperature(*parts["val"][:3]))
+        if job.unsure_precision is not None:
+            recipe = replace(recipe, unsure_below=_unsure_below(parts["val"], recipe, job.unsure_precision))
+        recipe = replace(recipe, golden=tuple(_golden(network, recipe, seed) for seed in GOLDEN_SEEDS))
+    latency = _latency(network, recipe)
+    reports: dict[str, EvalReport] = {}
+    for split in JUDGED:
+        some, whose, truth, rows = parts[split]
+        # The last one, of the test split, is returned.
+        raw = measure.video_probabilities(some, whose, len(truth), multilabel=recipe.multilabel)
+        extra = {"latency_ms": latency}
+        if len(truth):
+            extra["ece_uncalibrated"] = measure.expected_calibration_error(*measure.decisions(raw, truth))
+        served = measure.video_probabilities(some, whose, len(truth), recipe.temperature, recipe.multilabel)
+        if recipe.unsure_below is not None:
+            extra |= {"unsure_below": recipe.unsure_below}
+            extra |= measure.selective(served.max(axis=1), served.argmax(axis=1) == truth, recipe.unsure_below)
+        reports[split] = measure.report(
+            split,
+            recipe.classes,
+            truth,
+            served,
+            sha256=rows["sha256"].tolist(),
+            paths=rows["path"].tolist(),
+            facts={name: rows[name].tolist() for name in ("brightness", "duration", "codec", "group") if name in rows},
+            temperature=recipe.temperature,
+            metrics=extra,
+        )
+    return recipe, reports, raw
+
+
+def _known(table: pd.DataFrame, recipe: Recipe) -> tuple[pd.DataFrame, np.ndarray]:
+    """The videos that have a class of the recipe, and their labels as `measure` takes them."""
+    if recipe.multilabel:
+        hot = labels.hot(table["label"], recipe.classes)
+        has = hot.any(axis=1)
+        return table[has].reset_index(drop=True), hot[has]
+    known = table[table["label"].isin(recipe.classes)].reset_index(drop=True)
+    return known, known["label"].map({name: i for i, name in enumerate(recipe.classes)}).to_numpy(int)
+
+
+def _unsure_below(part: tuple[np.ndarray, np.ndarray, np.ndarray, Any], recipe: Recipe, precision: float) -> float:
+    logits, owner, truth, _ = part
+    served = measure.video_probabilities(logits, owner, len(truth), recipe.temperature)
+    return measure.unsure_below(served.max(axis=1, initial=0), served.argmax(axis=1) == truth, precision)
+
+
+def _load(path: Path, recipe: Recipe) -> Any:
+    import keras
+
+    import sora.model.classifier  # noqa: F401  (registers the layers that the file names)
+
+    try:
+        model = keras.saving.load_model(path, compile=False, safe_mode=True)
+    except (ValueError, TypeError, OSError, KeyError) as error:
+        raise InputError(
+            f"can't load the model {path}: {error}", fix="train again, or fetch the version again"
+        ) from error
+    spec = recipe.clip
+    shape = (None, spec.frames, spec.height, spec.width, 3)
+    if model.input_shape != shape or model.output_shape != (None, len(recipe.classes)):
+        raise InputError(
+            f"the model {path} turns {model.input_shape} into {model.output_shape}, its recipe needs {shape} into "
+            f"(None, {len(recipe.classes)})",
+            fix="evaluate the model with the parameters that it was trained with",
+        )
+    return model
+
+
+def _clips(table: pd.DataFrame, shards: ShardSet, recipe: Recipe, job: EvalJob) -> Iterator[np.ndarray]:
+    """The clips of one video after the other, in all views: from the shards, or prepared anew for another spec."""
+    if recipe.clip != shards.spec:
+        bounds = pool.Bounds.of_data(Validate.model_validate(job.bounds))
+        for clips in pool.in_order((Path(job.data) / path for path in table["path"]), recipe.clip, bounds):
+            if isinstance(clips, VideoError):
+                raise clips
+            yield augment.views(clips, recipe.views)
+        return
+    rows = shards.index.groupby("sha256").indices
+    missing = [row.path for row in table.itertuples() if row.sha256 not in rows]
+    if missing:
+        raise ServiceError(
+            f"the shards lack {len(missing)} video(s) of the splits, among them {missing[0]}",
+            fix="`sora run` prepares what is missing",
+        )
+    for sha256 in table["sha256"]:
+        yield augment.views(shards.clips(rows[sha256]), recipe.views)
+
+
+def _logits(
+    model: Any,
+    clips: Iterator[np.ndarray],
+    videos: int,
+    batch: int,
+    name: str,
+    emit: Callable[[dict[str, Any]], None],
+) -> tuple[np.ndarray, np.ndarray]:
+    """`(clips, classes) float32` logits and `(clips,) int` owners; every call has the same batch size, traced once."""
+    buffer = np.zeros((batch, *model.input_shape[1:]), np.uint8)
+    results: list[np.ndarray] = []
+    owner: list[int] = []
+    filled = 0
+
+    def flush() -> None:
+        nonlocal filled
+        results.append(np.asarray(model.predict_on_batch(buffer), np.float32)[:filled])
+        filled = 0
+
+    for number, some in enumerate(clips):
+        for clip in some:
+            buffer[filled] = clip
+            owner.append(number)
+            filled += 1
+            if filled == batch:
+                flush()
+        if number % 20 == 0 or number + 1 == videos:
+            emit({"event": "evaluate", "name": name, "done": number + 1, "total": videos})
+    if filled:
+        flush()
+    return np.concatenate([np.zeros((0, model.output_shape[-1]), np.float32), *results]), np.array(owner, int)
+
+
+def _golden(model: Any, recipe: Recipe, seed: int) -> dict[str, Any]:
+    clips = augment.views(golden_clip(recipe.clip, seed)[None], recipe.views)
+    logits = np.asarray(model.predict_on_batch(clips), np.float32)
+    owner = np.zeros(len(clips), int)
+    probabilities = measure.video_probabilities(logits, owner, 1, recipe.temperature, recipe.multilabel)[0]
+    return {"seed": seed, "probabilities": [float(p) for p in probabilities]}
+
+
+def _latency(model: Any, recipe: Recipe) -> float:
+    """Milliseconds of a warmed call for one clip in its views, the median of 20."""
+    import time
+
+    clip = augment.views(golden_clip(recipe.clip, 0)[None], recipe.views)
+    seconds = []
+    for _ in range(LATENCY_CALLS + 2):
+        started = time.perf_counter()
+        np.asarray(model.predict_on_batch(clip))
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds[2:]) * 1000)
+
+
+if __name__ == "__main__":
+    child_main(evaluate)

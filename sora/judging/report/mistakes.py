@@ -1,0 +1,75 @@
+"""The worst mistakes of a model: confident and wrong, with frames to look at, `(height, width, rgb) uint8`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from sora.core.labels import hot
+from sora.core.records import ClipSpec, EvalReport
+
+FRAMES = 4  # of a video in its strip
+MOST = 12  # mistakes shown
+
+
+class Clips(Protocol):
+    """What is used of `sora.store.shards.ShardSet`."""
+
+    @property
+    def spec(self) -> ClipSpec: ...
+
+    @property
+    def index(self) -> Any: ...
+
+    def clips(self, rows: Any) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    path: str
+    label: str
+    predicted: str
+    confidence: float  # in what it answered; of a multi-label model in the class that it was most wrong about
+    truth: float  # probability that it gave to the true class, or to the truth about that class
+    strip: np.ndarray  # see the function `strip`
+
+
+def worst(report: EvalReport, shards: Clips, most: int = MOST) -> list[Mistake]:
+    """Wrong answers by falling confidence. A video that the shards lack is left out."""
+    wrong = [(video, *_confidence(video, report)) for video in report.videos if video["predicted"] != video["label"]]
+    wrong.sort(key=lambda entry: (-entry[1], entry[0]["sha256"]))
+    if not wrong:
+        return []
+    rows = shards.index.groupby("sha256").indices
+    result = []
+    for video, confidence, truth in [entry for entry in wrong if entry[0]["sha256"] in rows][:most]:
+        result.append(
+            Mistake(
+                path=video["path"],
+                label=video["label"],
+                predicted=video["predicted"] or "none of the classes",
+                confidence=confidence,
+                truth=truth,
+                strip=strip(shards, rows[video["sha256"]]),
+            )
+        )
+    return result
+
+
+def _confidence(video: dict[str, Any], report: EvalReport) -> tuple[float, float]:
+    if not report.multilabel:
+        return max(video["probabilities"]), video["probabilities"][report.classes.index(video["label"])]
+    is_so = hot([video["label"]], report.classes)[0]
+    most = float(np.abs(np.array(video["probabilities"]) - is_so).max())
+    return most, 1 - most
+
+
+def strip(shards: Clips, rows: np.ndarray) -> np.ndarray:
+    """Frames of the middle one of a video's clips (its `rows` of the index), evenly spread: `(height, FRAMES * width,
+    rgb) uint8`.
+    """
+    clip = shards.clips(rows[len(rows) // 2 : len(rows) // 2 + 1])[0]
+    chosen = np.linspace(0, len(clip) - 1, FRAMES).round().astype(int)
+    return np.concatenate(list(clip[chosen]), axis=1)

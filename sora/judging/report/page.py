@@ -1,0 +1,144 @@
+"""The page of an evaluation: one HTML file with everything in it, and the plots as PNG files beside it for other uses.
+
+Labels, paths and groups come from file names of strangers: the template escapes all of them, the page's policy forbids
+scripts and every outside address.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sora.core.files import atomic
+from sora.core.records import THRESHOLD, EvalReport
+from sora.judging.report import mistakes as mistakes_
+from sora.judging.report import plots
+
+TEMPLATE = Path(__file__).parent / "page.html.j2"
+MOST_CLASSES = 200  # rows of the table; the PNG files and report.json hold all
+
+
+def write(
+    folder: Path,
+    reports: dict[str, EvalReport],
+    *,
+    shards: mistakes_.Clips,
+    raw_test: np.ndarray | None = None,
+    history: Sequence[dict[str, float]] = (),
+    title: str = "",
+) -> list[Path]:
+    """Writes index.html, the plots and mistakes.png into `folder`; returns their paths.
+
+    Args:
+        reports: of "test" and, if it is there, of "val".
+        raw_test: `(videos, classes)` probabilities of the test split before calibration, in the report's order.
+        history: metrics of the training, an epoch each.
+    """
+    test = reports["test"]
+    worst = mistakes_.worst(test, shards)
+    images = {"recall": plots.recalls(test)}
+    if not test.multilabel:
+        images["confusion"] = plots.confusion(test)
+    if test.videos:
+        images |= {"precision_recall": plots.precision_recall(test), "reliability": plots.reliability(test, raw_test)}
+    if history:
+        images["history"] = plots.history(history)
+    files = {f"{name}.png": content for name, content in images.items()}
+    files["mistakes.png"] = plots.contact_sheet(worst)
+    files["index.html"] = render(reports, images, worst, title=title).encode()
+    for name, content in files.items():
+        with atomic(folder / name) as file:
+            file.write(content)
+    return [folder / name for name in files]
+
+
+def render(
+    reports: dict[str, EvalReport], images: dict[str, bytes], worst: Sequence[mistakes_.Mistake], *, title: str
+) -> str:
+    """The HTML text."""
+    test, val = reports["test"], reports.get("val")
+    classes = sorted(test.per_class.items(), key=lambda item: (item[1].get("recall", 2), item[0]))
+    return (
+        environment()
+        .from_string(TEMPLATE.read_text(encoding="utf-8"))
+        .render(
+            title=title or "Evaluation",
+            test=test,
+            val=val,
+            threshold=THRESHOLD,
+            cards=_cards(test),
+            classes=classes[:MOST_CLASSES],
+            left_out=max(0, len(classes) - MOST_CLASSES),
+            slices=_grouped(test.slices),
+            images={name: _address("png", content) for name, content in images.items()},
+            mistakes=[(mistake, jpeg(mistake.strip)) for mistake in worst],
+            wrong=sum(video["predicted"] != video["label"] for video in test.videos),
+        )
+    )
+
+
+def _cards(test: EvalReport) -> list[tuple[str, str, str]]:
+    """(name, value, remark) of the figures on top."""
+    found = test.metrics
+    if not test.videos:
+        return [("test videos", "0", "nothing can be said")]
+    cards = [
+        (
+            "exact match" if test.multilabel else "accuracy",
+            f"{found['accuracy']:.1%}",
+            f"95% interval {found['accuracy_low']:.1%} to {found['accuracy_high']:.1%}",
+        ),
+        ("macro-F1", f"{found['macro_f1']:.3f}", "mean over classes"),
+        (
+            "most frequent labels" if test.multilabel else "majority class",
+            f"{found['majority']:.1%}",
+            "accuracy of always answering them" if test.multilabel else "accuracy of always answering it",
+        ),
+        (
+            "calibration error",
+            f"{found['ece']:.3f}",
+            f"by chance up to {found['ece_noise']:.3f}; temperature {test.temperature:.2f}",
+        ),
+        ("test videos", f"{len(test.videos)}", f"{len(test.classes)} classes"),
+        ("latency", f"{found['latency_ms']:.1f} ms" if "latency_ms" in found else "–", "one clip, warmed model call"),
+    ]
+    if "mean_average_precision" in found:
+        cards.append(("mean average precision", f"{found['mean_average_precision']:.3f}", "over the classes"))
+    if "coverage" in found:
+        right = f"{found['sure_precision']:.1%} of them right" if "sure_precision" in found else "none is sure"
+        cards.append(("sure answers", f"{found['coverage']:.1%}", right))
+    return cards
+
+
+def _grouped(slices: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Slices by their kind, in the order given."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for part in slices:
+        kinds.setdefault(part["slice"], []).append(part)
+    return list(kinds.items())
+
+
+def environment() -> Any:
+    """Jinja's, which escapes all that is put into a page; filters `share` and `number`."""
+    import jinja2
+
+    made = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made.filters["share"] = lambda value: "–" if value is None else f"{value:.1%}"
+    made.filters["number"] = lambda value, digits=3: "–" if value is None else f"{value:.{digits}f}"
+    return made
+
+
+def jpeg(pixels: np.ndarray) -> str:
+    """`(height, width, rgb) uint8` as the address of an image that stands in the page itself."""
+    import cv2
+
+    encoded = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
+    return _address("jpeg", encoded.tobytes())
+
+
+def _address(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,115 @@
+"""One fold of a cross-validation: train on a part of the videos, answer for another, keep the answers in one file.
+
+For figures (`benchmarks/accuracy.py`) and for the search for wrong labels (`sora data audit`). Training runs as in the
+nightly, in child processes; a fold that was killed goes on at its last epoch, a finished one is never trained again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sora.config.settings import Settings
+from sora.core.files import atomic, writing
+from sora.core.records import Recipe, Split, schema_of
+from sora.judging import evaluation
+from sora.learning import training
+from sora.learning.training import TrainJob
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FOLD_FILE = "fold.json"
+
+
+def configuration(settings: Settings) -> dict[str, Any]:
+    """The settings that decide what a fold computes. Where it is computed is not among them."""
+    values = settings.to_dict()
+    train = {name: value for name, value in values["train"].items() if name != "work_pool"}
+    return {**{name: values[name] for name in ("classes", "clip", "model", "eval")}, "train": train}
+
+
+def digest(value: Any) -> str:
+    """A short name of a JSON-able value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def answers(
+    folder: Path,
+    shards: Path,
+    table: pd.DataFrame,
+    settings: Settings,
+    *,
+    judged: Split,
+    on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+) -> dict[str, Any]:
+    """Trains on the table's `train` (early stopping on its `val`) and answers for its `judged` videos.
+
+    Args:
+        folder: of this fold alone; what it holds decides what is left to do.
+        table: `sha256, path, label, split`, and the facts of `data.table.COLUMNS` that are known. A video that must not
+            be touched is not in it.
+        on_event: gets the events of `training.run` and `evaluation.run`.
+
+    Returns:
+        {"videos": [{"sha256", "path", "label", "predicted", "probabilities"}], "metrics": of the judged videos,
+        "training": `training.TrainResult` without the model, "train": and "val": videos}.
+
+    Raises: as `training.run` and `evaluation.run`.
+    """
+    result_file = folder / FOLD_FILE
+    if result_file.exists():
+        return json.loads(result_file.read_text(encoding="utf-8"))
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        table.to_parquet(folder / "table.parquet", index=False)
+    values = settings.to_dict()
+    job = TrainJob(
+        shards=str(shards),
+        table=str(folder / "table.parquet"),
+        classes=list(settings.classes),
+        model=values["model"],
+        train=values["train"],
+        clip=settings.clip.spec().to_dict(),
+        out=str(folder / "fit"),
+    )
+    fitted = training.run(job, on_event, log=folder / "training.log")
+    # With a recipe the model counts as registered: no page is drawn and no temperature fitted, which no fold needs.
+    recipe = Recipe(
+        settings.clip.spec(),
+        settings.classes,
+        model_sha256=evaluation.file_digest(Path(fitted.model)),
+        views=settings.eval.views,
+        schema=schema_of(settings.multilabel),
+        multilabel=settings.multilabel,
+    )
+    outcome = evaluation.run(
+        evaluation.EvalJob(
+            shards=str(shards),
+            table=job.table,
+            models=[{"name": "fold", "file": fitted.model, "recipe": recipe.to_dict()}],
+            classes=list(settings.classes),
+            data="",
+            out=str(folder / "evaluation"),
+        ),
+        on_event,
+        log=folder / "evaluation.log",
+    )
+    report = outcome["fold"].reports[judged]
+    result = {
+        "videos": report.videos,
+        "metrics": report.metrics,
+        "training": {name: value for name, value in asdict(fitted).items() if name != "model"},
+        "train": int((table["split"] == "train").sum()),
+        "val": int((table["split"] == "val").sum()),
+    }
+    with atomic(result_file) as file:
+        file.write(json.dumps(result, allow_nan=False).encode())
+    for left in ("fit", "evaluation"):
+        shutil.rmtree(folder / left, ignore_errors=True)
+    return result

@@ -1,0 +1,1 @@
+"""How a file becomes tensors and facts. One folder a modality."""

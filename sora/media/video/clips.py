@@ -1,0 +1,34 @@
+"""Which frames of a video make its clips. Arithmetic on whole numbers only: the same answer on every machine."""
+
+from __future__ import annotations
+
+from sora.core.records import ClipSpec, ClipWindow
+
+
+def spread(start: int, length: int, count: int) -> tuple[int, ...]:
+    """`count` indices, the middles of equal parts of `[start, start + length)`. Repeats some when `count > length`."""
+    return tuple(start + (2 * i + 1) * length // (2 * count) for i in range(count))
+
+
+def windows(frames: int, fps: float, spec: ClipSpec) -> list[ClipWindow]:
+    """The clips of a video of `frames` frames at `fps` frames a second.
+
+    `uniform` gives one clip over the whole video. `window` gives as many spans of `spec.window_seconds` as fit side
+    by side, at most `spec.max_clips`, evenly spread from the first frame to the last; a video that is shorter than one
+    span gives one clip of all of it.
+
+    Returns:
+        At least one window of `spec.frames` indices each, in the order of time.
+
+    Raises:
+        ValueError: `frames` is below 1.
+    """
+    if frames < 1:
+        raise ValueError(f"a video of {frames} frames has no clips")
+    if spec.sampling == "uniform":
+        return [ClipWindow(0, spread(0, frames, spec.frames))]
+    length = min(frames, max(1, round(spec.window_seconds * fps)))
+    count = max(1, min(spec.max_clips, frames // length))
+    room = frames - length
+    starts = [room // 2] if count == 1 else [room * i // (count - 1) for i in range(count)]
+    return [ClipWindow(i, spread(start, length, spec.frames)) for i, start in enumerate(starts)]

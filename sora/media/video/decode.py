@@ -1,0 +1,462 @@
+"""The one importer of FFmpeg (PyAV): what a video file is, and its frames, upright.
+
+Files are untrusted. FFmpeg sees bytes, never a name; only the demuxers of `DEMUXERS` may read them; no protocol is
+allowed and a demuxer that asks for another file (playlists, references) is refused. So the answer depends on the bytes
+alone, and facts can be reused by digest. A file comes as a path or, to a process that may open nothing, as an open
+descriptor, which is read from its beginning and stays open.
+
+Conversions use swscale's bit-exact paths: the same bytes on every CPU, since their digests are committed. swscale
+resizes and converts in one step: 0.17 ms for 640x360 → 112x112, where converting in full and resizing with OpenCV
+takes 1.4 ms.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import re
+import stat
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import IO, Any
+
+import av
+import av.error
+import av.logging
+import numpy as np
+from av.codec.context import Flags
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+
+from sora.core.errors import VideoError
+from sora.core.records import RULES
+from sora.media.video import seek, signature
+
+# Containers and raw streams that hold moving pictures and name no other file. Not here: playlists and lists of files
+# (hls, dash, concat, sdp, image2, imf), still images, sound alone, devices, text.
+DEMUXERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,live_flv,kux,asf,ogg,mpegts,mpeg,mpegvideo,mxf,nut,nsv,rm,dv,swf,"
+    "wtv,dhav,ifv,gif,apng,ivf,obu,av1,h261,h263,h264,hevc,vvc,m4v,vc1,mjpeg,yuv4mpegpipe"
+)
+# First bytes of the usual containers: tells a broken video from a file that is none.
+_MAGIC = ((0, b"RIFF"), (0, b"\x1a\x45\xdf\xa3"), (0, b"FLV"), (0, b"OggS"), (0, b"\x30\x26\xb2\x75"), (0, b"GIF8"),
+          (4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (0, b"\x00\x00\x01\xba"), (0, b"\x00\x00\x01\xb3"))  # fmt: skip
+_PLANAR = {"yuv420p", "yuv422p", "yuv444p", "yuv440p", "yuv411p", "yuv410p", "yuva420p", "nv12", "nv21"}
+_FULL_RANGE = {"yuvj420p", "yuvj422p", "yuvj444p", "yuvj440p", "yuvj411p"}
+_EXACT = Interpolation.BITEXACT | Interpolation.ACCURATE_RND
+MAX_STREAMS = 128  # of a file, sound and subtitles included: a broadcast's whole multiplex has some dozens
+# What FFmpeg's log says where its error codes do not tell a file beyond a bound from a broken one.
+_BEYOND = re.compile(r"Picture size (\S+) exceeds specified max pixel count|exceeds max_streams")
+COVERAGE = 0.9  # of the announced length must decode, or the file is truncated
+
+Fit = Callable[[int, int], tuple[int, int]]  # upright (width, height) → the size wanted
+Source = str | os.PathLike[str] | int  # a file's path, or a descriptor of it
+Choose = Callable[[int, float], Collection[int]]  # (frames, fps) → the indices wanted
+
+
+def import_all() -> None:
+    """Imports what PyAV would import when a file first needs it: for a process that soon may open nothing."""
+    for module in pkgutil.walk_packages(av.__path__, "av."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds on an untrusted file; None: no bound. Crossing one is a `VideoError` of rule `too_large`."""
+
+    max_bytes: int | None = None
+    max_seconds: float | None = None
+    max_pixels: int | None = None  # of one frame
+    max_frames: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What decoding a whole file showed. The fields of `records.VideoRecord`, and what its header claimed."""
+
+    codec: str
+    width: int
+    height: int
+    rotation: int
+    frames: int
+    fps: float
+    duration: float
+    audio: bool
+    brightness: float
+    signature: str
+    announced: int  # frames, by the header; 0: it says none
+    decode_error: str  # FFmpeg's words where decoding broke after `frames` frames; "" where it did not
+    truncated: str  # why the file counts as truncated; "" where it does not
+
+
+def refuse(rule: str, message: str) -> VideoError:
+    return VideoError(message, rule=rule, fix=RULES[rule])
+
+
+class _Bytes:
+    """A file without a name: PyAV would hand the name to FFmpeg, whose guesses must not depend on it."""
+
+    def __init__(self, file: Any) -> None:
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+
+
+def _no_other_file(url: str, flags: int, options: dict[str, str]) -> Any:
+    raise PermissionError("a video may not open other files")
+
+
+def _words(error: BaseException) -> str:
+    """An FFmpeg error without the made-up file name and number."""
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+
+
+@contextmanager
+def _opened(path: Source, limits: Limits) -> Iterator[tuple[Any, Any]]:
+    """(container, video stream) of a file.
+
+    Raises:
+        VideoError: not_a_video, unreadable, too_large.
+    """
+    with _file(path, limits) as file:
+        options = _options(limits)
+        try:
+            container = _container(file, options)
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            _check_log(file, limits)
+            file.seek(0)
+            head = file.read(16)
+            known = any(head[at : at + len(magic)] == magic for at, magic in _MAGIC)
+            if known and not isinstance(error, av.error.ArgumentError):
+                raise refuse("unreadable", f"its header can't be read: {_words(error)}") from error
+            raise refuse("not_a_video", "no video format is recognised in it") from error
+        with container:
+            if len(container.streams) > MAX_STREAMS:
+                raise refuse("too_large", f"more than {MAX_STREAMS} streams")
+            stream = container.streams.best("video")
+            if stream is None or stream.codec_context is None:
+                raise refuse("unreadable", "holds no video stream that can be decoded")
+            context: Any = stream.codec_context
+            if limits.max_pixels is not None and context.width * context.height > limits.max_pixels:
+                raise refuse("too_large", f"{context.width}x{context.height} pixels, allowed are {limits.max_pixels:,}")
+            context.options = options
+            context.thread_count = 1  # files are decoded side by side; frame threads would blur where an error struck
+            context.flags |= Flags.bitexact
+            yield container, stream
+
+
+@contextmanager
+def _file(path: Source, limits: Limits) -> Iterator[IO[bytes]]:
+    """A regular file of an allowed size, at its beginning."""
+    try:
+        if not isinstance(path, int) and not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block for ever
+            raise refuse("not_a_video", "no regular file")
+        file = open(path, "rb", buffering=0, closefd=not isinstance(path, int))  # noqa: SIM115
+    except OSError as error:
+        raise refuse("unreadable", f"can't be opened: {error.strerror}") from error
+    with file:
+        size = file.seek(0, os.SEEK_END)
+        if size == 0:
+            raise refuse("not_a_video", "the file is empty")
+        if limits.max_bytes is not None and size > limits.max_bytes:
+            raise refuse("too_large", f"{size:,} bytes, allowed are {limits.max_bytes:,}")
+        file.seek(0)
+        yield file
+
+
+def _options(limits: Limits) -> dict[str, str]:
+    """Of FFmpeg's decoders."""
+    return {} if limits.max_pixels is None else {"max_pixels": str(limits.max_pixels)}
+
+
+def _container(file: IO[bytes], options: dict[str, str]) -> Any:
+    return av.open(
+        _Bytes(file),
+        options=options,
+        container_options={
+            "format_whitelist": DEMUXERS,
+            "protocol_whitelist": "none",
+            "max_streams": str(MAX_STREAMS + 1),
+        },
+        io_open=_no_other_file,
+        metadata_errors="replace",
+        buffer_size=1 << 17,
+    )
+
+
+def _check_log(file: IO[bytes], limits: Limits) -> None:
+    """Where FFmpeg gave a file up before its first frame: once more, to its first error, with its log.
+
+    Raises:
+        VideoError: too_large, since it broke off at a bound.
+    """
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)
+    try:
+        with av.logging.Capture() as log, suppress(av.error.FFmpegError, OSError, ValueError):
+            file.seek(0)
+            with _container(file, _options(limits)) as container:
+                stream = container.streams.best("video")
+                stream.codec_context.options = _options(limits)
+                next(container.decode(stream), None)
+    finally:
+        av.logging.set_skip_repeated(True)
+        av.logging.set_level(level)
+    for beyond in filter(None, (_BEYOND.search(message) for _, _, message in log)):
+        if beyond[1]:
+            raise refuse("too_large", f"{beyond[1]} pixels, allowed are {limits.max_pixels:,}")
+        raise refuse("too_large", f"more than {MAX_STREAMS} streams")
+
+
+def _check_again(path: Source, limits: Limits) -> None:
+    """`_check_log` of a file that did open."""
+    with _file(path, limits) as file:
+        _check_log(file, limits)
+
+
+class _Clock:
+    """Counts decoded frames and keeps their first and last timestamp."""
+
+    def __init__(self, stream: Any) -> None:
+        self.rate: Fraction = stream.average_rate or stream.guessed_rate or Fraction(0)
+        self.base: Fraction = stream.time_base or Fraction(1)
+        self.count = 0
+        self.first: int | None = None
+        self.last = 0
+
+    def tick(self, frame: VideoFrame) -> None:
+        self.count += 1
+        if frame.pts is not None:
+            self.last = frame.pts if self.first is None else max(self.last, frame.pts)
+            self.first = frame.pts if self.first is None else min(self.first, frame.pts)
+
+    @property
+    def span(self) -> Fraction:
+        """Seconds from the first shown frame to the last."""
+        return Fraction(0) if self.first is None else (self.last - self.first) * self.base
+
+    @property
+    def fps(self) -> float:
+        """From the timestamps; from the header where they tell nothing; 0 where neither does."""
+        rate = (self.count - 1) / self.span if self.span > 0 else self.rate
+        return round(float(rate), 3)
+
+    @property
+    def duration(self) -> float:
+        """Seconds, the last frame included."""
+        if self.span > 0:
+            return round(float(self.span * self.count / (self.count - 1)), 3)
+        return round(float(self.count / self.rate), 3) if self.rate else 0.0
+
+
+def _frames(container: Any, stream: Any, clock: _Clock, limits: Limits) -> Iterator[VideoFrame]:
+    """Decoded frames in the order of showing. FFmpeg's errors pass; limits are checked on what really comes."""
+    for frame in container.decode(stream):
+        clock.tick(frame)
+        if limits.max_frames is not None and clock.count > limits.max_frames:
+            raise refuse("too_large", f"more than {limits.max_frames:,} frames")
+        if limits.max_seconds is not None and clock.span > limits.max_seconds:
+            raise refuse("too_large", f"longer than {limits.max_seconds:g} seconds")
+        if limits.max_pixels is not None and frame.width * frame.height > limits.max_pixels:
+            raise refuse("too_large", f"{frame.width}x{frame.height} pixels, allowed are {limits.max_pixels:,}")
+        yield frame
+
+
+def _rotation(frame: VideoFrame) -> int:
+    """Degrees clockwise, a multiple of 90, that the stored picture must be turned."""
+    return round(-frame.rotation / 90) % 4 * 90
+
+
+def _announced_seconds(container: Any, stream: Any) -> float:
+    """How long the header says that the video is; 0 where it does not."""
+    if container.format.name == "avi" and stream.frames and stream.average_rate:
+        return float(stream.frames / stream.average_rate)  # FFmpeg cuts an AVI's duration to what its index reaches
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    return container.duration / av.time_base if container.duration and not container.streams.audio else 0.0
+
+
+def _cells(frame: VideoFrame, reformat: VideoReformatter, turn: int) -> np.ndarray:
+    """The frame's `signature.grid`, upright: from the luma plane as it lies there, where there is one of 8 bits."""
+    full = frame.format.name in _FULL_RANGE or frame.color_range == ColorRange.JPEG
+    if frame.format.name in _PLANAR or frame.format.name in _FULL_RANGE:
+        plane: Any = frame.planes[0]
+        luma = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : frame.width]
+    else:
+        full, luma = True, _luma_of_rgb(_rgb(frame, reformat, lambda w, h: (min(w, 288), min(h, 256))))
+    return signature.grid(np.rot90(luma, -turn // 90), full_range=full)
+
+
+def _luma_of_rgb(picture: np.ndarray) -> np.ndarray:
+    return (picture @ np.array([77, 150, 29], np.uint32) >> 8).astype(np.uint8)
+
+
+def _rgb(frame: VideoFrame, reformat: VideoReformatter, fit: Fit | None, turn: int = 0) -> np.ndarray:
+    """(height, width, 3) uint8, resized and turned upright."""
+    width, height = frame.width, frame.height
+    if fit is not None:
+        sideways = turn in (90, 270)
+        width, height = fit(*((height, width) if sideways else (width, height)))
+        if sideways:
+            width, height = height, width
+    smaller = width <= frame.width and height <= frame.height
+    method = Interpolation.AREA if smaller else Interpolation.BILINEAR
+    scaled = reformat.reformat(frame, width, height, "rgb24", interpolation=method | _EXACT, threads=1)
+    return np.rot90(scaled.to_ndarray(), -turn // 90)
+
+
+def inspect(path: Source, limits: Limits | None = None) -> Facts:
+    """Decodes all of a file once.
+
+    Raises:
+        VideoError: not_a_video (no allowed demuxer recognises it), unreadable (no frame decodes), too_large.
+    """
+    limits = limits or Limits()
+    with _opened(path, limits) as (container, stream):
+        clock = _Clock(stream)
+        grids = signature.Reservoir()
+        reformat = VideoReformatter()
+        width = height = turn = 0
+        broke = ""
+        try:
+            for frame in _frames(container, stream, clock, limits):
+                if clock.count == 1:
+                    turn = _rotation(frame)
+                    width, height = (frame.height, frame.width) if turn in (90, 270) else (frame.width, frame.height)
+                if grids.wants(clock.count - 1):
+                    grids.add(_cells(frame, reformat, turn))
+        except VideoError:
+            raise
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            if isinstance(error, MemoryError):
+                raise
+            broke = _words(error)
+        if clock.count == 0:
+            _check_again(path, limits)
+            raise refuse("unreadable", f"no frame decodes: {broke or 'the stream is empty'}")
+        truncated = f"decoding broke after {clock.count} frames: {broke}" if broke else ""
+        expected = _announced_seconds(container, stream)
+        if not broke and clock.span and clock.duration < COVERAGE * expected:
+            truncated = f"{clock.duration:g} s decode of {expected:g} s announced"
+        return Facts(
+            codec=stream.codec_context.codec.canonical_name,
+            width=width,
+            height=height,
+            rotation=turn,
+            frames=clock.count,
+            fps=clock.fps,
+            duration=clock.duration,
+            audio=bool(container.streams.audio),
+            brightness=grids.brightness(),
+            signature=grids.signature(clock.count),
+            announced=stream.frames,
+            decode_error=broke,
+            truncated=truncated,
+        )
+
+
+def read_chosen(
+    path: Source,
+    choose: Choose,
+    *,
+    known: tuple[int, float] | None = None,
+    fit: Fit | None = None,
+    limits: Limits | None = None,
+    in_order: bool = False,
+) -> tuple[dict[int, np.ndarray], int, float]:
+    """The frames that `choose(frames, fps)` names, each once, resized by `fit`, upright.
+
+    With `known` = (frames, fps) no more is decoded than the frames chosen need (see `seek`), or with `in_order` at
+    least nothing after the last of them. Without, the header's claim is tried first; where it turns out wrong, so that
+    other frames are to be chosen, the file is decoded once more.
+
+    Returns:
+        {index: (height, width, 3) uint8 rgb}, frames and fps (`known` where given, else as found).
+
+    Raises:
+        VideoError: not_a_video, unreadable (a frame chosen does not decode), too_large.
+    """
+    limits = limits or Limits()
+    if known and not in_order:
+        try:
+            return _sought(path, set(choose(*known)), known[0], fit, limits), *known
+        except seek.Unsure:
+            pass
+    with _opened(path, limits) as (container, stream):
+        clock = _Clock(stream)
+        claim = stream.frames or round(_announced_seconds(container, stream) * clock.rate)
+        wanted = set(choose(*known) if known else choose(max(1, claim), round(float(clock.rate), 3)))
+        last = max(wanted, default=-1) if known else None
+        reformat = VideoReformatter()
+        pictures: dict[int, np.ndarray] = {}
+        broke = ""
+        try:
+            for frame in _frames(container, stream, clock, limits):
+                index = clock.count - 1
+                if index in wanted:
+                    pictures[index] = _rgb(frame, reformat, fit, _rotation(frame))
+                if index == last:
+                    break
+        except VideoError:
+            raise
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            if isinstance(error, MemoryError):
+                raise
+            broke = _words(error)
+    if known is None:
+        if clock.count == 0:
+            _check_again(path, limits)
+            raise refuse("unreadable", f"no frame decodes: {broke or 'the stream is empty'}")
+        found = (clock.count, clock.fps)
+        if wanted.issuperset(choose(*found)):
+            return pictures, *found
+        return read_chosen(path, choose, known=found, fit=fit, limits=limits, in_order=True)
+    missing = wanted.difference(pictures)
+    if missing:
+        if clock.count == 0:
+            _check_again(path, limits)
+        raise refuse(
+            "unreadable", f"frame {min(missing)} is missing, {clock.count} decode{': ' + broke if broke else ''}"
+        )
+    return pictures, *known
+
+
+def _sought(path: Source, wanted: set[int], count: int, fit: Fit | None, limits: Limits) -> dict[int, np.ndarray]:
+    """`read_chosen`'s pictures by the shortest way.
+
+    Raises:
+        seek.Unsure: only decoding in order gives them.
+    """
+    with _opened(path, limits) as (container, stream):
+        reformat = VideoReformatter()
+        try:
+            return {
+                index: _rgb(frame, reformat, fit, _rotation(frame))
+                for index, frame in seek.frames(container, stream, wanted, count)
+            }
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            if isinstance(error, MemoryError):
+                raise
+            raise seek.Unsure from error
+
+
+def read_frames(path: Source, indices: Sequence[int], *, limits: Limits | None = None) -> np.ndarray:
+    """The frames of these indices, in the order given, upright.
+
+    Returns:
+        (len(indices), height, width, 3) uint8 rgb. A frame of another size is resized to the first one's.
+
+    Raises:
+        VideoError: not_a_video, unreadable (a frame asked for does not decode), too_large.
+    """
+    size: list[tuple[int, int]] = []
+
+    def first_size(width: int, height: int) -> tuple[int, int]:
+        size.append((width, height))
+        return size[0]
+
+    pictures, *_ = read_chosen(path, lambda frames, fps: indices, known=(0, 0.0), fit=first_size, limits=limits)
+    return np.stack([pictures[index] for index in indices])

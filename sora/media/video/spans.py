@@ -1,0 +1,43 @@
+"""Which stretch of a video each of its clips stands for, in seconds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from sora.core.records import ClipSpec
+from sora.media.video.clips import windows
+from sora.media.video.decode import Limits, Source
+from sora.media.video.transform import clips_and_rate
+
+Spans = list[tuple[float, float]]  # seconds from the first frame: start and end of each clip, in the order of time
+
+
+def spans(frames: int, fps: float, spec: ClipSpec) -> Spans | None:
+    """The stretches that `clips.windows` takes its frames from; None where no frame rate is known.
+
+    Frames count as evenly spaced: with a variable frame rate the seconds are those of its mean.
+    """
+    if fps <= 0:
+        return None
+    # Asked for at least as many frames as a window holds, `windows` names its first and its last one.
+    every = frames if spec.sampling == "uniform" else min(frames, math.ceil(spec.window_seconds * fps) + 1)
+    dense = windows(frames, fps, replace(spec, frames=every))
+    return [(round(w.indices[0] / fps, 3), round((w.indices[-1] + 1) / fps, 3)) for w in dense]
+
+
+def prepare_with_spans(
+    path: Source, spec: ClipSpec, *, known: tuple[int, float] | None = None, limits: Limits | None = None
+) -> tuple[np.ndarray, Spans | None]:
+    """`transform.prepare_clips`, and the span of each clip, of one decoding.
+
+    Returns:
+        (clips, spec.frames, spec.height, spec.width, 3) uint8 rgb, and `spans`.
+
+    Raises:
+        VideoError: not_a_video, unreadable, too_large.
+    """
+    clips, count, rate = clips_and_rate(path, spec, known=known, limits=limits)
+    return clips, spans(count, rate, spec)

@@ -1,0 +1,100 @@
+"""From a video file to the clips that a model sees. The one way, for training and for serving: no skew.
+
+A frame is resized while it is converted (see `decode`), then cropped, colour-normalised and padded, in this order, so
+that every step works on as few pixels as possible and black bars stay out of the histogram.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from sora.core.records import ClipSpec
+from sora.media.video import decode
+from sora.media.video.clips import windows
+
+
+def fitted(width: int, height: int, spec: ClipSpec) -> tuple[int, int]:
+    """The size (width, height) that a picture is resized to before it is cropped or padded to the clip's size."""
+    if spec.aspect == "stretch":
+        return spec.width, spec.height
+    wide, tall = spec.width * height, spec.height * width
+    by_width = wide >= tall if spec.aspect == "crop" else wide <= tall
+    if by_width:
+        return spec.width, max(1, (2 * wide + width) // (2 * width))
+    return max(1, (2 * tall + height) // (2 * height)), spec.height
+
+
+def finish(picture: np.ndarray, spec: ClipSpec) -> np.ndarray:
+    """(height, width, 3) uint8 as `fitted` → (spec.height, spec.width, 3) uint8."""
+    height, width = picture.shape[:2]
+    top, left = max(0, height - spec.height) // 2, max(0, width - spec.width) // 2
+    picture = picture[top : top + spec.height, left : left + spec.width]
+    if spec.gamma != 1:
+        curve = np.rint(255 * (np.arange(256) / 255) ** spec.gamma).astype(np.uint8)
+        picture = curve[picture]
+    if spec.equalise != "none":
+        colours = cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_RGB2YCrCb)
+        luma = np.ascontiguousarray(colours[..., 0])
+        clahe = spec.equalise == "clahe"
+        colours[..., 0] = cv2.createCLAHE(2.0, (8, 8)).apply(luma) if clahe else cv2.equalizeHist(luma)
+        picture = cv2.cvtColor(colours, cv2.COLOR_YCrCb2RGB)
+    height, width = picture.shape[:2]
+    if (height, width) == (spec.height, spec.width):
+        return picture
+    padded = np.zeros((spec.height, spec.width, 3), np.uint8)
+    top, left = (spec.height - height) // 2, (spec.width - width) // 2
+    padded[top : top + height, left : left + width] = picture
+    return padded
+
+
+def prepare_clips(
+    path: decode.Source,
+    spec: ClipSpec,
+    *,
+    frames: int | None = None,
+    fps: float | None = None,
+    limits: decode.Limits | None = None,
+    in_order: bool = False,
+) -> np.ndarray:
+    """All clips of a video.
+
+    Args:
+        frames, fps: from the manifest, which spares decoding what the clips do not need. Without them the same clips
+            come out: the header's claim is tried first, and decoding repeated where it was wrong.
+        in_order: see `decode.read_chosen`.
+
+    Returns:
+        (clips, spec.frames, spec.height, spec.width, 3) uint8 rgb.
+
+    Raises:
+        VideoError: not_a_video, unreadable, too_large.
+    """
+    known = None if frames is None or fps is None else (frames, fps)
+    return clips_and_rate(path, spec, known=known, limits=limits, in_order=in_order)[0]
+
+
+def clips_and_rate(
+    path: decode.Source,
+    spec: ClipSpec,
+    *,
+    known: tuple[int, float] | None = None,
+    limits: decode.Limits | None = None,
+    in_order: bool = False,
+) -> tuple[np.ndarray, int, float]:
+    """`prepare_clips`, and the video's frames and fps that they were chosen by."""
+    pictures, count, rate = decode.read_chosen(
+        path,
+        lambda count, rate: {index for window in windows(count, rate, spec) for index in window.indices},
+        known=known,
+        fit=lambda width, height: fitted(width, height, spec),
+        limits=limits,
+        in_order=in_order,
+    )
+    chosen = windows(count, rate, spec)
+    clips = np.empty((len(chosen), spec.frames, spec.height, spec.width, 3), np.uint8)
+    done = {index: finish(picture, spec) for index, picture in pictures.items()}
+    for window in chosen:
+        for position, index in enumerate(window.indices):
+            clips[window.clip, position] = done[index]
+    return clips, count, rate

@@ -1,0 +1,1 @@
+"""What keeps a project running: servers, locks, doctor, garbage collection, backup."""

@@ -1,0 +1,84 @@
+"""One run at a time a project: a lock that the kernel frees when its holder ends, however it ends.
+
+A schedule's limit does not bind a person at a terminal, and a limit kept by a server can stay taken after a kill.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from sora.config.credentials import private_state
+from sora.config.settings import Project
+from sora.core.errors import RunActive
+
+
+def holder(project: Project) -> dict[str, Any] | None:
+    """Who holds the run lock now ({"pid", "since"}), or None when it is free."""
+    from filelock import FileLock, Timeout
+
+    path = project.state / "run.lock"
+    if not path.exists():
+        return None
+    try:
+        with FileLock(path, timeout=0):
+            return None
+    except Timeout:
+        try:
+            return json.loads((project.state / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {"pid": None, "since": "unknown"}
+
+
+@contextmanager
+def run_lock(project: Project) -> Iterator[None]:
+    """Holds the project while a run is active.
+
+    Raises:
+        RunActive: another process holds it; says which and since when.
+    """
+    from filelock import FileLock, Timeout
+
+    private_state(project)
+    # Not at once: `holder`, which `sora doctor` asks too, has the lock for an instant, and that must cost no nightly.
+    lock = FileLock(project.state / "run.lock", timeout=0.5, poll_interval=0.02)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        who = holder(project) or {"pid": None, "since": "just now"}
+        raise RunActive(
+            f"a run is active in {project.root} already (process {who['pid']}, since {who['since']})",
+            fix="wait until it ends, or stop that process",
+        ) from error
+    try:
+        note = {"pid": os.getpid(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
+        (project.state / "run.json").write_text(json.dumps(note), encoding="utf-8")
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def backup_lock(project: Project, *, seconds: float = 0.0) -> Iterator[None]:
+    """Keeps `sora gc` from removing what a backup is about to read, and backups from crossing. Runs go on.
+
+    Args:
+        seconds: that it waits for the other.
+
+    Raises:
+        RunActive: another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    project.state.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(project.state / "backup.lock", timeout=seconds):
+            yield
+    except Timeout as error:
+        raise RunActive(
+            f"a backup or `sora gc` is at work in {project.root}", fix="wait until it has ended, then try again"
+        ) from error

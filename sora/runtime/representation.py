@@ -1,0 +1,238 @@
+"""The champion's representation: vectors of videos, and the training clips that lie nearest to one.
+
+The vectors of the training clips are computed once a version and kept beside its model file in the cache, so that they
+go when it goes (`sora gc`). They depend on the model, on how clips are made, and on nothing else: labels and paths are
+looked up when they are asked for, and a video that came since costs its own clips only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sora.config.settings import Project
+from sora.core.errors import InputError, VideoError
+from sora.core.files import atomic, temporary_folder
+from sora.core.progress import say
+from sora.core.records import Recipe
+from sora.media import pool
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sora.runtime.predictor import Predictor
+
+Progress = Callable[[int, int], None]  # (done, total) videos
+_CHUNK = 32  # clips that are in memory at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """Of clips: `sha256 (n,) text` of the video, `clip (n,) int` within it, `values (n, width) float32`."""
+
+    sha256: np.ndarray
+    clip: np.ndarray
+    values: np.ndarray
+
+    def joined(self, other: Vectors) -> Vectors:
+        pairs = ((self.sha256, other.sha256), (self.clip, other.clip), (self.values, other.values))
+        return Vectors(*(np.concatenate(pair) for pair in pairs))
+
+
+def embed(project: Project, files: list[Path]) -> list[dict[str, Any]]:
+    """The champion's vectors: {"path", "vector": [float], "version"} or {"path", "error"} a file, in order.
+
+    A video's vector is the mean over its clips.
+
+    Raises:
+        InputError: there is no champion yet.
+    """
+    from sora.runtime.lifecycle import champion, open_registry
+    from sora.runtime.predictor import Predictor, decoded
+
+    with open_registry(project) as registry:
+        version, model_file, recipe = champion(project, registry)
+    limits = project.settings().serve
+    predictor: Predictor | None = None
+    answers: list[dict[str, Any]] = []
+    with closing(decoded(files, recipe, limits)) as found:
+        for path, clips in zip(files, found, strict=True):
+            if isinstance(clips, InputError):
+                answers.append({"path": str(path), "error": clips.message})
+                continue
+            predictor = predictor or Predictor(model_file, recipe, version)
+            vector = predictor.embeddings(clips).mean(axis=0)
+            answers.append({"path": str(path), "vector": vector.tolist(), "version": version})
+    return answers
+
+
+def write(path: Path, answers: list[dict[str, Any]]) -> None:
+    """The vectors of `embed`'s answers as a .npy file, `(answers, width) float32`, there whole or not at all.
+
+    Raises:
+        DiskFull, ServiceError: it can't be written.
+    """
+    with atomic(path) as file:
+        np.save(file, np.array([answer["vector"] for answer in answers], np.float32), allow_pickle=False)
+
+
+def similar(
+    project: Project, file: Path, *, count: int = 5, progress: Progress = lambda done, total: None
+) -> dict[str, Any]:
+    """The `count` videos nearest to `file` among those that the champion learned from and that are still there.
+
+    Returns {"path", "version", "neighbours": [{"path" (below data/), "label", "clip", "similarity"}]}, nearest first.
+    `similarity` is the cosine between the file's vector and the video's nearest clip, which `clip` numbers from 0.
+
+    Raises:
+        InputError: there is no champion yet, the file can't be used, or none of the training videos is left.
+    """
+    from sora.runtime.lifecycle import champion, open_registry
+    from sora.runtime.predictor import Predictor, clips_of
+
+    with open_registry(project) as registry:
+        version, model_file, recipe = champion(project, registry)
+        state = registry.restore_state(version)
+    clips = clips_of(file, recipe, project.settings().serve)
+    table = _learned(project, state)
+    predictor = Predictor(model_file, recipe, version)
+    vectors = training_vectors(project, predictor, table, cache_file(model_file, recipe), progress)
+    found = nearest(predictor.embeddings(clips).mean(axis=0), vectors, count)
+    about = table.set_index("sha256")
+    neighbours = [
+        {"path": about.at[sha256, "path"], "label": about.at[sha256, "label"], "clip": clip, "similarity": similarity}
+        for sha256, clip, similarity in found
+    ]
+    return {"path": str(file), "version": version, "neighbours": neighbours}
+
+
+def nearest(vector: np.ndarray, vectors: Vectors, count: int) -> list[tuple[str, int, float]]:
+    """(sha256, clip, cosine) of the nearest clip of each of the `count` nearest videos; equals by sha256 and clip.
+
+    Arguments:
+        vector: `(width,)`.
+    """
+    lengths = np.linalg.norm(vectors.values, axis=1) * np.linalg.norm(vector)
+    cosines = vectors.values @ vector / np.maximum(lengths, 1e-12)
+    found: dict[str, tuple[str, int, float]] = {}
+    for row in np.lexsort((vectors.clip, vectors.sha256, -cosines)):
+        sha256 = str(vectors.sha256[row])
+        found.setdefault(sha256, (sha256, int(vectors.clip[row]), float(cosines[row])))
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def training_vectors(
+    project: Project, predictor: Predictor, table: pd.DataFrame, cache: Path, progress: Progress
+) -> Vectors:
+    """The vectors of all clips of the table's videos; what `cache` lacks is computed and added to it.
+
+    Raises:
+        InputError: there are no shards.
+        DiskFull, ServiceError: the cache can't be written.
+    """
+    known = _load(cache)
+    todo = table[~table["sha256"].isin(set(known.sha256) if known else set())]
+    if len(todo):
+        new = _computed(project, predictor, todo, progress)
+        known = known.joined(new) if known else new
+        with atomic(cache) as file:
+            np.savez(file, allow_pickle=False, sha256=known.sha256, clip=known.clip, values=known.values)
+    assert known is not None  # the table is not empty
+    wanted = np.isin(known.sha256, table["sha256"].to_numpy("U64"))
+    return Vectors(known.sha256[wanted], known.clip[wanted], known.values[wanted])
+
+
+def cache_file(model_file: Path, recipe: Recipe) -> Path:
+    """Beside the model, whose folder is named by its digest; named by what else decides the vectors."""
+    from sora.core import provenance
+
+    made = json.dumps([recipe.clip.to_dict(), provenance.clips()], sort_keys=True)
+    return model_file.with_name(f"embeddings-{hashlib.sha256(made.encode()).hexdigest()[:16]}.npz")
+
+
+def _learned(project: Project, state: dict[str, Any]) -> pd.DataFrame:
+    """The videos of a version's training split that are still there and in no quarantine: `data.table.COLUMNS`."""
+    from sora.dataset import manifest, splits, table
+
+    if "splits.csv" not in state:
+        raise InputError("this version has no stored splits", fix="promote a version that a full `sora run` made")
+    with temporary_folder("splits") as folder:
+        ledger_file = folder / "splits.csv"
+        ledger_file.write_text(state["splits.csv"], encoding="utf-8")
+        ledger = splits.read(ledger_file)
+    rows = manifest.read(project.manifest)
+    rejected = {item["path"] for item in json.loads(project.quarantine.read_text(encoding="utf-8"))}
+    joined = table.join(rows, rejected, ledger)
+    learned = joined[joined["split"] == "train"].reset_index(drop=True)
+    if learned.empty:
+        raise InputError(
+            "none of the videos that the champion learned from is in this project",
+            fix="`sora run` trains on those that are, or restore the data with `dvc pull`",
+        )
+    return learned
+
+
+def _computed(project: Project, predictor: Predictor, table: pd.DataFrame, progress: Progress) -> Vectors:
+    parts: list[Vectors] = []
+    done: set[str] = set()
+    for sha256, clip, clips in _chunks(project, predictor.recipe, table):
+        parts.append(Vectors(sha256, clip, predictor.embeddings(clips).astype(np.float32)))
+        done.update(sha256)
+        progress(len(done), len(table))
+    columns = zip(*((part.sha256, part.clip, part.values) for part in parts), strict=True)
+    return Vectors(*(np.concatenate(column) for column in columns))
+
+
+def _chunks(
+    project: Project, recipe: Recipe, table: pd.DataFrame
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(sha256, clip, clips) of some clips at a time: of the shards, or of the videos where the recipe is another."""
+    from sora.store.shards import ShardSet
+
+    shards = ShardSet.open(project.shards)
+    if shards.spec != recipe.clip:
+        bounds = pool.Bounds.of_data(project.settings().validate_)
+        found = pool.in_order((project.data / path for path in table["path"]), recipe.clip, bounds)
+        for row, clips in zip(table.itertuples(), found, strict=True):
+            if isinstance(clips, VideoError):
+                raise clips
+            yield np.full(len(clips), row.sha256, "U64"), np.arange(len(clips)), clips
+        return
+    owner, clip = shards.index["sha256"].to_numpy("U64"), shards.index["clip"].to_numpy(np.int64)
+    lacking = table[~table["sha256"].isin(set(owner))]
+    if len(lacking):
+        raise InputError(
+            f"the shards lack {len(lacking)} of {len(table)} training videos, among them {lacking['path'].iloc[0]}",
+            fix="`sora run` prepares what is missing",
+        )
+    rows = np.flatnonzero(np.isin(owner, table["sha256"].to_numpy("U64")))
+    for start in range(0, len(rows), _CHUNK):
+        some = rows[start : start + _CHUNK]
+        yield owner[some], clip[some], shards.clips(some)
+
+
+def _load(cache: Path) -> Vectors | None:
+    """What is in the cache, or None. A damaged file is as good as none: it is computed anew."""
+    try:
+        with np.load(cache, allow_pickle=False) as stored:
+            found = Vectors(stored["sha256"], stored["clip"], stored["values"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        say(f"{cache} is damaged and made anew: {error}")
+        return None
+    if not len(found.sha256) == len(found.clip) == len(found.values):
+        say(f"{cache} is damaged and made anew: its columns differ in length")
+        return None
+    return found

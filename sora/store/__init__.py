@@ -1,0 +1,1 @@
+"""Shards of clips with an index, and the batches that training reads from them."""

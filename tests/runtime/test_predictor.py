@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sora.core.errors import PromotionFailed
+from sora.media.video.transform import prepare_clips
+from sora.runtime.predictor import ModelRefused, Predictor, Smoke, predict_files
+from tests.serving.conftest import CLASSES, SPEC, other_golden
+
+
+@pytest.fixture(scope="module")
+def predictor(models):
+    return Predictor(models[0].file, models[0].recipe, 1)
+
+
+def _by_keras(made, clips):
+    import keras
+
+    logits = np.asarray(keras.saving.load_model(made.file, compile=False).predict_on_batch(clips), np.float64)
+    powers = np.exp(logits / made.recipe.temperature)
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 11])
+def test_any_number_of_clips_gets_what_keras_answers(predictor, models, count):
+    clips = np.random.default_rng(count).integers(0, 256, (count, 4, 32, 32, 3), np.uint8)
+    answer = predictor.probabilities(clips)
+    assert answer.shape == (count, 3)
+    np.testing.assert_allclose(answer, _by_keras(models[0], clips), atol=1e-4)
+
+
+def test_padding_does_not_leak_into_answers(predictor):
+    clips = np.random.default_rng(0).integers(0, 256, (5, 4, 32, 32, 3), np.uint8)
+    one_by_one = np.concatenate([predictor.probabilities(clip[None]) for clip in clips])
+    np.testing.assert_allclose(predictor.probabilities(clips), one_by_one, atol=1e-5)
+
+
+def test_golden_answers_hold_and_others_are_refused(predictor, models):
+    assert predictor.check_golden() < 1e-4
+    with pytest.raises(ModelRefused, match="differs by"):
+        Predictor(models[0].file, other_golden(models[0].recipe), 1).check_golden()
+
+
+def test_a_changed_file_is_refused_before_it_is_opened(models, tmp_path):
+    changed = tmp_path / "model.keras"
+    changed.write_bytes(models[0].file.read_bytes() + b"x")
+    with pytest.raises(ModelRefused, match="sha256"):
+        Predictor(changed, models[0].recipe, 1)
+
+
+def test_a_file_that_is_no_model_is_refused(models, tmp_path):
+    from hashlib import sha256
+
+    file = tmp_path / "model.keras"
+    file.write_bytes(b"PK\x05\x06" + bytes(18))
+    with pytest.raises(ModelRefused, match="can't be loaded"):
+        Predictor(file, replace(models[0].recipe, model_sha256=sha256(file.read_bytes()).hexdigest()), 1)
+
+
+def test_code_in_a_model_is_not_run(models, tmp_path):
+    """A Lambda layer is Python bytecode: safe mode refuses it."""
+    from hashlib import sha256
+
+    import keras
+
+    clip = keras.Input((4, 32, 32, 3), dtype="uint8")
+    flat = keras.layers.Flatten()(keras.layers.Lambda(lambda x: x)(clip))
+    file = tmp_path / "model.keras"
+    keras.Model(clip, keras.layers.Dense(3)(flat)).save(file)
+    with pytest.raises(ModelRefused, match="can't be loaded"):
+        Predictor(file, replace(models[0].recipe, model_sha256=sha256(file.read_bytes()).hexdigest()), 1)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"clip": replace(SPEC, frames=5)}, "takes clips"),
+        ({"classes": CLASSES[:2]}, "2 classes"),
+        ({"schema": 2}, "schema"),
+    ],
+)
+def test_a_recipe_of_another_model_is_refused(models, recipe, words):
+    with pytest.raises(ModelRefused, match=words):
+        Predictor(models[0].file, replace(models[0].recipe, **recipe), 1)
+
+
+def test_files_are_answered_one_by_one_and_bad_ones_say_why(models, video, tmp_path):
+    text = tmp_path / "text.mp4"
+    text.write_text("not a video")
+    answers = predict_files([text, video, tmp_path / "absent.mp4"], models[0].file, models[0].recipe, 7)
+    assert [answer["path"] for answer in answers] == [str(text), str(video), str(tmp_path / "absent.mp4")]
+    assert "no video format" in answers[0]["error"] and "no file" in answers[2]["error"]
+    expected = _by_keras(models[0], prepare_clips(video, SPEC)).mean(axis=0)
+    assert answers[1]["version"] == 7 and answers[1]["label"] == CLASSES[int(expected.argmax())]
+    np.testing.assert_allclose(list(answers[1]["probabilities"].values()), expected, atol=1e-4)
+
+
+def test_unsure_only_where_the_recipe_has_a_threshold(predictor, models, video):
+    clips = prepare_clips(video, SPEC)
+    plain = predictor.predict(clips)
+    assert plain.unsure is None and "unsure" not in plain.to_dict()
+    confidence = plain.probabilities[plain.label]
+    for below, unsure in ((confidence + 0.01, True), (confidence - 0.01, False)):
+        recipe = replace(models[0].recipe, unsure_below=below)
+        [answer] = predict_files([video], models[0].file, recipe, 1)
+        assert answer["unsure"] is unsure and answer["label"] == plain.label
+
+
+def test_views_are_averaged_and_golden_answers_know_them(models):
+    from sora.judging.evaluation import _golden, _load
+
+    recipe = replace(models[0].recipe, views=("mirrored", "left"), golden=())
+    recipe = replace(recipe, golden=(_golden(_load(models[0].file, recipe), recipe, 0),))
+    viewed = Predictor(models[0].file, recipe, 1)
+    assert viewed.check_golden() < 1e-4
+    clips = np.random.default_rng(7).integers(0, 256, (5, 4, 32, 32, 3), np.uint8)
+    answer = viewed.probabilities(clips)
+    plain = _by_keras(models[0], clips)
+    mirrored = _by_keras(models[0], clips[:, :, :, ::-1])
+    left = _by_keras(models[0], clips[:, :, :, (np.arange(32) - 1).clip(0)])
+    assert answer.shape == (5, 3)
+    np.testing.assert_allclose(answer, (plain + mirrored + left) / 3, atol=1e-4)
+    with pytest.raises(ModelRefused, match="view"):
+        Predictor(models[0].file, replace(models[0].recipe, views=("inside out",)), 1)
+
+
+def test_smoke_in_a_child(models):
+    with Smoke() as smoke:
+        assert smoke(models[0].file, models[0].recipe)["difference"] < 1e-4
+    with Smoke() as smoke, pytest.raises(PromotionFailed, match="differs by"):
+        smoke(models[0].file, other_golden(models[0].recipe))
+
+
+@pytest.mark.parametrize("count", [1, 5, 11])
+def test_embeddings_are_what_the_last_layer_sees(predictor, models, count):
+    import keras
+
+    clips = np.random.default_rng(count).integers(0, 256, (count, 4, 32, 32, 3), np.uint8)
+    vectors = predictor.embeddings(clips)
+    assert vectors.shape == (count, 8)
+    last = keras.saving.load_model(models[0].file, compile=False).get_layer("logits")
+    logits = np.asarray(last(vectors.astype(np.float32)), np.float64) / models[0].recipe.temperature
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    np.testing.assert_allclose(predictor.probabilities(clips), powers / powers.sum(axis=1, keepdims=True), atol=1e-4)
