@@ -25,7 +25,7 @@ import yaml
 from benchmarks import common
 from benchmarks.common import SHARED, table
 from benchmarks.figures import plot, summarise
-from sora.config.settings import Settings, parse
+from sora.config import Settings, parse
 from sora.core.errors import InputError, SoraError
 from sora.core.files import atomic
 from sora.core.progress import bar, say

@@ -67,7 +67,7 @@ def step(which: str, size: int, frames: int, clips: int, steps: int) -> None:
     """In a process of its own: prints the seconds of each training step and the FLOPs of a clip."""
     import keras
 
-    from sora.config.settings import Model
+    from sora.config import Model
     from sora.core.records import ClipSpec
     from sora.model import classifier, cost
 

@@ -47,7 +47,7 @@ def told():
 WORK = {
     "manifest": """
 from sora.dataset import manifest
-from sora.config.settings import Settings
+from sora.config import Settings
 if __name__ == "__main__":
     found = manifest.build(Path(sys.argv[1]), Settings(), progress=progress)
     told()
@@ -66,7 +66,7 @@ if __name__ == "__main__":
     "served": """
 from sora.core.records import ClipSpec
 from sora.serving.decoding import DecodePool
-from sora.config.settings import Serve
+from sora.config import Serve
 async def main():
     with tempfile.TemporaryDirectory() as folder:
         few = len(inspect.signature(DecodePool).parameters) == 1

@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks import common
 from benchmarks.common import SHARED, table
 from benchmarks.preprocessing import BATCH, spent
-from sora.config.settings import Settings
+from sora.config import Settings
 from sora.core.records import ClipSpec
 from sora.dataset import manifest
 from sora.store import shards

@@ -7,8 +7,8 @@ when sqrt(rho) d + sqrt(1 - rho) e < Phi^-1(p_m), with e ~ N(0, 1) of its own an
 correlation of two models' errors behind the threshold (0.7 unless --rho says otherwise, which at accuracy 0.8 makes two
 equals disagree about 17 % of the videos). Classes are balanced.
 
-The decisions are those of `sora.judging.gate` itself (`passes` and `clearly_worse`), called once for every combination of
-counts that occurs. Calibration and latency play no part here.
+The decisions are those of `sora.judging.gate` itself (`passes` and `clearly_worse`), called once for every
+combination of counts that occurs. Calibration and latency play no part here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import multivariate_normal, norm
 
-from sora.config.settings import Gate
+from sora.config import Gate
 from sora.judging.gate import clearly_worse, passes
 from sora.judging.report.measure import wilson
 

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import article
-from sora.config.settings import Model, Train
+from sora.config import Model, Train
 from sora.core.errors import InputError
 from sora.core.processes import child_main, run_child
 from sora.core.records import ClipSpec, Recipe

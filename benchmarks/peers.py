@@ -27,7 +27,7 @@ import pandas as pd
 from benchmarks import accuracy, common, figures, peer_training
 from benchmarks.accuracy import ROOT, SETS, Fold, Prepared, Protocol
 from benchmarks.peer_training import PEERS, PeerJob
-from sora.config.settings import Settings
+from sora.config import Settings
 from sora.core.errors import InputError, SoraError
 from sora.core.files import atomic, source_digest
 from sora.core.progress import bar, say

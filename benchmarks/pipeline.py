@@ -22,14 +22,14 @@ from statistics import median
 
 from benchmarks import common
 from benchmarks.common import SHARED, SORA, change_params, table, timed
-from sora.config.settings import Project
+from sora.config import Project
 from sora.operations import servers as services
 
 
 def bare(project: Path) -> dict[str, float]:
     """Seconds of each stage by itself."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom sora.config.settings import Project\n"
+        "import sys\nfrom pathlib import Path\nfrom sora.config import Project\n"
         "from benchmarks.bare import learn\nlearn(Project(Path(sys.argv[1])))"
     )
     spent = {}

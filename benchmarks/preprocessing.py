@@ -33,7 +33,7 @@ import pandas as pd
 
 from benchmarks import common
 from benchmarks.common import SHARED, SORA, table, timed
-from sora.config.settings import Project, Settings
+from sora.config import Project, Settings
 from sora.core.records import ClipSpec
 from sora.dataset import manifest, splits
 from sora.dataset.versioning import version

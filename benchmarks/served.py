@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import SHARED, SORA, change_params, timed
-from sora.config.settings import Project
+from sora.config import Project
 from sora.dataset import manifest
 from sora.serving.source import ModelCache
 

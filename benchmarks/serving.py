@@ -36,7 +36,7 @@ from benchmarks.served import (
     settled,
     workplace,
 )
-from sora.config.settings import Project
+from sora.config import Project
 from sora.serving.run import THREADS, model_threads
 
 FIGURES = {

@@ -35,7 +35,7 @@ from benchmarks.served import (
     settled,
     workplace,
 )
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core.records import Recipe
 from sora.media.video.transform import prepare_clips
 

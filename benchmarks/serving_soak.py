@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks import common
 from benchmarks.common import SORA, table
 from benchmarks.served import CLIENTS, arguments, clip_file, failures, serving, workplace
-from sora.config.settings import Project
+from sora.config import Project
 from sora.operations.servers import login, running
 from sora.registry import Registry
 

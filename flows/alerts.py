@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sora.config.settings import Project, find_project
+from sora.config import Project, find_project
 from sora.core.errors import SoraError
 from sora.core.progress import say
 from sora.operations import nightly_log

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.client import prefect_client
-from sora.config.settings import Project, Settings
+from sora.config import Project, Settings
 from sora.operations import nightly_log
 
 NIGHTLY = "flows.nightly.nightly"

@@ -1,4 +1,4 @@
-"""`python -m flows.empty_database FILE`: Prefect's database without a row of anybody's, for `sora.operations.servers`."""
+"""`python -m flows.empty_database FILE`: Prefect's database without anybody's rows, for `sora.operations.servers`."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core.errors import RunActive, ServiceError, SoraError
 from sora.core.processes import QUIET_ENV
 from sora.operations.lock import holder

@@ -24,12 +24,12 @@ from prefect.states import Cancelled
 
 from flows import alerts, show
 from flows.deployments import superseded
-from sora.config.settings import Project, Settings
+from sora.config import Project, Settings
 from sora.core import provenance, redaction
 from sora.core.errors import DiskFull, RunActive, ServiceError, SoraError
+from sora.core.ledger import Recorded
 from sora.core.processes import die_with_parent
 from sora.core.progress import bar, say
-from sora.dataset.ledger import Recorded
 from sora.operations import nightly_log
 from sora.operations.lock import run_lock
 

@@ -9,7 +9,7 @@ from typing import Any
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.context import FlowRunContext
 
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core.progress import Bar
 
 Event = dict[str, Any]

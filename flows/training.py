@@ -27,7 +27,7 @@ from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.client import prefect_client
-from sora.config.settings import Project, Settings, parse
+from sora.config import Project, Settings, parse
 from sora.core import provenance
 from sora.core.errors import InputError, ServiceError
 from sora.core.progress import Bar, bar, say

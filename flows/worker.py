@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from sora.config.settings import find_project
+from sora.config import find_project
 from sora.core.errors import InputError, SoraError
 from sora.core.progress import say
 

@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pandas as pd
 
-from sora.config.settings import Settings
+from sora.config import Settings
 from sora.core.records import ClipSpec
 from sora.dataset import manifest
 from sora.store import shards

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sora.config.settings import Project
+from sora.config import Project
 from tests.videos import make_folder
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import httpx
 
+from sora.config import Project
 from sora.config.credentials import secret, secret_file
-from sora.config.settings import Project
 from sora.operations.servers import mlflow_server, running, start, stop
 
 

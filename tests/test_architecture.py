@@ -3,62 +3,20 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-FLOORS: list[tuple[int, str]] = [
-    # the longest matching prefix decides
-    (0, "sora.core.errors"),
-    (0, "sora.core.records"),
-    (0, "sora.config.presets"),
-    (0, "sora.config.settings"),
-    (0, "sora.core.processes"),
-    (0, "sora.core.progress"),
-    (0, "sora.operations.lock"),
-    (0, "sora.core.files"),
-    (0, "sora.core.provenance"),
-    (0, "sora.media.pool"),
-    (0, "sora.config.credentials"),
-    (0, "sora.core.doorkeeper"),
-    (0, "sora.core.redaction"),
-    (0, "sora.core.sandbox"),
-    (1, "sora.client"),
-    (1, "sora.video"),
-    (1, "sora.data"),
-    (2, "sora.model"),
-    (3, "sora.stages"),
-    (3, "sora.dataset.check"),
-    (3, "sora.project"),
-    (3, "sora.learning.training"),
-    (3, "sora.judging.evaluation"),
-    (3, "sora.learning.crossval"),
-    (3, "sora.learning.audit"),
-    (3, "sora.judging.report"),
-    (3, "sora.judging.gate"),
-    (3, "sora.registry"),
-    (3, "sora.operations.nightly_log"),
-    (3, "sora.operations.databases"),
-    (4, "sora.operations.empty_database"),
-    (4, "sora.operations.servers"),
-    (4, "sora.serving"),
-    (4, "sora.operations.doctor"),
-    (4, "sora.operations.gc"),
-    (4, "sora.operations.backup"),
-    (4, "sora.operations.restore"),
-    (5, "sora.runtime.lifecycle"),
-    (5, "sora.runtime.representation"),
-    (5, "sora.cli.supervisor"),
-    (6, "sora.cli"),
-    (6, "flows"),
-]
+ROOM = re.compile(r"(\d) +(\S+) {2,}\S")  # a line of the table in docs/architecture.md
 # library → modules that may import it
 OWNERS = {
     "av": ("sora.media.video.decode",),
-    "cv2": ("sora.video", "sora.dataset.manifest", "sora.demo", "sora.judging.report"),
+    "cv2": ("sora.media.video", "sora.judging.report"),
     "great_expectations": ("sora.dataset.quality.expectations", "sora.dataset.quality.docs"),
     "mlflow": ("sora.registry",),
     "dvc": (),  # a subprocess only
@@ -68,7 +26,7 @@ OWNERS = {
     "pickle": (),
     "cloudpickle": (),
 }
-MODULES = sorted(path for folder in ("sora", "flows") for path in (REPOSITORY / folder).rglob("*.py"))
+MODULES = sorted(path for folder in ("sora", "flows", "benchmarks") for path in (REPOSITORY / folder).rglob("*.py"))
 
 
 def _name(path: Path) -> str:
@@ -76,11 +34,17 @@ def _name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _floor(module: str) -> int | None:
-    if module in ("sora", "sora.__version__"):
-        return 0
-    found = [(len(prefix), floor) for floor, prefix in FLOORS if f"{module}.".startswith(f"{prefix}.")]
-    return max(found)[1] if found else None
+@cache
+def _rooms() -> dict[str, int]:
+    """Room (a package or module) → its floor, as docs/architecture.md draws them."""
+    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    found = [match for line in text.splitlines() if (match := ROOM.match(line))]
+    return {match[2].rstrip("/").removesuffix(".py").replace("/", "."): int(match[1]) for match in found}
+
+
+def _room(module: str) -> str | None:
+    found = [room for room in _rooms() if f"{module}.".startswith(f"{room}.")]
+    return max(found, key=len, default=None)
 
 
 def _imports(path: Path) -> list[tuple[str, int]]:
@@ -98,18 +62,30 @@ def _imports(path: Path) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
 def test_imports_point_down(path: Path) -> None:
-    own = _floor(_name(path))
-    assert own is not None, f"{_name(path)} has no floor"
+    own = _room(_name(path))
+    if own is None:
+        assert path == REPOSITORY / "sora" / "__init__.py", f"{_name(path)} is in no room of docs/architecture.md"
+        return
     for imported, line in _imports(path):
-        if imported.split(".")[0] in ("sora", "flows"):
-            floor = _floor(imported)
-            assert floor is not None and floor <= own, (
-                f"{path}:{line} imports {imported} (floor {floor}) from floor {own}"
-            )
+        if imported.split(".")[0] not in ("sora", "flows", "benchmarks") or imported in ("sora", "sora.__version__"):
+            continue
+        room = _room(imported)
+        assert room is not None, f"{path}:{line} imports {imported}, which is in no room"
+        assert room == own or _rooms()[room] < _rooms()[own], (
+            f"{path}:{line} imports {imported} (floor {_rooms()[room]}) from floor {_rooms()[own]}"
+        )
+
+
+def test_every_room_of_the_picture_is_there() -> None:
+    for room in _rooms():
+        place = REPOSITORY / room.replace(".", "/")
+        assert place.is_dir() or place.with_suffix(".py").is_file(), f"docs/architecture.md draws {room}, which is gone"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
 def test_libraries_have_one_owner(path: Path) -> None:
+    if path.is_relative_to(REPOSITORY / "benchmarks"):
+        return  # measures the libraries themselves, too
     for imported, line in _imports(path):
         allowed = OWNERS.get(imported.split(".")[0])
         if allowed is not None:

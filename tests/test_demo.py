@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core import provenance
 from sora.core.records import ClipSpec
 from sora.dataset.versioning import version

@@ -15,7 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from flows.slots import LEASE_STORAGE
-from sora.config.settings import Serve
+from sora.config import Serve
 from tests.programs import find, needs
 
 SECRETS = ("PASSWORD", "SECRET", "TOKEN", "ACCESS_KEY", "AUTH_STRING")

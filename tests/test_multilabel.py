@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sora.config.settings import Project, parse
+from sora.config import Project, parse
 from sora.core import labels
 from sora.core.errors import InputError
 from sora.core.records import ClipSpec

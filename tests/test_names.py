@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sora.cli import main
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core.errors import InputError, NotTrainable
 from sora.dataset.check import check, show
 from sora.dataset.versioning import version

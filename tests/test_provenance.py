@@ -1,8 +1,8 @@
 """What Sora computes from footage in this repository, held against what it computed when its parts got their names.
 
-A test here that fails says: this output changed. If that is meant, give the part a new name in `sora/core/provenance.py` and
-write the new values with `python -m tests.test_provenance`; otherwise the change is a fault. Old names' values stay in
-the file, as a record.
+A test here that fails says: this output changed. If that is meant, rename the part in `sora/core/provenance.py` and
+write the new values with `python -m tests.test_provenance`; otherwise the change is a fault. Old names' values stay
+in the file, as a record.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _clip() -> list[Any]:
 
 def _losses(work: Path, out: Path, joined: pd.DataFrame, classes: tuple[str, ...]) -> list[float]:
     """Losses of two tiny epochs, in a child as ever: it alone imports TensorFlow."""
-    from sora.config.settings import Model, Train
+    from sora.config import Model, Train
     from sora.learning import training
     from tests.clips import SMALL
 
@@ -144,9 +144,7 @@ def test_what_a_part_computes_changes_only_with_its_name(part: str, golden: dict
             "training computes something else: give provenance.LEARNING a new name, or fix the change"
         )
         now = {name: value for name, value in now.items() if name != "losses"}
-    assert now == then, (
-        f"{part} computes something else: give it a new name in sora/core/provenance.py, or fix the change"
-    )
+    assert now == then, f"{part} computes something else: rename it in sora/core/provenance.py, or fix the change"
 
 
 def test_settings_that_no_model_depends_on_change_nothing() -> None:

@@ -54,7 +54,7 @@ def test_what_takes_longest_starts_first(repository: Path) -> None:
         ("from sora.model.layers import x", True),
         ("from sora.modelling import x", False),
         ("import kerasish", False),
-        ("from sora.config.settings import Model\ntext = 'import keras'", False),
+        ("from sora.config import Model\ntext = 'import keras'", False),
     ],
 )
 def test_imports_decide(tmp_path: Path, source: str, heavy: bool) -> None:

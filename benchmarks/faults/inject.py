@@ -18,7 +18,7 @@ from benchmarks.faults.invariants import Finding, spoken
 from benchmarks.faults.processes import Case, Verb, kill, role_of
 from benchmarks.faults.proxy import Mode, Proxy
 from benchmarks.faults.scenes import LIMIT
-from sora.config.settings import Project
+from sora.config import Project
 from sora.operations import servers as services
 from sora.operations.servers import Addresses
 

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from benchmarks.faults.processes import Case, Verb, role_of
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core.errors import SoraError
 from sora.dataset.versioning import version
 from sora.operations import doctor

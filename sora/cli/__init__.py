@@ -18,7 +18,7 @@ from sora import __version__
 from sora.core.progress import echo, json_text, one_line
 
 if TYPE_CHECKING:
-    from sora.config.settings import Project
+    from sora.config import Project
     from sora.core.errors import SoraError
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
@@ -47,7 +47,7 @@ def _common(command: Any) -> Any:
 
 
 def _project() -> Project:
-    from sora.config.settings import find_project
+    from sora.config import find_project
 
     given = click.get_current_context().find_root().meta.get("sora.project")
     return find_project(given or Path.cwd())

@@ -27,8 +27,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
+from sora.config import Project, Settings
 from sora.config.credentials import Login, private_state, secret, secret_file
-from sora.config.settings import Project, Settings
 from sora.core import doorkeeper
 from sora.core.errors import InputError, RunActive, ServiceError
 from sora.core.files import writing

@@ -1,8 +1,8 @@
 """Child processes: quiet environments, children that die with their parent, and children that report as they work.
 
 TensorFlow gives GPU memory back only when its process ends, so whatever computes with Keras runs as a child:
-`run_child("sora.learning.training", job, on_event)`. The child reads the job (a line of JSON) from its standard input, writes
-one JSON object a line to the descriptor that SORA_EVENTS names, and ends with {"event": "result", …} or
+`run_child("sora.learning.training", job, on_event)`. The child reads the job (a line of JSON) from its standard input,
+writes one JSON object a line to the descriptor that SORA_EVENTS names, and ends with {"event": "result", …} or
 {"event": "error", …}.
 """
 

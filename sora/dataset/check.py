@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from sora.config.settings import Project, Settings
+from sora.config import Project, Settings
 from sora.core.errors import InputError, SoraError
 from sora.core.files import atomic, writing
 from sora.core.records import RULES
@@ -47,7 +47,7 @@ def check(
     """
     project = target if isinstance(target, Project) else _project(target)
     if project is not None:
-        from sora.stages import reference_counts
+        from sora.dataset.versioning.stages import reference_counts
 
         folder = project.data
         settings = settings or project.settings()

@@ -21,13 +21,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core import labels
 from sora.core.errors import InputError, ServiceError
 from sora.core.files import atomic, writing
 from sora.dataset.scan import LABELS
 
-log = logging.getLogger("sora.data")
+log = logging.getLogger("sora.dataset")
 FOLDER = "corrections"  # below a class's folder, or below data/ where labels.csv has the labels
 SHORT = 12  # digits of the sha256 in an accepted file's name
 NEXT = "the next `sora run` makes a new data version"  # what makes an accepted clip count

@@ -12,49 +12,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core.errors import InputError, SplitsLost
 from sora.core.files import atomic, writing
-from sora.core.records import SPLITS
+from sora.core.ledger import BY_HAND, COLUMNS, HEADER, Recorded, Row, parse, row_of
 from sora.dataset.versioning.dvc import git
 
-COLUMNS = ("sha256", "split", "group")
 RESTORE = "`sora splits restore` brings back what was recorded, and keeps new rows"
-_HEADER = ",".join(COLUMNS)
-_HEXADECIMAL = frozenset("0123456789abcdef")
-_BY_HAND = (
-    "`sora splits restore` brings back what a judged run recorded; or restore it from git (`git checkout splits.csv`), "
-    "or correct that line; Sora never guesses a split"
-)
 ANEW = "to deal all videos anew on purpose, give the project another `name` in params.yaml: a new history begins"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One video. `group` is "" where none is known."""
-
-    sha256: str
-    split: str
-    group: str
-
-
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """The ledger that a judged run stored. `version` is None where the run registered none."""
-
-    run_id: str
-    version: int | None
-    rows: tuple[Row, ...]
-
-    @property
-    def name(self) -> str:
-        return f"version {self.version}" if self.version is not None else f"run {self.run_id[:8]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,41 +54,6 @@ class Restored:
     kept: int
     dropped: int
     copy: str | None
-
-
-def parse(content: bytes, name: str) -> list[Row]:
-    """The rows of a ledger; a video that is listed twice with one split counts once.
-
-    Raises:
-        InputError: it is no ledger, ends in the middle of a line, or gives a video two splits.
-    """
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"can't read the split ledger {name}: {error}", fix=_BY_HAND) from error
-    if text and not text.endswith("\n"):
-        last = text.count("\n") + 1
-        torn = text.splitlines()[-1][:80]
-        raise InputError(f"{name}: line {last} is torn (no end of line): {torn!r}", fix=_BY_HAND)
-    if text.split("\n", 1)[0].rstrip("\r") != _HEADER:
-        raise InputError(f"{name}: the first line must be {_HEADER!r}, not {text[:80].splitlines()[:1]}", fix=_BY_HAND)
-    try:
-        rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))[1:]
-    except csv.Error as error:
-        raise InputError(f"{name} is no CSV: {error}", fix=_BY_HAND) from error
-    found: dict[str, Row] = {}
-    for number, cells in enumerate(rows, start=2):
-        row = _row(cells)
-        if row is None:
-            shown = ",".join(cells)[:100]
-            raise InputError(f"{name}: row {number} is not `sha256,split,group`: {shown!r}", fix=_BY_HAND)
-        known = found.setdefault(row.sha256, row)
-        if known.split != row.split:
-            raise InputError(
-                f"{name}: row {number} puts {row.sha256[:12]}… in {row.split}, an earlier one in {known.split}",
-                fix=_BY_HAND,
-            )
-    return list(found.values())
 
 
 def read(path: Path) -> list[Row]:
@@ -270,13 +206,7 @@ def _content(path: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise InputError(f"can't read the split ledger {path}: {error}", fix=_BY_HAND) from error
-
-
-def _row(cells: Sequence[str]) -> Row | None:
-    if len(cells) != 3 or len(cells[0]) != 64 or not _HEXADECIMAL.issuperset(cells[0]) or cells[1] not in SPLITS:
-        return None
-    return Row(*cells)
+        raise InputError(f"can't read the split ledger {path}: {error}", fix=BY_HAND) from error
 
 
 def _salvage(content: bytes) -> tuple[list[Row], int]:
@@ -286,11 +216,11 @@ def _salvage(content: bytes) -> tuple[list[Row], int]:
     unread = int(bool(torn))
     found: dict[str, Row | None] = {}
     for number, line in enumerate(lines):
-        if not line.strip() or (number == 0 and line.strip() == _HEADER.encode()):
+        if not line.strip() or (number == 0 and line.strip() == HEADER.encode()):
             continue
         row = None
         with suppress(UnicodeDecodeError, csv.Error, StopIteration):
-            row = _row(next(csv.reader([line.decode("utf-8").rstrip("\r")], strict=True)))
+            row = row_of(next(csv.reader([line.decode("utf-8").rstrip("\r")], strict=True)))
         if row is None:
             unread += 1
         elif row.sha256 not in found:

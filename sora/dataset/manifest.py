@@ -16,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from sora.config.settings import Settings, Validate
+from sora.config import Settings, Validate
 from sora.core import provenance
 from sora.core.errors import InputError, VideoError
 from sora.core.files import atomic, writing

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sora.config.settings import Settings
+from sora.config import Settings
 from sora.core import labels
 from sora.core.errors import InputError
 from sora.core.records import LABEL_SEPARATOR

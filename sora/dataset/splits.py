@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sora.config.settings import Settings
+from sora.config import Settings
 from sora.core import labels
 from sora.core.errors import InputError, ServiceError
 from sora.core.files import atomic
+from sora.core.ledger import COLUMNS
 from sora.core.records import SPLITS, Rejection
 from sora.dataset import ledger as ledgers
 from sora.dataset import similar
-from sora.dataset.ledger import COLUMNS
 from sora.dataset.similar import near_duplicates
 
 __all__ = ["COLUMNS", "Assignment", "append", "assign", "digest", "near_duplicates", "read", "units"]

@@ -1,6 +1,6 @@
 """Candidate and champion on the same current splits: logits, temperature, reports, page; in a child process.
 
-`run` is the parent's side and imports nothing heavy. The child (`python -m sora.judging.evaluation JOBFILE`) loads one model
+`run` is the parent's side and imports nothing heavy. The child (`python -m sora.judging.evaluation`) loads one model
 after the other, so that memory holds one; a champion whose clip spec differs from the shards' gets clips prepared from
 the videos with its own recipe.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 
-from sora.config.settings import Validate
+from sora.config import Validate
 from sora.core import labels
 from sora.core.errors import InputError, ServiceError, VideoError
 from sora.core.files import atomic
@@ -49,8 +49,8 @@ class EvalModel(TypedDict):
 class EvalJob:
     """What the child needs, as JSON can carry it.
 
-    `table` is a parquet or CSV file with the columns of `sora.dataset.table.COLUMNS`. `data` is the folder that its paths
-    are relative to. `classes` are those of a fresh model, in the order of its logits.
+    `table` is a Parquet or CSV file with the columns of `sora.dataset.table.COLUMNS`. `data` is the folder that its
+    paths are relative to. `classes` are those of a fresh model, in the order of its logits.
     """
 
     shards: str

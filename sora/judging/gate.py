@@ -14,7 +14,7 @@ from functools import lru_cache
 from math import comb
 from typing import Any, Literal
 
-from sora.config.settings import Gate
+from sora.config import Gate
 from sora.core.labels import names
 from sora.core.records import Decision, EvalReport
 from sora.judging.report.measure import wilson

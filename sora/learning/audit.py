@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sora.config.settings import Project, Settings
+from sora.config import Project, Settings
 from sora.core import provenance
 from sora.core.errors import InputError
 from sora.core.files import atomic, writing

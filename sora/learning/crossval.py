@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sora.config.settings import Settings
+from sora.config import Settings
 from sora.core.files import atomic, writing
 from sora.core.records import Recipe, Split, schema_of
 from sora.judging import evaluation

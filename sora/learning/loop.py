@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from sora.config.settings import Train
+from sora.config import Train
 from sora.core.errors import InputError
 from sora.learning import checkpoint
 from sora.store.batches import Batches

@@ -1,8 +1,8 @@
 """Training, in a child process that dies with its parent: shards and a table of splits become `model.keras`.
 
-`run` is the parent's side and imports nothing heavy. The child (`python -m sora.learning.training JOBFILE`) holds Keras; when it
-ends, however it ends, its GPU memory is free. It keeps a checkpoint in the job's folder: the same job run again goes on
-after the last finished epoch, to the same result as if it had not been interrupted.
+`run` is the parent's side and imports nothing heavy. The child (`python -m sora.learning.training`) holds Keras; when
+it ends, however it ends, its GPU memory is free. It keeps a checkpoint in the job's folder: the same job run again goes
+on after the last finished epoch, to the same result as if it had not been interrupted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sora import __version__
-from sora.config.settings import Model, Train
+from sora.config import Model, Train
 from sora.core import files
 from sora.core.errors import InputError, ServiceError
 from sora.core.processes import child_main, run_child

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import sora
-from sora.config.settings import Serve, Validate
+from sora.config import Serve, Validate
 from sora.core import sandbox
 from sora.core.errors import ServiceError, VideoError
 from sora.core.records import RULES, ClipSpec

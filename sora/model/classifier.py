@@ -14,7 +14,7 @@ from typing import Any
 
 import keras
 
-from sora.config.settings import Model
+from sora.config import Model
 from sora.core.records import ClipSpec
 from sora.model.backbone import BackboneStream
 from sora.model.fusion import ConcatFusion, GatedFusion, GramFusion

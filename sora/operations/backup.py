@@ -47,7 +47,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from sora import __version__
-from sora.config.settings import Project, Settings
+from sora.config import Project, Settings
 from sora.core.errors import DiskFull, InputError, ServiceError
 from sora.core.files import atomic, sync_folder, writing
 from sora.core.progress import Bar

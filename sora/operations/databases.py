@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core.errors import AnswerIsNo, DatabaseDamaged, InputError
 
 NAMES = ("mlflow", "prefect")

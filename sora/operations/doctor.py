@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core import sandbox
 from sora.core.errors import SoraError
 from sora.core.redaction import without_login

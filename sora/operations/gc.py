@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core.errors import InputError, ServiceError
 from sora.core.files import writing
 from sora.core.processes import quiet_environment

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+from sora.config import Project
 from sora.config.credentials import private_state
-from sora.config.settings import Project
 from sora.core.errors import RunActive
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from sora.config.settings import Project, Schedule
+from sora.config import Project, Schedule
 
 REGISTERED = "registered"
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import yaml
 
+from sora.config import Project, parse
 from sora.config.credentials import private_state
-from sora.config.settings import Project, parse
 from sora.core import labels
 from sora.core.errors import DiskFull, InputError, ServiceError
 from sora.core.files import atomic, writing

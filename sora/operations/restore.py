@@ -24,7 +24,7 @@ from typing import IO, Any
 import yaml
 from pydantic import ValidationError
 
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core.errors import DiskFull, InputError, ServiceError
 from sora.core.files import sync_folder, writing
 from sora.core.progress import Bar

@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from sora.config import Project
 from sora.config.credentials import Login, private_state, secret
-from sora.config.settings import Project
 from sora.core import doorkeeper
 from sora.core.errors import ServiceError
 from sora.core.files import disk_failure, writing

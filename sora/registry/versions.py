@@ -13,10 +13,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from sora.core import ledger
 from sora.core.errors import AnswerIsNo, DiskFull, InputError, ServiceError
 from sora.core.files import temporary_folder
 from sora.core.records import EvalReport, ModelVersion, Recipe
-from sora.dataset import ledger
 from sora.registry import folder
 from sora.registry.rest import AlreadyExists, NotFound
 from sora.registry.runs import Runs, tags_of

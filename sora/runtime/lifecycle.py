@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sora.config import Project, parse
 from sora.config.credentials import private_state
-from sora.config.settings import Project, parse
 from sora.core.errors import AnswerIsNo, InputError, ServiceError
 from sora.core.files import temporary_folder
 from sora.core.progress import say

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sora.config.settings import Serve
+from sora.config import Serve
 from sora.core.errors import InputError, PromotionFailed, ServiceError
 from sora.core.processes import Child, without_noise
 from sora.core.records import THRESHOLD, Prediction, Recipe, schema_of

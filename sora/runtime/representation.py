@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core.errors import InputError, VideoError
 from sora.core.files import atomic, temporary_folder
 from sora.core.progress import say

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from sora import __version__
-from sora.config.settings import Serve
+from sora.config import Serve
 from sora.core.errors import ServiceError
 from sora.dataset.corrections import Inbox
 from sora.serving import card, explain, problems, routes
@@ -26,7 +26,7 @@ from sora.serving.source import ModelCache, ModelSource
 from sora.serving.tokens import Tokens
 
 if TYPE_CHECKING:
-    from sora.config.settings import Project
+    from sora.config import Project
 
 
 def create_app(

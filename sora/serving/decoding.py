@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sora.config.settings import Serve
+from sora.config import Serve
 from sora.core import sandbox
 from sora.core.errors import ServiceError, VideoError
 from sora.core.records import RULES, ClipSpec

@@ -9,8 +9,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from sora.config import Project, Serve
 from sora.config.credentials import Login
-from sora.config.settings import Project, Serve
 from sora.core.errors import InputError, ServiceError, SoraError
 from sora.core.progress import say
 from sora.dataset.corrections import Inbox

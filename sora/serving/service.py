@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from sora.config.settings import Serve
+from sora.config import Serve
 from sora.core.errors import ServiceError, VideoError
 from sora.core.records import ClipSpec
 from sora.serving import problems, uploads

@@ -29,7 +29,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from sora.config.settings import Validate
+from sora.config import Validate
 from sora.core import provenance
 from sora.core.errors import InputError, ServiceError, VideoError
 from sora.core.files import atomic, sync_folder, writing

@@ -18,7 +18,7 @@ import pytest
 
 from benchmarks import accuracy, figures
 from benchmarks.accuracy import Prepared, Protocol
-from sora.config.settings import Settings
+from sora.config import Settings
 from sora.core.errors import InputError, SettingsError
 from tests.clips import make_shards
 

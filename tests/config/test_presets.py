@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sora.config import Model, Settings, parse
 from sora.config.presets import PRESETS
-from sora.config.settings import Model, Settings, parse
 from sora.core.errors import SettingsError
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sora.config.settings import Project, parse
+from sora.config import Project, parse
 from sora.core import redaction
 from sora.dataset.versioning import version
 from tests.servers import make_project

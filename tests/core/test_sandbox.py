@@ -172,7 +172,7 @@ print(before, look())
 def test_the_command_line_and_stages_hide_their_memory():
     for code in (
         "from sora.cli import main\ntry:\n    main(['--version'])\nexcept SystemExit:\n    pass",
-        "import sys\nfrom sora import stages\nstages.main(['none'])",
+        "import sys\nfrom sora.dataset.versioning import stages\nstages.main(['none'])",
     ):
         seen = f"{code}\nimport ctypes\nprint(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
         done = subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True, timeout=60)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sora.config.settings import Project, Settings, Validate, parse
+from sora.config import Project, Settings, Validate, parse
 from sora.core import provenance
 from sora.core.errors import ServiceError
 from sora.core.records import ClipSpec

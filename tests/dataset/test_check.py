@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sora.config.settings import Project, Settings
+from sora.config import Project, Settings
 from sora.core.errors import InputError
 from sora.core.records import RULES
 from sora.dataset import check as checking

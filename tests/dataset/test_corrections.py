@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core.errors import DiskFull, InputError, ServiceError
 from sora.dataset import corrections as inboxes
 from sora.dataset.corrections import Inbox, InboxFull, NoEntry, suffix_of

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sora.config.settings import Settings, parse
+from sora.config import Settings, parse
 from sora.core import labels, provenance
 from sora.dataset import splits
 from sora.dataset import table as tables

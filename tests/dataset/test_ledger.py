@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core.errors import InputError, NotTrainable, SplitsLost
+from sora.core.ledger import Recorded, Row
 from sora.dataset import ledger
-from sora.dataset.ledger import Recorded, Row
 
 
 def row(number: int, split: str = "train", group: str = "") -> Row:

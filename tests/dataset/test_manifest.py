@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sora.config.settings import Settings
+from sora.config import Settings
 from sora.core.errors import InputError
 from sora.core.records import VideoRecord
 from sora.dataset import manifest
@@ -154,7 +154,7 @@ def test_what_may_not_be_read_is_unreadable(tmp_path):
     """As another user where the tests run as root, whom permissions don't stop."""
     code = (
         "import os, sys; from pathlib import Path\n"
-        "from sora.dataset import manifest; from sora.config.settings import Settings\n"
+        "from sora.dataset import manifest; from sora.config import Settings\n"
         "manifest.build(Path(sys.argv[2]), Settings())\n"  # imports all; the other user may not see this Python
         "if os.geteuid() == 0: os.seteuid(65534)\n"
         "built = manifest.build(Path(sys.argv[1]), Settings())\n"
@@ -342,7 +342,7 @@ def test_ctrl_c_ends_it_promptly(long_video, tmp_path):
         (tmp_path / "data" / "run").mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / "run" / f"{number}.mp4").write_bytes(long_video.read_bytes() + bytes([number]))
     code = (
-        "import sys; from pathlib import Path; from sora.dataset import manifest; from sora.config.settings import Settings\n"
+        "import sys; from pathlib import Path; from sora.dataset import manifest; from sora.config import Settings\n"
         "said = lambda done, total: print(done, flush=True)\n"
         "manifest.build(Path(sys.argv[1]), Settings(), workers=2, journal=Path(sys.argv[2]), progress=said)"
     )

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sora.config.settings import Settings
+from sora.config import Settings
 from sora.core.errors import InputError, ServiceError
 from sora.dataset import similar, splits
 from tests.dataset.rows import manifest, row

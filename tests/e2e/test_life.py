@@ -12,8 +12,8 @@ import httpx
 import psutil
 import pytest
 
+from sora.config import Project
 from sora.config.credentials import secret
-from sora.config.settings import Project
 from tests.e2e.conftest import SORA, Running, sora, sora_json
 from tests.servers import prefect_client
 from tests.videos import make_video

@@ -16,7 +16,7 @@ import pytest
 from benchmarks.faults.inject import DAY, fake_clock, set_clock, until
 from benchmarks.faults.processes import Case, Verb
 from benchmarks.faults.scenes import LIMIT, Scenes
-from sora.config.settings import Project, Schedule
+from sora.config import Project, Schedule
 from sora.operations import servers as services
 from sora.operations.nightly_log import Nightly, due, missed
 from tests.faults.conftest import holds, runs, speaks

@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sora.config.settings import Project
+from sora.config import Project
 from sora.operations.lock import run_lock
 
 _LOOK = """
 import sys
 from pathlib import Path
 from sora.operations.lock import holder
-from sora.config.settings import Project
+from sora.config import Project
 print("looking", flush=True)
 while True:
     holder(Project(Path(sys.argv[1])))

@@ -57,7 +57,7 @@ def test_all_at_once(case: Callable[[str], Case]) -> None:
 
 
 def list_versions(case: Case) -> list[int]:
-    from sora.config.settings import Project
+    from sora.config import Project
     from sora.runtime.lifecycle import models
 
     with case.inside():

@@ -18,7 +18,7 @@ from benchmarks.faults.inject import proxied, until
 from benchmarks.faults.processes import Case, Verb
 from benchmarks.faults.proxy import Mode, Proxy
 from benchmarks.faults.scenes import LIMIT, Scenes, case_of
-from sora.config.settings import Project
+from sora.config import Project
 from sora.dataset.versioning import version
 from tests.faults.conftest import holds, runs, speaks
 

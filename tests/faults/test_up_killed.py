@@ -17,7 +17,7 @@ from benchmarks.faults.inject import UP, trigger_nightly, wait_until_up, wait_un
 from benchmarks.faults.processes import Case, Verb, kill
 from benchmarks.faults.scenes import LIMIT, Scenes, case_of
 from flows.deployments import pool_name
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core.processes import start_child
 from sora.operations import servers as services
 from sora.operations.servers import Addresses

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flows import alerts
-from sora.config.settings import Project, Schedule
+from sora.config import Project, Schedule
 from sora.core.errors import NotTrainable
 from sora.operations import nightly_log
 

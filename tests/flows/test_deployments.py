@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flows import deployments
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core.errors import ServiceError
 from sora.core.processes import quiet_environment
 from sora.operations import nightly_log

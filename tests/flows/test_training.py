@@ -19,8 +19,8 @@ import pytest
 
 from flows import deployments, training
 from flows.training import _Look, _Watch
+from sora.config import Project
 from sora.config.credentials import secret
-from sora.config.settings import Project
 from sora.core.errors import ServiceError
 from sora.core.processes import quiet_environment
 from sora.core.progress import bar

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sora.config.settings import Settings
+from sora.config import Settings
 from sora.core.errors import InputError, ServiceError, VideoError
 from sora.core.records import ClipSpec
 from sora.dataset import manifest

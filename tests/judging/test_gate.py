@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from sora.config.settings import Gate
+from sora.config import Gate
 from sora.core.records import Decision, EvalReport
 from sora.judging.gate import clearly_worse, decide, mcnemar, mode_of, passes
 from sora.judging.report import measure

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from sora import cli
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core.errors import InputError
 from sora.dataset import manifest
 from sora.learning import audit, training

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sora.config.settings import Model, Train
+from sora.config import Model, Train
 from sora.core.errors import DiskFull, InputError, ServiceError
 from sora.core.records import ClipSpec
 from sora.learning import training

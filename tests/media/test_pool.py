@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from sora.config.settings import Settings
+from sora.config import Settings
 from sora.core.errors import DiskFull, ServiceError, VideoError
 from sora.core.records import ClipSpec
 from sora.media import pool

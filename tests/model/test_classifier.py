@@ -11,8 +11,8 @@ import keras
 import numpy as np
 import pytest
 
+from sora.config import Model
 from sora.config.presets import PRESETS
-from sora.config.settings import Model
 from sora.core.records import ClipSpec
 from sora.model import classifier, cost, streams
 from tests.clips import SMALL, SPEC, moving_square
@@ -131,7 +131,8 @@ def test_it_learns_the_direction_of_movement() -> None:
 
 
 def test_on_another_backend_nothing_here_needs_tensorflow() -> None:
-    code = "import sys; sys.modules['tensorflow'] = None; import sora.model.classifier, sora.store.batches, sora.learning.loop"
+    code = "import sys; sys.modules['tensorflow'] = None; import sora.model.classifier"
+    code += ", sora.store.batches, sora.learning.loop"
     environment = {"KERAS_BACKEND": "numpy", "PATH": "/usr/bin"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

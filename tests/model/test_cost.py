@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from sora.config.settings import Model
+from sora.config import Model
 from sora.core.records import ClipSpec
 from sora.model import classifier, cost, fusion, lateral, residual
 from tests.clips import SMALL, SPEC

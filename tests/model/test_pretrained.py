@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import pytest
 
-from sora.config.settings import Model
+from sora.config import Model
 from sora.core.errors import InputError, ServiceError
 from sora.core.records import ClipSpec
 from sora.model import classifier, pretrained

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sora.config.settings import Model
+from sora.config import Model
 from tests.clips import SMALL
 
 VARIANTS: dict[str, dict] = {

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sora.config.settings import Project, parse
+from sora.config import Project, parse
 from sora.core.errors import DiskFull, InputError, RunActive, ServiceError, SettingsError
 from sora.core.records import ModelVersion
 from sora.dataset.versioning import version
@@ -322,7 +322,7 @@ def test_a_killed_one_leaves_nothing(project: Project, out: Path, unnamed: bool)
 import os, time, errno
 from pathlib import Path
 from sora.operations import backup
-from sora.config.settings import Project
+from sora.config import Project
 from tests.operations.test_backup import Versions
 if not {unnamed}:
     real = os.open

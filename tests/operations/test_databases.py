@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core.errors import DatabaseDamaged, InputError
 from sora.operations import databases
 from tests.servers import make_project

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sora.config.settings import Project
+from sora.config import Project
 from sora.operations import nightly_log
 from sora.operations import servers as services
 from sora.operations.doctor import doctor
@@ -112,7 +112,8 @@ def test_without_git(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_imports_nothing_heavy(project: Project) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom sora.operations.doctor import doctor\nfrom sora.config.settings import Project\n"
+        "import sys\nfrom pathlib import Path\nfrom sora.operations.doctor import doctor\n"
+        "from sora.config import Project\n"
         f"doctor(Project(Path({str(project.root)!r})))\n"
         "print({'tensorflow', 'keras', 'mlflow', 'prefect', 'great_expectations', 'dvc', 'pandas'} & set(sys.modules))"
     )

@@ -22,8 +22,8 @@ from starlette.types import Receive, Scope, Send
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from sora.config import Project
 from sora.config.credentials import Login, secret, secret_file
-from sora.config.settings import Project
 from sora.core.doorkeeper import Doorkeeper
 from sora.core.errors import ServiceError
 from sora.operations import servers as services
@@ -150,7 +150,8 @@ def test_a_secret_is_made_once_and_is_its_owners_alone(tmp_path: Path) -> None:
 def test_many_that_need_it_at_once_have_one_secret(tmp_path: Path) -> None:
     project = make_project(tmp_path)
     code = (
-        "import sys; from pathlib import Path; from sora.config.credentials import secret; from sora.config.settings import Project\n"
+        "import sys; from pathlib import Path; from sora.config.credentials import secret\n"
+        "from sora.config import Project\n"
         "sys.stdin.readline(); print(secret(Project(Path(sys.argv[1]))).auth_string)"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

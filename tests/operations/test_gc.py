@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core.errors import RunActive, ServiceError
 from sora.core.records import ModelVersion
 from sora.dataset.versioning import version

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sora.config.settings import Project, Settings, parse
+from sora.config import Project, Settings, parse
 from sora.core.errors import DiskFull, InputError, SettingsError
 from sora.dataset.versioning import version
 from sora.operations import project as projects

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from sora.cli.supervisor import up
+from sora.config import Project
 from sora.config.credentials import secret
-from sora.config.settings import Project
 from sora.core.errors import DatabaseDamaged, InputError, RunActive, ServiceError
 from sora.operations import servers as services
 from sora.operations.servers import Addresses, Running
@@ -27,7 +27,7 @@ OWNER = """
 import json, sys
 from pathlib import Path
 from sora.operations import services
-from sora.config.settings import Project
+from sora.config import Project
 project = Project(Path(sys.argv[1]))
 with services.servers(project, prefect=sys.argv[2] == "both") as found:
     print(json.dumps([found.prefect_api_url, found.mlflow_tracking_uri]), flush=True)

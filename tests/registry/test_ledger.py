@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from flows import nightly
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core.errors import AnswerIsNo, InputError, SplitsLost
+from sora.core.ledger import Row
 from sora.dataset import ledger
-from sora.dataset.ledger import Row
 from sora.operations.doctor import doctor
 from sora.registry import Registry
 from sora.runtime import lifecycle

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from sora.cli import _run
-from sora.config.settings import Model, Project
+from sora.config import Model, Project
 from sora.core.errors import InputError
 from sora.core.records import Recipe
 from sora.dataset import manifest, splits

@@ -44,7 +44,7 @@ class Made:
 def make_model(folder: Path, version: int, temperature: float = 1.5) -> Made:
     import keras
 
-    from sora.config.settings import Model
+    from sora.config import Model
     from sora.judging.evaluation import golden_clip
     from sora.model import classifier
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 
-from sora.config.settings import Serve
+from sora.config import Serve
 from sora.serving.app import create_app
 from sora.serving.source import ModelCache
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import httpx
 
-from sora.config.settings import Project, Serve
+from sora.config import Project, Serve
 from sora.core.processes import start_child
 from sora.dataset.corrections import Inbox
 from sora.serving.source import ModelCache

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
-from sora.config.settings import Serve
+from sora.config import Serve
 from sora.core.errors import ServiceError, VideoError
 from sora.runtime.predictor import Predictor
 from sora.serving import follow, uploads

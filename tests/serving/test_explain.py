@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from sora.config.settings import Model, Serve
+from sora.config import Model, Serve
 from sora.core.errors import ServiceError
 from sora.core.records import ClipSpec, Recipe
 from sora.model import attribution, classifier

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from sora.config.settings import Project, Serve
+from sora.config import Project, Serve
 from sora.core.errors import ServiceError
 from sora.core.records import ModelVersion
 from sora.dataset.corrections import Inbox

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sora.config.settings import Project
+from sora.config import Project
 from sora.dataset.corrections import Inbox
 from sora.serving.source import ModelCache
 from tests.programs import needs

@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core.errors import InputError, ServiceError
 from sora.core.processes import start_child
 from sora.core.records import EvalReport

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sora.config.settings import Settings
+from sora.config import Settings
 from sora.core.errors import DiskFull, InputError, ServiceError
 from sora.core.records import ClipSpec
 from sora.dataset import manifest

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from sora.config.settings import Settings
+from sora.config import Settings
 from sora.core import labels
 from sora.core.errors import NotTrainable
 from sora.core.processes import QUIET_ENV

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from sora.config.settings import Project, Settings, parse
+from sora.config import Project, Settings, parse
 from sora.core import provenance, redaction
 from sora.core.errors import InputError, NotTrainable, ServiceError, SettingsError, SoraError
 from sora.core.files import atomic, temporary_folder, writing

@@ -1,8 +1,8 @@
 """The decoding child: `python -m sora.media.video.child OPTIONS`. Tells one file after another its facts or its clips.
 
 It opens strangers' files, so it is the one process that is expected to die: it holds no secret (its environment is
-bare), has hard limits on memory, open files and time, and once it has its imports, `sora.core.sandbox` leaves it nothing but
-its descriptors. It ends when its socket does, and is killed with its parent.
+bare), has hard limits on memory, open files and time. Once it has its imports, `sora.core.sandbox` leaves it nothing
+but its descriptors. It ends when its socket does, and is killed with its parent.
 
 Protocol: a job is one message of JSON, `{"spec", "known"}` for clips or `{}` for facts, on the SOCK_SEQPACKET socket
 that is its standard input, with the file's descriptor. An answer, on standard output, is a 4-byte big-endian length, so

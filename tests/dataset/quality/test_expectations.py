@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from sora.config.settings import Settings
+from sora.config import Settings
 from sora.core.errors import NotTrainable, ServiceError
 from sora.core.records import RULES, VideoRecord
 from sora.dataset.quality import expectations

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from sora import stages
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core.errors import InputError
 from sora.core.processes import rebuild_error
+from sora.dataset.versioning import stages
 
 
 def test_an_error_is_handed_over_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

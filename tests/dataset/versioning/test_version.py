@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sora.config.settings import Project
+from sora.config import Project
 from sora.core import provenance
 from sora.core.errors import DiskFull, InputError, NotTrainable, RunActive, ServiceError, SettingsError
 from sora.dataset import manifest
@@ -155,8 +155,8 @@ def test_killed_in_each_stage_it_ends_with_its_caller_and_the_next_run_completes
     expected = tree(prepared_project.prepared)
     shutil.rmtree(prepared_project.prepared)
     (prepared_project.root / "dvc.lock").unlink()
-    call = "import sys; from pathlib import Path; from sora.config.settings import Project; from sora.dataset.versioning import version; "
-    call += "version.reproduce(Project(Path(sys.argv[1])))"
+    call = "import sys; from pathlib import Path; from sora.config import Project\n"
+    call += "from sora.dataset.versioning import version; version.reproduce(Project(Path(sys.argv[1])))"
     for stage in version.STAGES:
         started, hook = tmp_path / f"{stage}.started", tmp_path / f"{stage}.hook"
         hook.mkdir()
@@ -164,8 +164,8 @@ def test_killed_in_each_stage_it_ends_with_its_caller_and_the_next_run_completes
             "import os, sys, time\n"
             f"if sys.orig_argv[-2:] == ['sora.stages', {stage!r}]:\n"
             f"    open({str(started)!r}, 'w').write(str(os.getpid()))\n"
-            "    import sora.stages\n"
-            "    sora.stages._end_with_owner()\n"
+            "    from sora.dataset.versioning import stages\n"
+            "    stages._end_with_owner()\n"
             "    time.sleep(300)\n"
         )
         child = subprocess.Popen(

@@ -1,0 +1,176 @@
+"""What the stages of dvc.yaml run: `python -m sora.stages manifest|validate|shards`, in the project's folder.
+
+Each calls one function below and writes what that made. An error goes to `version.reproduce` whole, through the file
+that SORA_STAGE_ERROR names; by hand (`dvc repro`) it is printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sora.config import Project
+from sora.core.errors import InputError, SoraError
+from sora.core.files import atomic
+from sora.core.processes import die_with_parent, error_event
+from sora.core.progress import Bar, bar, echo, say
+from sora.core.sandbox import hide_memory
+
+BALANCE = "balance_shifted"  # the expectation against the last judged run: no function of the bytes alone
+
+
+def manifest(project: Project) -> dict[str, int]:
+    """Decodes every video that is new, by its bytes, and writes manifest.parquet."""
+    from sora.dataset import manifest as manifests
+
+    journal = project.journal
+    if _from_scratch():
+        journal.unlink(missing_ok=True)
+        project.manifest.unlink(missing_ok=True)
+    previous = manifests.read(project.manifest) if project.manifest.exists() else None
+    with _bar("Decoding") as update:
+        built = manifests.build(project.data, project.settings(), previous=previous, journal=journal, progress=update)
+    project.prepared.mkdir(exist_ok=True)
+    manifests.write(built, project.manifest)
+    journal.unlink(missing_ok=True)
+    return {"videos": len(built)}
+
+
+def validate(project: Project) -> dict[str, int]:
+    """Judges the manifest; writes quarantine.json and validation.json, and beside the versioned files the Data Docs.
+
+    Raises:
+        NotTrainable: a rule about the whole set does not hold.
+    """
+    from sora.dataset import manifest as manifests
+    from sora.dataset.quality import expectations
+
+    reference = reference_counts(project)
+    report = expectations.validate(
+        manifests.read(project.manifest), project.settings(), reference=reference, docs=project.docs
+    )
+    told = report.to_dict()
+    _write_json(side_file(project), told)
+    report.require()
+    _write_json(project.quarantine, [asdict(rejection) for rejection in report.rejected])
+    # The stage must be a pure function of its inputs: what was judged against another run stays outside.
+    told["expectations"] = [found for found in told["expectations"] if found["rule"] != BALANCE]
+    _write_json(project.prepared / "validation.json", told)
+    return {"accepted": report.accepted, "rejected": len(report.rejected)}
+
+
+def shards(project: Project) -> dict[str, int]:
+    """Writes the clips of accepted videos; only the buckets of changed videos and of damaged clips."""
+    from sora.dataset import manifest as manifests
+    from sora.dataset.versioning import version
+    from sora.store import shards as sharding
+
+    if _from_scratch():
+        shutil.rmtree(project.shards, ignore_errors=True)
+    settings = project.settings()
+    rejected = {entry["path"] for entry in json.loads(project.quarantine.read_text(encoding="utf-8"))}
+    with _bar("Clips") as update:
+        made = sharding.build(
+            manifests.read(project.manifest),
+            rejected,
+            project.data,
+            project.shards,
+            settings.clip.spec(),
+            buckets=settings.shards.buckets,
+            workers=settings.shards.workers,
+            rules=settings.validate_,
+            progress=update,
+            recorded=cache(lambda: version.recorded_files(project, project.shards)),
+        )
+    return asdict(made)
+
+
+def side_file(project: Project) -> Path:
+    """The last validation's report with the class balance against the last judged run; JSON, not versioned."""
+    return project.state / "validation_side.json"
+
+
+def reference_counts(project: Project) -> dict[str, int] | None:
+    """Videos a class of the last judged run, which the nightly leaves in .sora/reference.json."""
+    try:
+        return json.loads((project.state / "reference.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _bar(title: str) -> Iterator[Bar]:
+    """A progress bar on the terminal of the process that called DVC, which keeps our own standard error in a pipe."""
+    terminal = os.environ.get("SORA_STAGE_TTY")
+    if not terminal:
+        with bar(title) as update:
+            yield update
+        return
+    with open(terminal, "w", encoding="utf-8") as stream, contextlib.redirect_stderr(stream), bar(title) as update:
+        yield update
+
+
+def _end_with_owner() -> None:
+    """Ends this process when the one that called DVC ends, however it ends: else two runs could write one output."""
+    die_with_parent()
+    owner = os.environ.get("SORA_STAGE_OWNER")
+    if not owner or not hasattr(os, "pidfd_open"):
+        return
+    try:
+        handle = os.pidfd_open(int(owner))
+    except ProcessLookupError:
+        os._exit(1)
+
+    def watch() -> None:
+        select.select([handle], [], [])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as file:
+        file.write((json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def _from_scratch() -> bool:
+    """What an earlier run left is not built upon (`version.reproduce(force=True)`)."""
+    return bool(os.environ.get("SORA_STAGE_FRESH"))
+
+
+STAGES: dict[str, Callable[[Project], dict[str, int]]] = {"manifest": manifest, "validate": validate, "shards": shards}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the named stage; returns the exit code."""
+    (name,) = sys.argv[1:] if arguments is None else arguments
+    _end_with_owner()
+    hide_memory()
+    try:
+        project = Project(Path.cwd())
+        if name not in STAGES:
+            raise InputError(f"no stage {name}: there are {', '.join(STAGES)}")
+        counts = STAGES[name](project)
+        _write_json(project.state / "stages" / f"{name}.json", counts)
+    except (SoraError, OSError) as error:
+        say(f"{name}: {error}")
+        place = os.environ.get("SORA_STAGE_ERROR")
+        if place:
+            Path(place).write_text(json.dumps(error_event(error)), encoding="utf-8")
+        return error.exit_code if isinstance(error, SoraError) else 3
+    echo(", ".join(f"{what} {number}" for what, number in counts.items()))
+    return 0
