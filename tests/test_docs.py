@@ -21,7 +21,8 @@ DOCUMENTS = sorted(
 
 @pytest.fixture(params=DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def document(request: pytest.FixtureRequest) -> Path:
-    return request.param
+    path: Path = request.param
+    return path
 
 
 def test_readme_lists_every_rule_with_its_fix(repository: Path) -> None:
