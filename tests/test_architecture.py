@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+DRAWING = REPOSITORY / "docs" / "architecture.md"
+BEGIN, END = "<!-- arrows: begin -->", "<!-- arrows: end -->"  # around the picture that this module draws
 ROOM = re.compile(r"(\d) +(\S+) {2,}\S")  # a line of the table in docs/architecture.md
 # library → modules that may import it
 OWNERS = {
@@ -37,9 +39,9 @@ def _name(path: Path) -> str:
 @cache
 def _rooms() -> dict[str, int]:
     """Room (a package or module) → its floor, as docs/architecture.md draws them."""
-    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
-    found = [match for line in text.splitlines() if (match := ROOM.match(line))]
-    return {match[2].rstrip("/").removesuffix(".py").replace("/", "."): int(match[1]) for match in found}
+    text = DRAWING.read_text(encoding="utf-8")
+    lines = [match for line in text.splitlines() if (match := ROOM.match(line))]
+    return {match[2].rstrip("/").removesuffix(".py").replace("/", "."): int(match[1]) for match in lines}
 
 
 def _room(module: str) -> str | None:
@@ -74,6 +76,43 @@ def test_imports_point_down(path: Path) -> None:
         assert room == own or _rooms()[room] < _rooms()[own], (
             f"{path}:{line} imports {imported} (floor {_rooms()[room]}) from floor {_rooms()[own]}"
         )
+
+
+def _arrows() -> set[tuple[str, str]]:
+    """(room, room that it imports), from the code."""
+    arrows = set()
+    for path in MODULES:
+        own = _room(_name(path))
+        rooms = {_room(imported) for imported, _ in _imports(path)}
+        arrows |= {(own, other) for other in rooms if own is not None and other not in (None, own)}
+    return arrows
+
+
+def _picture(arrows: set[tuple[str, str]]) -> str:
+    """A matrix: a row a room, a column for each room below it, a dot for an arrow."""
+    rooms = list(_rooms())
+    short = [room.rpartition(".")[2] for room in rooms]
+    width, height = max(map(len, short)), max(map(len, short[1:]))
+    head = [
+        f"{'':{width}}  " + " ".join(name.rjust(height)[row] for name in short[1:]).rstrip() for row in range(height)
+    ]
+    rows = [
+        f"{name:{width}}  " + " ".join("●" if (room, other) in arrows else "·" for other in rooms[1:]).rstrip()
+        for room, name in zip(rooms, short, strict=True)
+    ]
+    return "```\n" + "\n".join([*head, *rows]) + f"\n```\n\n{len(rooms)} rooms, {len(arrows)} arrows.\n"
+
+
+def _drawn() -> tuple[str, str, str]:
+    """docs/architecture.md before the picture of the arrows, the picture, and what follows."""
+    text = DRAWING.read_text(encoding="utf-8")
+    before, _, rest = text.partition(f"{BEGIN}\n")
+    picture, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n", picture, f"{END}{after}"
+
+
+def test_the_picture_has_the_arrows_of_the_imports() -> None:
+    assert _drawn()[1] == _picture(_arrows()), "run `python -m tests.test_architecture` and look at what has changed"
 
 
 def test_every_room_of_the_picture_is_there() -> None:
@@ -126,3 +165,8 @@ def test_nothing_happens_at_import(path: Path) -> None:
         assert not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)), (
             f"{path}:{node.lineno} calls at import"
         )
+
+
+if __name__ == "__main__":
+    before, _, after = _drawn()
+    DRAWING.write_text(before + _picture(_arrows()) + after, encoding="utf-8")

@@ -7,9 +7,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from sora.core.records import RULES
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FOLDERS = r"sora|flows|benchmarks|tests|infra|docs|demo"
+DOCUMENTS = sorted(
+    path for pattern in ("*.md", "docs/*.md", "docs/decisions/*.md", "infra/*.md") for path in REPOSITORY.glob(pattern)
+)
+
+
+@pytest.fixture(params=DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def document(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.param
+    return path
 
 
 def test_readme_lists_every_rule_with_its_fix(repository: Path) -> None:
@@ -17,10 +30,65 @@ def test_readme_lists_every_rule_with_its_fix(repository: Path) -> None:
     assert dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", readme, re.MULTILINE)) == RULES
 
 
-def test_links_in_documents_lead_somewhere(repository: Path) -> None:
-    for document in [*repository.glob("*.md"), *repository.glob("docs/*.md"), *repository.glob("infra/*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
-            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+def test_links_in_documents_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
+        assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_paths_in_documents_exist(repository: Path, document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for path, name in re.findall(rf"`((?:{FOLDERS})/[\w./-]*)(?:::(\w+))?`", text):
+        if "NNNN" in path:  # a name to be given
+            continue
+        assert (repository / path).exists(), f"{document.name} names {path}"
+        assert not name or f"def {name}(" in (repository / path).read_text(encoding="utf-8"), f"{path} lacks {name}"
+
+
+def test_modules_and_names_in_documents_exist(repository: Path, document: Path) -> None:
+    """`sora.store.shards.build` in backticks, or <i>in a picture</i>, is a module or stands in one."""
+    text = document.read_text(encoding="utf-8")
+    for dotted in re.findall(rf"(?:`|<i>)(?:python -m )?((?:{FOLDERS})(?:\.\w+)+)", text):
+        parts = dotted.split(".")
+        for length in range(len(parts), 0, -1):
+            place = repository.joinpath(*parts[:length])
+            module = place.with_suffix(".py") if place.with_suffix(".py").is_file() else place / "__init__.py"
+            if module.is_file():
+                break
+        else:
+            pytest.fail(f"{document.name} names {dotted}")
+        source = module.read_text(encoding="utf-8")
+        for name in parts[length:]:
+            known = rf"^\s*(?:(?:async )?def |class )?{name}\b(?: =|:|\(|$)|import .*\b{name}\b"
+            assert re.search(known, source, re.MULTILINE), f"{document.name} names {dotted}; {module} has no {name}"
+
+
+def test_tests_in_documents_exist(repository: Path, document: Path) -> None:
+    code = "".join(path.read_text(encoding="utf-8") for path in (repository / "tests").rglob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", document.read_text(encoding="utf-8")):
+        assert f"def {name}(" in code, f"{document.name} names {name}"
+
+
+def test_the_map_of_the_state_is_complete(repository: Path) -> None:
+    """Everything that the code puts below .sora/ has a row in docs/architecture.md."""
+    text = (
+        (repository / "docs" / "architecture.md").read_text(encoding="utf-8").split("## What lies in a project", 1)[1]
+    )
+    code = "".join(path.read_text() for folder in ("sora", "flows") for path in (repository / folder).rglob("*.py"))
+    names = set(re.findall(r"\b(?:project|here|clone|self)\.state / \"([^\"]+)\"", code))
+    assert len(names) > 15
+    assert not {name for name in names if f"`{name}" not in text}
+
+
+def test_every_decision_is_in_the_index(repository: Path) -> None:
+    folder = repository / "docs" / "decisions"
+    listed = re.findall(
+        r"^\| \[(\d{4})\]\((\S+)\) \| (.+) \| (\d{4}-\d\d-\d\d) \|$", (folder / "README.md").read_text(), re.M
+    )
+    assert [name for _, name, _, _ in listed] == sorted(path.name for path in folder.glob("[0-9]*.md"))
+    for number, name, title, date in listed:
+        text = (folder / name).read_text(encoding="utf-8")
+        assert text.startswith(f"# {number}. {title}\n\nDate: {date}"), name
+        assert "**Context.**" in text and "**Decision.**" in text, name
 
 
 def test_pre_commit_runs_what_lint_runs(repository: Path) -> None:

@@ -1,7 +1,7 @@
 """The records that flow between Sora's parts: plain frozen dataclasses, with conversion to and from JSON only.
 
-VideoRecord → Manifest + ClipSpec → ClipWindow → (T,H,W,3) uint8 → shard + index → Batch → keras.Model
-→ EvalReport → ModelVersion(number, recipe, report, data_version) → Prediction
+VideoRecord (a row of the manifest) or Rejection; with a ClipSpec, ClipWindows → (T, H, W, 3) uint8 clips in shards
+→ a trained model → EvalReport and Recipe → Decision, ModelVersion → Prediction. docs/architecture.md shows where.
 """
 
 from __future__ import annotations

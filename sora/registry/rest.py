@@ -1,7 +1,7 @@
 """MLflow's REST interface over plain HTTP: the one place where its errors become Sora's.
 
 Sora speaks to MLflow without MLflow's own client: importing that takes 2–5 s of every command and would be in the way
-of a server that is to be ready quickly (the figures are in infra/DECISIONS.md). What Sora needs of the interface
+of a server that is to be ready quickly (figures: docs/decisions/0006-servers.md). What Sora needs of the interface
 (runs, logged models, registered models, proxied artifacts) is public and versioned in its addresses.
 """
 
