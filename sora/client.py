@@ -263,7 +263,8 @@ def _document(answer: httpx.Response) -> dict[str, Any]:
 def _problem(status: int, document: Mapping[str, Any]) -> ApiProblem:
     title, detail = document.get("title", ""), document.get("detail", "")
     message = f"{status} {title}: {detail}" if detail else f"{status} {title}"
-    return ApiProblem(message, fix=str(document.get("fix") or document.get("mend", "")), status=status, problem=dict(document))
+    fix = document.get("fix") or document.get("mend", "")  # `mend` is what older servers call it
+    return ApiProblem(message, fix=str(fix), status=status, problem=dict(document))
 
 
 def _answer(value: Mapping[str, Any]) -> Answer:
