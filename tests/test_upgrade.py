@@ -153,6 +153,8 @@ def test_the_stages_run_once_and_keep_what_was_prepared(
     pd.testing.assert_frame_equal(manifests.read(project.manifest), rows)
     assert json.loads(project.quarantine.read_text()) == json.loads(quarantine)
     assert buckets(project) == kept, "clips were written again"
+    told = json.loads((project.state / "stages" / "shards.json").read_text())
+    assert (told["decoded"], told["reused"]) == (0, accepted(project))
     assert version.reproduce(project) == []
 
 
