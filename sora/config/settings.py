@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -452,88 +450,3 @@ def parse(text: str, source: str = "params.yaml") -> Settings:
             received = "" if isinstance(problem["input"], dict) else f" (received {problem['input']!r})"
             lines.append(f"{where}: {problem['msg']}{received}")
         raise SettingsError(f"{source}: " + "; ".join(lines), fix=f"correct {source}") from error
-
-
-@dataclass(frozen=True, slots=True)
-class Project:
-    """A folder with params.yaml. All paths that Sora reads or writes start here."""
-
-    root: Path
-
-    @property
-    def params_file(self) -> Path:
-        return self.root / "params.yaml"
-
-    @property
-    def data(self) -> Path:
-        return self.root / "data"
-
-    @property
-    def data_dvc(self) -> Path:
-        return self.root / "data.dvc"
-
-    @property
-    def splits_file(self) -> Path:
-        """The append-only ledger sha256 → split; tracked by git, so that a clone keeps yesterday's test set."""
-        return self.root / "splits.csv"
-
-    @property
-    def prepared(self) -> Path:
-        """What DVC's stages make."""
-        return self.root / "prepared"
-
-    @property
-    def manifest(self) -> Path:
-        return self.prepared / "manifest.parquet"
-
-    @property
-    def journal(self) -> Path:
-        """Facts of videos decoded since the last manifest was written: by an interrupted stage, or by `sora check`."""
-        return self.state / "stages" / "manifest.jsonl"
-
-    @property
-    def quarantine(self) -> Path:
-        """JSON list of `records.Rejection`."""
-        return self.prepared / "quarantine.json"
-
-    @property
-    def shards(self) -> Path:
-        return self.prepared / "shards"
-
-    @property
-    def state(self) -> Path:
-        """Everything that is not versioned: servers' homes, locks, logs, caches."""
-        return self.root / ".sora"
-
-    @property
-    def tokens(self) -> Path:
-        """Bearer tokens of the API, hashed; see `sora token`."""
-        return self.state / "tokens.json"
-
-    @property
-    def docs(self) -> Path:
-        """Data Docs (HTML) of the last validation."""
-        return self.state / "data_docs"
-
-    def settings(self) -> Settings:
-        try:
-            return parse(self.params_file.read_text(encoding="utf-8"), str(self.params_file))
-        except OSError as error:
-            raise SettingsError(f"can't read {self.params_file}: {error}", fix="run `sora init`") from error
-
-
-def find_project(start: Path) -> Project:
-    """The nearest folder upwards of `start` that holds params.yaml.
-
-    Raises:
-        SettingsError: there is none.
-    """
-    start = start.resolve()
-    if any("\ud800" <= character <= "\udfff" for character in str(start)):  # neither DVC nor SQLite take such a path
-        raise SettingsError(f"the folder {str(start)!a} has a name that is not UTF-8", fix="rename the folder")
-    for folder in (start, *start.parents):
-        if (folder / "params.yaml").is_file():
-            return Project(folder)
-    raise SettingsError(
-        f"no params.yaml in {start} or above it", fix="run `sora init DIR --data FOLDER`, or give --project DIR"
-    )

@@ -81,7 +81,7 @@ def init(directory: Path, data: Path, *, multilabel: bool = False, progress: Bar
         _write(target / ".gitignore", template("gitignore"))
         version.init(target)
         version.add(project)
-        _write(target / "dvc.yaml", template("dvc.yaml"))
+        _write(project.dvc_yaml, template("dvc.yaml"))
         _write(project.params_file, params_text(_name(target), classes, multilabel=multilabel))
         _commit(target)
         _marker(project).unlink()
@@ -138,7 +138,7 @@ def _check_classes(classes: set[str], source: Path) -> None:
 
 
 def _marker(project: Project) -> Path:
-    return project.state / "init.json"
+    return project.init_note
 
 
 def _name(target: Path) -> str:
@@ -231,7 +231,7 @@ def _clone(source: int, target: int) -> bool:
 def _check_space(copies: list[_Source], project: Project) -> None:
     """Videos lie in data/ and in DVC's cache, once where the file system shares blocks."""
     largest = max(copies, key=lambda one: one.size)
-    probe = project.state / "probe"
+    probe = project.probe
     with largest.file.open("rb") as reading, probe.open("wb") as copy:
         shared = _clone(reading.fileno(), copy.fileno())
     probe.unlink()
