@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from sora.config import Project, parse
+from sora.config import Project, params_yaml, parse
 from sora.config.credentials import private_state
 from sora.core import labels
 from sora.core.errors import DiskFull, InputError, ServiceError
@@ -95,12 +95,8 @@ def template(name: str) -> str:
 
 def params_text(name: str, classes: list[str], *, multilabel: bool = False) -> str:
     """params.yaml with every default, and these classes."""
-    listed = yaml.safe_dump(classes, default_flow_style=True, allow_unicode=True, width=10**6).strip()
-    text = template("params.yaml").replace("{name}", name).replace("{classes}", listed)
-    if multilabel:
-        text = text.replace("  # head: multiclass #", "  head: multilabel #")
-    parse(text)
-    return text
+    given = {"name": name, "classes": classes, "model": {"head": "multilabel"} if multilabel else {}}
+    return params_yaml(parse(yaml.safe_dump(given)))
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
