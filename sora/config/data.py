@@ -35,7 +35,7 @@ class Validate(Section):
         0.2,
         ge=0,
         le=1,
-        description="share of the videos that may have changed class since the last judged run; more is a warning",
+        description="total variation of the classes' shares against the last judged run; more is a warning",
     )
     max_bytes: int = Field(
         100_000_000_000, ge=1, description="bytes of a video; beyond this and the next three it is `too_large`"
