@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.common import table, timed
-from sora.config.presets import PRESETS
+from sora.config import PRESETS
 
 if TYPE_CHECKING:
     import keras

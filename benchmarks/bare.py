@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 from flows.training import job_for
 from sora.config import Project
-from sora.dataset import manifest, splits, table
+from sora.dataset import manifest, quarantine, splits, table
 from sora.judging import evaluation
 from sora.learning import training
 
@@ -15,7 +13,7 @@ def learn(project: Project) -> None:
     """Fits and evaluates on what the stages prepared, in the same child processes as the pipeline uses."""
     settings = project.settings()
     rows = manifest.read(project.manifest)
-    rejected = {item["path"] for item in json.loads(project.quarantine.read_text(encoding="utf-8"))}
+    rejected = quarantine.paths(project.quarantine)
     assignment = splits.assign(rows[~rows["path"].isin(rejected)], splits.read(project.splits_file), settings)
     work = project.state / "bare"
     work.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ def workplace(given: Path | None, versions: int = 1) -> Iterator[tuple[Path, Pat
 
 def champion_files(project: Path) -> tuple[Path, Path]:
     """The model and the recipe that the project's server served last."""
-    cache = ModelCache(Project(project).state / "cache")
+    cache = ModelCache(Project(project).cache.root)
     champion = cache.champion()
     assert champion is not None
     folder = cache.model_folder(champion.digest)

@@ -176,7 +176,7 @@ def check_missed(project: Project, now: datetime | None = None) -> datetime | No
     expected = nightly_log.missed(last, now or datetime.now(UTC), settings.schedule)
     if expected is None or last is None:
         return None
-    memory = project.state / "alerted.json"
+    memory = project.alerted
     stamp = expected.isoformat()
     if _remembered(memory) != stamp:
         event = {

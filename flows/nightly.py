@@ -226,12 +226,12 @@ def _reproduce(project: Project) -> list[str]:
 @_step(name="assign splits")
 def _assign(project: Project, settings: Settings, target: Path, recorded: Recorded | None) -> dict[str, Any]:
     """Joins manifest, quarantine and ledger into the table of this run."""
-    from sora.dataset import ledger, manifest, splits, table
+    from sora.dataset import ledger, manifest, quarantine, splits, table
 
     ledger.require(project.splits_file, recorded)  # once more: the stages before may have taken an hour
 
     rows = manifest.read(project.manifest)
-    rejected = {item["path"] for item in json.loads(project.quarantine.read_text(encoding="utf-8"))}
+    rejected = quarantine.paths(project.quarantine)
     accepted = rows[~rows["path"].isin(rejected)]
     assignment = splits.assign(accepted, splits.read(project.splits_file), settings)
     splits.append(project.splits_file, assignment)
@@ -264,7 +264,7 @@ def _learn(
     from sora.runtime.predictor import Smoke
 
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    work = Work(project.state / "work" / name)
+    work = Work(project.work / name)
     table = work.folder / "table.parquet"
     doubts: list[str] = work.once("doubts", lambda: list(past.doubts))  # before splits are dealt: they answer it
     for doubt in doubts:
@@ -315,7 +315,7 @@ def _learn(
     except Exception:
         registry.finish(run_id, "FAILED")
         raise
-    (project.state / "reference.json").write_text(json.dumps(facts["counts"]), encoding="utf-8")
+    project.reference.write_text(json.dumps(facts["counts"]), encoding="utf-8")
     with suppress(ServiceError):  # a copy for `sora check` and `sora doctor`; the decision stands without it
         if (recorded := registry.judged_ledger()) is not None:
             ledger.remember(project, recorded)
@@ -338,7 +338,7 @@ def _open_run(project: Project, settings: Settings, registry: Any, key: dict[str
     registry.log_metrics(
         run_id, {f"data/{name}": facts[name] for name in ("videos", "rejected", "train", "val", "test")}, step=0
     )
-    for place, target in ((project.docs, "data_docs"), (project.prepared / "validation.json", "validation")):
+    for place, target in ((project.docs, "data_docs"), (project.validation, "validation")):
         if place.exists():
             registry.log_path(run_id, place, target)
     return run_id
@@ -359,9 +359,7 @@ def _fit(
 
     job = job_for(project.shards, work / "table.parquet", settings, work / "fit")
     with device_slot() as environment, bar("Training") as update, registry.system_metrics(run_id):
-        done = training.run(
-            job, show.live(registry, run_id, update), log=project.state / "logs" / "training.log", env=environment
-        )
+        done = training.run(job, show.live(registry, run_id, update), log=project.log("training"), env=environment)
     return done.to_dict()
 
 
@@ -386,7 +384,7 @@ def _evaluate(
         {"name": "candidate", "file": fitted["model"], "recipe": None, "history": fitted["history"]}
     ]
     if champion is not None:
-        file, recipe = registry.fetch(champion, project.state / "cache" / "models")
+        file, recipe = registry.fetch(champion, project.cache.models)
         models.append({"name": "champion", "file": str(file), "recipe": recipe.to_dict()})
     job = evaluation.EvalJob(
         shards=str(project.shards),
@@ -401,7 +399,7 @@ def _evaluate(
         multilabel=settings.multilabel,
     )
     with bar("Evaluating") as update:
-        found = evaluation.run(job, show.evaluating(update), log=project.state / "logs" / "evaluation.log")
+        found = evaluation.run(job, show.evaluating(update), log=project.log("evaluation"))
     outcome: dict[str, Any] = {name: value.to_dict() for name, value in found.items()}
     outcome["champion_version"] = champion
     (work.folder / "evaluation.json").write_text(json.dumps(outcome), encoding="utf-8")

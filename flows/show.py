@@ -65,7 +65,7 @@ def report(
     pages = [f"MLflow run: {page}"]
     if (project.docs / "index.html").exists():
         pages.append(f"Data Docs: {project.docs / 'index.html'}")
-    kept = project.state / "last_evaluation"
+    kept = project.last_evaluation
     _keep(Path(outcome["candidate"]["folder"]), kept)
     return [*pages, f"evaluation: {kept / 'index.html'}"]
 

@@ -88,7 +88,7 @@ def train(run_id: str, mlflow: str, state: dict[str, str], table_sha256: str, co
         raise InputError(f"{run_id!r} is no MLflow run id")
     settings = parse(state["params.yaml"], "the nightly's params.yaml")
     registry = Registry(os.environ.get("MLFLOW_TRACKING_URI") or mlflow, settings.name)
-    work = clone.state / "training" / run_id
+    work = clone.training / run_id
     with beating() as beat:
         beat(0, 0, "fetching shards")
         prepared = _fetch(clone, registry, run_id, state, table_sha256, work)

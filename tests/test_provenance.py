@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from sora.config.settings import NOT_OF_LEARNING, Settings, parse
+from sora.config import NOT_OF_LEARNING, Settings, parse
 from sora.core import provenance
 from sora.core.records import ClipSpec
 from sora.dataset import manifest, splits, table

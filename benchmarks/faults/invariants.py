@@ -103,7 +103,7 @@ def _temporary(case: Case, project: Project, finished: bool) -> Finding:
             elif one.is_dir() and not one.is_symlink() and one.name != ".git":
                 folders.append(one)
     if finished:
-        work = project.state / "work"
+        work = project.work
         left += [str(one.relative_to(case.folder)) for one in (work.iterdir() if work.is_dir() else ())]
     return Finding("no temporary file", not left, ", ".join(sorted(left)[:12]))
 

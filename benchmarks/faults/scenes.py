@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks.common import change_params
 from benchmarks.faults.processes import Case, Verb, sora
+from sora.config import Project
 from sora.core.files import source_digest
 
 SceneName = Literal["unchanged", "new", "fitted"]
@@ -108,7 +109,7 @@ def wait_for_step(case: Case, verb: Verb, step: str, seconds: float = LIMIT) -> 
     """Until the run has noted a step of its work folder as done."""
     until = time.monotonic() + seconds
     while verb.running and time.monotonic() < until:
-        if any(f'"{step}"' in file.read_text() for file in (case.root / ".sora" / "work").glob("*/steps.json")):
+        if any(f'"{step}"' in file.read_text() for file in Project(case.root).work.glob("*/steps.json")):
             return
         time.sleep(0.02)
     raise RuntimeError(f"step {step} was not reached:\n{verb.err[-3000:]}")

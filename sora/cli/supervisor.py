@@ -190,7 +190,7 @@ def _start_servers(
                         name=server.name,
                         command=server.command(host, port),
                         env=server.environment(host, port),
-                        cwd=project.state / server.name,
+                        cwd=project.server_home(server.name),
                         url=urls.get(server.name, ""),
                         probe=urls.get(server.name, "").removesuffix(server.url_path) + server.probe,
                         server=server,
@@ -207,7 +207,7 @@ def _start_servers(
 
 
 def _mlflow_with_auth(project: Project, host: str) -> Server:
-    home = project.state / "mlflow"
+    home = project.server_home("mlflow")
     config = home / "auth.ini"
     with writing(config):
         home.mkdir(parents=True, exist_ok=True)
@@ -317,7 +317,7 @@ def _say(
         ("Prefect", without_login(str(addresses.prefect_api_url)).removesuffix("/api")),
         ("MLflow", without_login(str(addresses.mlflow_tracking_uri))),
         ("nightly", f"{schedule.cron} ({schedule.timezone})"),
-        ("logs", str(project.state / "logs")),
+        ("logs", str(project.logs)),
     ]
     if any(part.server is not None and part.server.login == secret(project) for part in parts):
         # Not the secret itself: this may be a log that others read.
@@ -403,7 +403,7 @@ def _only_one(project: Project) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     try:
-        with FileLock(project.state / "up.lock", timeout=0):
+        with FileLock(project.up_lock, timeout=0):
             others: dict[str, Running] = services.running(project)
             if others:
                 entry = next(iter(others.values()))

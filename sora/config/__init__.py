@@ -1,33 +1,40 @@
-"""params.yaml: every setting with its default and range, presets, and the paths and secret of a project."""
+"""params.yaml: every setting with its default, range and meaning, presets, and the paths and secret of a project."""
 
-from sora.config.settings import (
-    Alert,
-    Backup,
-    Clip,
-    Gate,
-    Model,
-    Project,
-    Schedule,
-    Serve,
-    Settings,
-    Train,
-    Validate,
-    find_project,
-    parse,
-)
+from sora.config.data import Clip, Shards, Split, Validate
+from sora.config.evaluation import Eval, Gate, Unsure
+from sora.config.model import Model
+from sora.config.operations import Alert, Backup, Schedule, Services
+from sora.config.presets import PRESETS, Preset
+from sora.config.project import CacheFolder, Project, find_project
+from sora.config.render import params_yaml, settings_page
+from sora.config.serve import Serve
+from sora.config.settings import ADDED, NOT_OF_LEARNING, Settings, parse
+from sora.config.train import Train
 
 __all__ = [
+    "ADDED",
+    "NOT_OF_LEARNING",
+    "PRESETS",
     "Alert",
     "Backup",
+    "CacheFolder",
     "Clip",
+    "Eval",
     "Gate",
     "Model",
+    "Preset",
     "Project",
     "Schedule",
     "Serve",
+    "Services",
     "Settings",
+    "Shards",
+    "Split",
     "Train",
+    "Unsure",
     "Validate",
     "find_project",
+    "params_yaml",
     "parse",
+    "settings_page",
 ]

@@ -13,7 +13,7 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sora.config.settings import Project
+from sora.config.project import Project
 from sora.core.errors import ServiceError
 from sora.core.files import writing
 
@@ -46,7 +46,7 @@ class Login:
 
 
 def secret_file(project: Project) -> Path:
-    return project.state / "secret"
+    return project.secret
 
 
 def private_state(project: Project) -> None:

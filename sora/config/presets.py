@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from sora.core.records import ClipSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """`model`: fields of `settings.Model` that differ from its defaults."""
+    """`model`: fields of `config.model.Model` that differ from its defaults."""
 
     about: str
-    model: Mapping[str, Any]
+    model: Mapping[str, object]
     clip: ClipSpec = field(default_factory=ClipSpec)
 
 

@@ -51,7 +51,7 @@ def check(
 
         folder = project.data
         settings = settings or project.settings()
-        out = out or project.state / "check"
+        out = out or project.check
         reference = reference if reference is not None else reference_counts(project)
         previous = manifest.read(project.manifest) if project.manifest.exists() else None
         journal = project.journal

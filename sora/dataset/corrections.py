@@ -114,7 +114,7 @@ class Inbox:
 
     @property
     def folder(self) -> Path:
-        return self._project.state / "inbox"
+        return self._project.inbox
 
     def entries(self) -> list[Entry]:
         """All that wait, the newest last."""

@@ -194,7 +194,7 @@ def remembered(project: Project) -> Recorded | None:
 
 
 def _remembered_file(project: Project) -> Path:
-    return project.state / "judged_splits.json"
+    return project.judged_splits
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sora.config import Clip, Model, Settings
-from sora.config.presets import PRESETS
+from sora.config import PRESETS, Clip, Model, Settings
 from sora.core.errors import InputError
 from sora.core.processes import without_noise
 

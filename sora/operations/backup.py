@@ -59,8 +59,12 @@ from sora.operations.lock import backup_lock
 KEEP = 10  # versions whose data go along, as `sora gc` counts them
 HEAD, MANIFEST, BUNDLE = "sora-backup.json", "manifest.json", "git.bundle"
 DATABASES = ("mlflow", "prefect")
-STATE_FILES = ("tokens.json", "last_nightly.json", "alerted.json", "reference.json", "validation_side.json")
-STATE_FOLDERS = ("inbox", "data_docs", "last_evaluation")
+_AT = Project(Path())
+# Of `.sora/`, by their names in it, which the backup's members have too.
+STATE_FILES = tuple(
+    file.name for file in (_AT.tokens, _AT.last_nightly, _AT.alerted, _AT.reference, _AT.validation_side)
+)
+STATE_FOLDERS = tuple(folder.name for folder in (_AT.inbox, _AT.docs, _AT.last_evaluation))
 DVC_FILES = (".dvc/config", ".dvc/config.local", ".dvc/.gitignore", ".dvcignore", ".gitignore")
 MADE_AGAIN = ("data", "prepared", ".sora", ".git", ".dvc", ".dvc-remote")  # of these `tree/` holds DVC_FILES only
 _LARGEST_FILE = 50_000_000  # bytes of a file of the work tree; larger ones belong to DVC
@@ -209,7 +213,7 @@ def note_failure(project: Project, reason: str) -> None:
 
 
 def _record_file(project: Project) -> Path:
-    return project.state / "last_backup.json"
+    return project.last_backup
 
 
 def _record(project: Project, entry: Last) -> None:
@@ -451,7 +455,7 @@ class _Backup:
         return hashing.md5.hexdigest() if hashing.md5 else ""
 
     def _database(self, name: str) -> None:
-        file = self.project.state / name / f"{name}.db"
+        file = self.project.database(name)
         if not file.is_file():
             configured = self.project.settings().services
             if configured.prefect_api_url if name == "prefect" else configured.mlflow_tracking_uri:
@@ -463,7 +467,7 @@ class _Backup:
             self._stream(f"db/{name}.db", copy, _length(copy))
 
     def _artifacts(self) -> Iterator[_Planned]:
-        folder = self.project.state / "mlflow" / "artifacts"
+        folder = self.project.artifacts
         for file in _files(folder):
             yield _Planned(f"artifacts/{file.relative_to(folder).as_posix()}", file, needed=False)
 

@@ -52,7 +52,7 @@ class State:
 
 def file_of(project: Project, name: str) -> Path:
     """Where a server's database lies."""
-    return project.state / name / f"{name}.db"
+    return project.database(name)
 
 
 def look(project: Project, name: str) -> State:

@@ -386,11 +386,11 @@ def _open_registry(project: Project) -> Iterator[Registry | None]:
 def _cached_champion(project: Project) -> Check:
     """Without a server, what was served last is known all the same."""
     try:
-        kept = json.loads((project.state / "cache" / "champion.json").read_text(encoding="utf-8"))
+        kept = json.loads(project.cache.champion.read_text(encoding="utf-8"))
         return Check("champion", True, f"version {kept['version']} was served last (MLflow is not running)")
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    if (project.state / "mlflow" / "mlflow.db").exists():
+    if project.database("mlflow").exists():
         return Check("champion", True, "not known while MLflow is not running; `sora models` starts it and tells")
     return Check("champion", False, "none yet: nothing was trained", "sora run")
 

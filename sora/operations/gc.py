@@ -141,15 +141,14 @@ def committed_state(project: Project) -> dict[str, Any]:
 def _old_versions(project: Project, registry: Versions, old: list[ModelVersion]) -> Iterator[Item]:
     if not old:
         return
-    home = project.state / "mlflow"
     for one in sorted(old, key=lambda item: item.version):
         yield Item(
             f"version {one.version}, its run and its model",
-            sum(_size(place) for place in _artifacts(home, one.run_id)),
+            sum(_size(place) for place in _artifacts(project.artifacts, one.run_id)),
             "neither served nor recent, and no rollback leads to it",
             lambda number=one.version: registry.delete_version(number),  # type: ignore[misc]
         )
-    if (home / "mlflow.db").is_file():
+    if project.database("mlflow").is_file():
         yield Item(
             "what MLflow holds as deleted",
             0,
@@ -158,24 +157,24 @@ def _old_versions(project: Project, registry: Versions, old: list[ModelVersion])
         )
 
 
-def _artifacts(home: Path, run_id: str) -> Iterator[Path]:
+def _artifacts(artifacts: Path, run_id: str) -> Iterator[Path]:
     """Folders of a run and of its models, below the embedded server's artifacts."""
     if not run_id:
         return
-    yield from (home / "artifacts").glob(f"*/{run_id}")
-    for described in (home / "artifacts").glob("*/models/*/artifacts/MLmodel"):
+    yield from artifacts.glob(f"*/{run_id}")
+    for described in artifacts.glob("*/models/*/artifacts/MLmodel"):
         if f"run_id: {run_id}" in described.read_text(encoding="utf-8", errors="replace"):
             yield described.parent.parent
 
 
 def _purge(project: Project, tracking_uri: str) -> None:
-    home, login = project.state / "mlflow", services.login(project, "mlflow")
+    login = services.login(project, "mlflow")
     account = {} if login is None else dict(zip(_ACCOUNT, login.pair, strict=True))
     answer = subprocess.run(
         [
             *(sys.executable, "-m", "mlflow", "gc"),
-            *("--backend-store-uri", f"sqlite:///{home}/mlflow.db"),
-            *("--artifacts-destination", str(home / "artifacts")),
+            *("--backend-store-uri", f"sqlite:///{project.database('mlflow')}"),
+            *("--artifacts-destination", str(project.artifacts)),
         ],
         env=quiet_environment(MLFLOW_TRACKING_URI=tracking_uri, **account),
         capture_output=True,
@@ -266,7 +265,7 @@ def _cache_objects(project: Project, used: set[str]) -> Iterator[Item]:
 
 
 def _model_files(project: Project, needed: set[str]) -> Iterator[Item]:
-    for folder in _folders(project.state / "cache" / "models"):
+    for folder in _folders(project.cache.models):
         if folder.name not in needed:
             yield Item(
                 f"cached model {folder.name[:12]}",
@@ -278,11 +277,11 @@ def _model_files(project: Project, needed: set[str]) -> Iterator[Item]:
 
 def _abandoned(project: Project) -> Iterator[Item]:
     old = time.time() - DAYS * 86400
-    for parent in ("work", "training"):
-        for folder in _folders(project.state / parent):
+    for parent in (project.work, project.training):
+        for folder in _folders(parent):
             if _last_change(folder) < old:
                 yield Item(
-                    f"{parent}/{folder.name[:12]}",
+                    f"{parent.name}/{folder.name[:12]}",
                     _size(folder),
                     f"of a run that was interrupted and not taken up again for {DAYS} days",
                     lambda folder=folder: _remove_all([folder]),  # type: ignore[misc]
@@ -290,7 +289,7 @@ def _abandoned(project: Project) -> Iterator[Item]:
 
 
 def _long_logs(project: Project) -> Iterator[Item]:
-    for log in sorted((project.state / "logs").glob("*.log")):
+    for log in sorted(project.logs.glob("*.log")):
         size = log.stat().st_size
         if size > LOG_BYTES:
             yield Item(

@@ -21,7 +21,7 @@ def holder(project: Project) -> dict[str, Any] | None:
     """Who holds the run lock now ({"pid", "since"}), or None when it is free."""
     from filelock import FileLock, Timeout
 
-    path = project.state / "run.lock"
+    path = project.run_lock
     if not path.exists():
         return None
     try:
@@ -29,7 +29,7 @@ def holder(project: Project) -> dict[str, Any] | None:
             return None
     except Timeout:
         try:
-            return json.loads((project.state / "run.json").read_text(encoding="utf-8"))
+            return json.loads(project.run_note.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {"pid": None, "since": "unknown"}
 
@@ -45,7 +45,7 @@ def run_lock(project: Project) -> Iterator[None]:
 
     private_state(project)
     # Not at once: `holder`, which `sora doctor` asks too, has the lock for an instant, and that must cost no nightly.
-    lock = FileLock(project.state / "run.lock", timeout=0.5, poll_interval=0.02)
+    lock = FileLock(project.run_lock, timeout=0.5, poll_interval=0.02)
     try:
         lock.acquire()
     except Timeout as error:
@@ -56,7 +56,7 @@ def run_lock(project: Project) -> Iterator[None]:
         ) from error
     try:
         note = {"pid": os.getpid(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
-        (project.state / "run.json").write_text(json.dumps(note), encoding="utf-8")
+        project.run_note.write_text(json.dumps(note), encoding="utf-8")
         yield
     finally:
         lock.release()
@@ -76,7 +76,7 @@ def backup_lock(project: Project, *, seconds: float = 0.0) -> Iterator[None]:
 
     project.state.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(project.state / "backup.lock", timeout=seconds):
+        with FileLock(project.backup_lock, timeout=seconds):
             yield
     except Timeout as error:
         raise RunActive(

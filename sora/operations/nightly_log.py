@@ -27,7 +27,7 @@ class Nightly:
 
 
 def path(project: Project) -> Path:
-    return project.state / "last_nightly.json"
+    return project.last_nightly
 
 
 def write(project: Project, outcome: str, run_id: str = "", *, finished: datetime | None = None) -> Nightly:

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from sora.config import Project, parse
+from sora.config import Project, params_yaml, parse
 from sora.config.credentials import private_state
 from sora.core import labels
 from sora.core.errors import DiskFull, InputError, ServiceError
@@ -81,7 +81,7 @@ def init(directory: Path, data: Path, *, multilabel: bool = False, progress: Bar
         _write(target / ".gitignore", template("gitignore"))
         version.init(target)
         version.add(project)
-        _write(target / "dvc.yaml", template("dvc.yaml"))
+        _write(project.dvc_yaml, template("dvc.yaml"))
         _write(project.params_file, params_text(_name(target), classes, multilabel=multilabel))
         _commit(target)
         _marker(project).unlink()
@@ -95,12 +95,8 @@ def template(name: str) -> str:
 
 def params_text(name: str, classes: list[str], *, multilabel: bool = False) -> str:
     """params.yaml with every default, and these classes."""
-    listed = yaml.safe_dump(classes, default_flow_style=True, allow_unicode=True, width=10**6).strip()
-    text = template("params.yaml").replace("{name}", name).replace("{classes}", listed)
-    if multilabel:
-        text = text.replace("  # head: multiclass #", "  head: multilabel #")
-    parse(text)
-    return text
+    given = {"name": name, "classes": classes, "model": {"head": "multilabel"} if multilabel else {}}
+    return params_yaml(parse(yaml.safe_dump(given)))
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
@@ -138,7 +134,7 @@ def _check_classes(classes: set[str], source: Path) -> None:
 
 
 def _marker(project: Project) -> Path:
-    return project.state / "init.json"
+    return project.init_note
 
 
 def _name(target: Path) -> str:
@@ -231,7 +227,7 @@ def _clone(source: int, target: int) -> bool:
 def _check_space(copies: list[_Source], project: Project) -> None:
     """Videos lie in data/ and in DVC's cache, once where the file system shares blocks."""
     largest = max(copies, key=lambda one: one.size)
-    probe = project.state / "probe"
+    probe = project.probe
     with largest.file.open("rb") as reading, probe.open("wb") as copy:
         shared = _clone(reading.fileno(), copy.fileno())
     probe.unlink()

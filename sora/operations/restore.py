@@ -258,7 +258,7 @@ class _Restore:
     def run(self) -> Restored:
         with writing(self.root):
             self.root.mkdir()
-            (self.root / ".sora").mkdir(mode=0o700)
+            Project(self.root).state.mkdir(mode=0o700)
             self._git()
             links = self._links()
             for name in self.manifest.members:
@@ -294,12 +294,12 @@ class _Restore:
         if kind == "objects":
             return self.cache / rest
         if kind == "db":
-            return self.root / ".sora" / Path(rest).stem / rest
+            return Project(self.root).database(Path(rest).stem)
         if kind == "artifacts":
-            return self.root / ".sora" / "mlflow" / "artifacts" / rest
+            return Project(self.root).artifacts / rest
         if kind == "state":
-            return self.root / ".sora" / rest
-        return self.root / rest if kind == "tree" else self.root / "data" / rest
+            return Project(self.root).state / rest
+        return self.root / rest if kind == "tree" else Project(self.root).data / rest
 
     def _extract(self, name: str, target: Path) -> None:
         """Writes one member; what is not what the manifest says does not stay."""

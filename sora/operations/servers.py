@@ -99,7 +99,7 @@ def prefect_server(
         schedules: it also makes runs from schedules and marks late ones (`sora up` only).
         login: that it asks for; the project's secret where none is given.
     """
-    home = project.state / "prefect"
+    home = project.server_home("prefect")
     asked = login or secret(project)
     on = str(schedules).lower()
     return Server(
@@ -111,7 +111,7 @@ def prefect_server(
             **prefect_environment(project),
             "PREFECT_SERVER_API_AUTH_STRING": asked.auth_string,
             "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
-            "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home}/prefect.db",
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{project.database('prefect')}",
             # The default keeps leases in memory: a slot that is held when server and holder die stays taken for good.
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(home / "ui"),  # or it writes into the installed package
@@ -121,7 +121,7 @@ def prefect_server(
             "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
             **(env or {}),
         },
-        database=home / "prefect.db",
+        database=project.database("prefect"),
         login=asked,
     )
 
@@ -133,9 +133,8 @@ def mlflow_server(project: Project, *, app: Sequence[str] = (), env: Mapping[str
         app: uvicorn's arguments for an application with accounts of its own; without, all is behind the project's
             secret.
     """
-    home = project.state / "mlflow"
     login = None if app else secret(project)
-    database = f"sqlite:///{home}/mlflow.db"
+    database = f"sqlite:///{project.database('mlflow')}"
     return Server(
         name="mlflow",
         app=tuple(app) or ("--factory", "sora.registry.server:create_app"),
@@ -144,7 +143,7 @@ def mlflow_server(project: Project, *, app: Sequence[str] = (), env: Mapping[str
             "_MLFLOW_SERVER_FILE_STORE": database,
             "_MLFLOW_SERVER_REGISTRY_STORE": database,
             "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
-            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(home / "artifacts"),
+            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(project.artifacts),
             "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
             "_MLFLOW_SGI_NAME": "uvicorn",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # jobs of generative models: processes that we don't need
@@ -157,7 +156,7 @@ def mlflow_server(project: Project, *, app: Sequence[str] = (), env: Mapping[str
 
 def prefect_environment(project: Project) -> dict[str, str]:
     """Keeps Prefect's clients and servers away from the user's own profile."""
-    home = project.state / "prefect"
+    home = project.server_home("prefect")
     return {"PREFECT_HOME": str(home), "PREFECT_PROFILES_PATH": str(home / "profiles.toml")}
 
 
@@ -409,7 +408,7 @@ def reachable(host: str) -> str:
 
 
 def log_file(project: Project, name: str) -> Path:
-    return project.state / "logs" / f"{name}.log"
+    return project.log(name)
 
 
 def log_tail(project: Project, name: str, lines: int = 12) -> str:
@@ -431,14 +430,14 @@ def _spawn(project: Project, server: Server, host: str, port: int) -> subprocess
     log = log_file(project, server.name)
     with writing(log):
         log.parent.mkdir(parents=True, exist_ok=True)
-        (project.state / server.name).mkdir(exist_ok=True)
+        project.server_home(server.name).mkdir(exist_ok=True)
         if server.database is not None:
             empty_database.provide(server.database)
         with log.open("wb") as sink:
             return start_child(
                 server.command(host, port),
                 env=server.environment(host, port),
-                cwd=project.state / server.name,
+                cwd=project.server_home(server.name),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,
@@ -487,7 +486,7 @@ def _created(pid: int) -> float | None:
 
 
 def _record(project: Project) -> Path:
-    return project.state / "services.json"
+    return project.services
 
 
 def _write(project: Project, entries: Mapping[str, Running]) -> None:
@@ -504,7 +503,7 @@ def _exclusive(project: Project) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     try:
-        with FileLock(project.state / "services.lock", timeout=START_SECONDS + 10):
+        with FileLock(project.services_lock, timeout=START_SECONDS + 10):
             yield
     except Timeout as error:
         raise ServiceError(
@@ -518,7 +517,7 @@ def _in_use(project: Project, *, counts: bool) -> Iterator[Callable[[], None]]:
 
     Without it, a `sora models` beside a `sora run` would lose its server in the middle when the run ends.
     """
-    use = project.state / "services.use"
+    use = project.services_use
     with writing(use):
         descriptor = os.open(use, os.O_RDWR | os.O_CREAT, 0o644)
 

@@ -46,14 +46,14 @@ def alias_lock(project: Project) -> Iterator[None]:
 
     private_state(project)
     try:
-        with FileLock(project.state / "alias.lock", timeout=60):
+        with FileLock(project.alias_lock, timeout=60):
             yield
     except Timeout as error:
         raise ServiceError("another promotion or rollback has been going on for a minute", fix="try again") from error
 
 
 def model_cache(project: Project) -> Path:
-    return project.state / "cache" / "models"
+    return project.cache.models
 
 
 def models(project: Project) -> list[ModelVersion]:
@@ -153,12 +153,10 @@ def reproduce(project: Project, version: int) -> dict[str, Any]:
 
 
 def _table(project: Project, target: Path) -> Path:
-    import json
-
-    from sora.dataset import manifest, splits, table
+    from sora.dataset import manifest, quarantine, splits, table
 
     rows = manifest.read(project.manifest)
-    rejected = {item["path"] for item in json.loads(project.quarantine.read_text(encoding="utf-8"))}
+    rejected = quarantine.paths(project.quarantine)
     table.join(rows, rejected, splits.read(project.splits_file)).to_parquet(target, index=False)
     return target
 
@@ -181,7 +179,7 @@ def restore_splits(project: Project, version: int | None = None) -> Restored:
             raise AnswerIsNo(
                 "no judged run holds a copy of splits.csv", fix="`git checkout splits.csv`, or `sora restore` a backup"
             )
-        return ledger.restore(project.splits_file, found, copies=project.state / "splits")
+        return ledger.restore(project.splits_file, found, copies=project.splits_copies)
 
 
 def gc(project: Project, *, keep: int, dry_run: bool) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def run(project: Project, host: str | None = None, port: int | None = None) -> N
     tokens = Tokens(given, file, always=strangers)
     _log_to_stderr()
     os.environ.setdefault(THREADS, str(model_threads(settings.serve)))
-    cache = ModelCache(project.state / "cache")
+    cache = ModelCache(project.cache.root)
     mlflow = Mlflow(project)
     app = create_app(
         settings.serve,

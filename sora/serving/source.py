@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
+from sora.config import CacheFolder
 from sora.config.credentials import Login
 from sora.core.errors import ServiceError
 from sora.core.files import atomic
@@ -63,13 +64,14 @@ class ModelCache:
         self.folder = folder
 
     def champion(self) -> ChampionRef | None:
+        file = CacheFolder(self.folder).champion
         try:
-            value = json.loads((self.folder / "champion.json").read_text(encoding="utf-8"))
+            value = json.loads(file.read_text(encoding="utf-8"))
             return ChampionRef(**value)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
-            raise ServiceError(f"{self.folder / 'champion.json'} can't be read: {error}", fix="remove it") from error
+            raise ServiceError(f"{file} can't be read: {error}", fix="remove it") from error
 
     def fetch(self, champion: ChampionRef) -> tuple[Path, Recipe]:
         folder = self.model_folder(champion.digest)
@@ -92,13 +94,13 @@ class ModelCache:
     def remember(self, champion: ChampionRef) -> None:
         """Makes `champion` the one that a restart without a registry serves."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic(self.folder / "champion.json", shared=True) as file:
+        with atomic(CacheFolder(self.folder).champion, shared=True) as file:
             file.write(json.dumps(asdict(champion), indent=1).encode())
 
     @property
     def models(self) -> Path:
         """The folder that `Registry.fetch` takes."""
-        return self.folder / "models"
+        return CacheFolder(self.folder).models
 
     def model_folder(self, digest: str) -> Path:
         if not re.fullmatch(r"[0-9a-f]{64}", digest):

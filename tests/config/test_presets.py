@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sora.config import Model, Settings, parse
-from sora.config.presets import PRESETS
+from sora.config import PRESETS, Model, Settings, parse
 from sora.core.errors import SettingsError
 
 

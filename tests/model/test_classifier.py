@@ -11,8 +11,7 @@ import keras
 import numpy as np
 import pytest
 
-from sora.config import Model
-from sora.config.presets import PRESETS
+from sora.config import PRESETS, Model
 from sora.core.records import ClipSpec
 from sora.model import classifier, cost, streams
 from tests.clips import SMALL, SPEC, moving_square

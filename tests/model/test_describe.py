@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from sora.cli import _run
-from sora.config import Model, parse
-from sora.config.presets import PRESETS
+from sora.config import PRESETS, Model, parse
 from sora.core.errors import InputError
 from sora.model import classifier, cost, describe
 from tests.clips import SMALL

@@ -144,7 +144,7 @@ def test_the_whole_with_a_real_mlflow(prepared_project: Project, tmp_path: Path)
         assert freed >= 0.9 * done["bytes"] > 0.8 * gc.LOG_BYTES
         assert not object_of_extra.exists()
         assert [one.version for one in registry.versions()] == [3, 1]
-        assert sum(gc._size(place) for place in gc._artifacts(project.state / "mlflow", run_of_2)) == 0
+        assert sum(gc._size(place) for place in gc._artifacts(project.artifacts, run_of_2)) == 0
         assert not old.exists() and young.exists()
         assert log.read_bytes().endswith(b"the end") and log.stat().st_size < gc.LOG_BYTES
         assert len(list((project.state / "cache" / "models").iterdir())) == 2

@@ -53,6 +53,7 @@ def validate(project: Project) -> dict[str, int]:
         NotTrainable: a rule about the whole set does not hold.
     """
     from sora.dataset import manifest as manifests
+    from sora.dataset import quarantine
     from sora.dataset.quality import expectations
 
     reference = reference_counts(project)
@@ -62,23 +63,24 @@ def validate(project: Project) -> dict[str, int]:
     told = report.to_dict()
     _write_json(side_file(project), told)
     report.require()
-    _write_json(project.quarantine, [asdict(rejection) for rejection in report.rejected])
+    quarantine.write(report.rejected, project.quarantine)
     # The stage must be a pure function of its inputs: what was judged against another run stays outside.
     told["expectations"] = [found for found in told["expectations"] if found["rule"] != BALANCE]
-    _write_json(project.prepared / "validation.json", told)
+    _write_json(project.validation, told)
     return {"accepted": report.accepted, "rejected": len(report.rejected)}
 
 
 def shards(project: Project) -> dict[str, int]:
     """Writes the clips of accepted videos; only the buckets of changed videos and of damaged clips."""
     from sora.dataset import manifest as manifests
+    from sora.dataset import quarantine
     from sora.dataset.versioning import version
     from sora.store import shards as sharding
 
     if _from_scratch():
         shutil.rmtree(project.shards, ignore_errors=True)
     settings = project.settings()
-    rejected = {entry["path"] for entry in json.loads(project.quarantine.read_text(encoding="utf-8"))}
+    rejected = quarantine.paths(project.quarantine)
     with _bar("Clips") as update:
         made = sharding.build(
             manifests.read(project.manifest),
@@ -97,13 +99,13 @@ def shards(project: Project) -> dict[str, int]:
 
 def side_file(project: Project) -> Path:
     """The last validation's report with the class balance against the last judged run; JSON, not versioned."""
-    return project.state / "validation_side.json"
+    return project.validation_side
 
 
 def reference_counts(project: Project) -> dict[str, int] | None:
     """Videos a class of the last judged run, which the nightly leaves in .sora/reference.json."""
     try:
-        return json.loads((project.state / "reference.json").read_text(encoding="utf-8"))
+        return json.loads(project.reference.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
 
@@ -165,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
         if name not in STAGES:
             raise InputError(f"no stage {name}: there are {', '.join(STAGES)}")
         counts = STAGES[name](project)
-        _write_json(project.state / "stages" / f"{name}.json", counts)
+        _write_json(project.stage_counts(name), counts)
     except (SoraError, OSError) as error:
         say(f"{name}: {error}")
         place = os.environ.get("SORA_STAGE_ERROR")

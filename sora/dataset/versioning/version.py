@@ -256,7 +256,7 @@ def _repro(project: Project, *options: str, fresh: bool = False) -> list[str]:
 def recorded_files(project: Project, folder: Path) -> dict[str, str]:
     """Names of the files of an output's folder → MD5, as dvc.lock and DVC's cache have them; {} where they don't."""
     try:
-        lock = yaml.safe_load((project.root / "dvc.lock").read_text(encoding="utf-8"))
+        lock = yaml.safe_load(project.dvc_lock.read_text(encoding="utf-8"))
         path = folder.relative_to(project.root).as_posix()
         outs = (out for stage in lock["stages"].values() for out in stage.get("outs", ()))
         md5 = next(out["md5"] for out in outs if out["path"] == path)
@@ -282,7 +282,7 @@ def code_hash() -> str:
 def write_code_lock(project: Project) -> None:
     """Writes preprocessing.lock where it differs: DVC depends on it, since it can't depend on installed packages."""
     settings = project.settings()
-    _write_if_different(project.root / CODE_LOCK, _code_lock_text(settings.multilabel, _bounds(settings)))
+    _write_if_different(project.code_lock, _code_lock_text(settings.multilabel, _bounds(settings)))
 
 
 def _code_lock_text(multilabel: bool = False, bounds: str = "") -> str:
@@ -300,10 +300,10 @@ def _check_parameters(project: Project) -> None:
     """dvc.yaml names keys of params.yaml; DVC needs each to be there, although Sora has defaults for all."""
     given = yaml.safe_load(project.params_file.read_text(encoding="utf-8")) or {}
     try:
-        stages = yaml.safe_load((project.root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+        stages = yaml.safe_load(project.dvc_yaml.read_text(encoding="utf-8"))["stages"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise InputError(
-            f"{project.root / 'dvc.yaml'} is not a pipeline: {error!r}",
+            f"{project.dvc_yaml} is not a pipeline: {error!r}",
             fix="restore it from git, or from a new `sora init`",
         ) from error
     defaults = project.settings().to_dict()
@@ -395,8 +395,8 @@ def restore(project: Project, saved: dict[str, Any], target: Path, *, data: bool
         if name in saved:
             (target / name).write_text(saved[name], encoding="utf-8")
     for name in ("config", "config.local"):
-        if (project.root / ".dvc" / name).is_file():
-            _copy_config(project.root / ".dvc" / name, target / ".dvc" / name)
+        if (project.dvc_home / name).is_file():
+            _copy_config(project.dvc_home / name, target / ".dvc" / name)
     cache = cache_folder(project)
     settings = [("core.no_scm", "true"), ("cache.dir", str(cache))]
     for key, value in settings:

@@ -1,0 +1,93 @@
+"""The section `model`: which network is trained."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from sora.config.presets import PRESETS
+from sora.config.section import Section
+
+
+class Model(Section):
+    """The two-branch residual fusion model (see `sora/model/classifier.py`).
+
+    A field that is left out comes from the preset, and what the preset does not name has the default shown here.
+    """
+
+    preset: Literal["demo", "small", "base", "pretrained", "article"] = Field(
+        "small",
+        description="demo, small, base, pretrained or article: `sora model describe base` shows its layers, FLOPs and "
+        "memory",
+    )
+    streams: Literal["both", "low", "high"] = Field("both", description="`low`: motion alone; `high`: appearance alone")
+    low_filters: tuple[int, ...] = Field(
+        (16, 32, 64),
+        description="of the motion network, one number for each of 1 to 6 levels: 16 to 2048, a multiple of 8",
+    )
+    high_filters: tuple[int, ...] = Field((32, 64, 128), description="of the appearance network, likewise")
+    # See `sora/model/backbone.py`.
+    backbone: Literal["residual", "efficientnet-lite0", "mobilenetv2"] = Field(
+        "residual",
+        description="The appearance network: from scratch (`residual`), or one that was trained on ImageNet and is "
+        "downloaded once (`efficientnet-lite0`, `mobilenetv2`): appearance from little data.",
+    )
+    backbone_trainable: bool = Field(
+        False, description="the weights from ImageNet go on learning, not only how their features are read"
+    )
+    blocks: int = Field(1, ge=1, le=8, description="residual blocks of each level")
+    shift: float = Field(
+        0.125,
+        ge=0,
+        le=0.5,
+        description="share of the channels that each block moves a frame on and a frame back; 0 keeps frames apart",
+    )
+    lateral: bool = Field(
+        False, description="the motion network's maps join the appearance network's before each of its levels"
+    )
+    key_frames: int = Field(4, ge=1, le=64, description="frames that the appearance network sees")
+    fusion: Literal["concat", "gated", "gram"] = Field(
+        "concat", description="how the features of all levels are joined: `concat`, `gated` or `gram`"
+    )
+    gated_width: int = Field(
+        128, ge=8, le=2048, description="with fusion `gated`: every level is brought to this width"
+    )
+    gram_width: int = Field(
+        64, ge=8, le=512, description="with fusion `gram`: every feature vector is brought to this width"
+    )
+    gram_vectors: Literal["level", "frame"] = Field(
+        "level", description="with fusion `gram`: one vector for each level and frame; `frame`: one for each frame"
+    )
+    embedding: int = Field(128, ge=8, le=4096, description="width of the vector before the head")
+    dropout: float = Field(0.3, ge=0, lt=1, description="share of the values that training drops around the embedding")
+    head: Literal["multiclass", "binary", "multilabel"] = Field(
+        "multiclass",
+        description="`binary`: one logit, for 2 classes; `multilabel`: a video has one class or several",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_preset(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            preset = value.get("preset", cls.model_fields["preset"].default)
+            if isinstance(preset, str) and preset in PRESETS:  # any other is the field's own error
+                return {**PRESETS[preset].model, **value}
+        return value
+
+    @field_validator("low_filters", "high_filters")
+    @classmethod
+    def _filters(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        # Narrower than 16 crashed TensorFlow 2.21 with oneDNN 3 of 3 times (infra/DECISIONS.md).
+        if not 1 <= len(value) <= 6 or any(v < 16 or v > 2048 or v % 8 for v in value):
+            raise ValueError("needs 1 to 6 levels of 16 to 2048 filters, each a multiple of 8")
+        return value
+
+    @field_validator("lateral")
+    @classmethod
+    def _joins_two(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("streams") != "both":
+            raise ValueError(f"joins two networks, but model.streams is {info.data.get('streams')}")
+        if value and info.data.get("backbone") != "residual":
+            raise ValueError(f"joins residual networks, but model.backbone is {info.data.get('backbone')}")
+        return value
