@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from sora.cli import _foreign, _with_disk
+from sora.cli.failures import unforeseen, with_disk
 from sora.core import files
 from sora.core.errors import DiskFull, ReadOnly, ServiceError
 from sora.core.files import disk_failure, writing
@@ -139,14 +139,14 @@ def test_what_a_failure_says_is_heard_also_where_the_disk_looks_good(tmp_path, m
     assert isinstance(disk_failure(tmp_path, "attempt to write a readonly database"), ReadOnly)
     assert disk_failure(tmp_path, "something else") is None
     project = ["--project", str(tmp_path)]
-    assert "sora gc" in _with_disk(ServiceError("dvc failed: No space left on device", fix="x"), project)
-    assert _with_disk(ServiceError("dvc failed", fix="x"), project) == "dvc failed\n  fix: x"
+    assert "sora gc" in with_disk(ServiceError("dvc failed: No space left on device", fix="x"), project)
+    assert with_disk(ServiceError("dvc failed", fix="x"), project) == "dvc failed\n  fix: x"
     try:
         try:
             raise sqlite3.OperationalError("database or disk is full")
         except sqlite3.OperationalError as cause:
             raise RuntimeError("the flow failed") from cause
     except RuntimeError as error:
-        assert "is full" in _foreign(error, project) and "sora gc" in _foreign(error, project)
+        assert "is full" in unforeseen(error, project) and "sora gc" in unforeseen(error, project)
     with pytest.raises(ReadOnly, match="read-only"), writing(tmp_path):
         raise OSError(errno.EROFS, "Read-only file system")
