@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -117,6 +118,34 @@ def test_init_on_a_small_and_on_a_read_only_disk(made, disk):
     disk.read_only()
     done = sora(disk.place, "init", str(disk.place / "other"), "--data", str(made / "videos"))
     assert done.returncode == 3 and "read-only" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("disk", ["120m"], indirect=True)
+def test_gc_frees_a_disk_with_nothing_free(made, disk):
+    shutil.copytree(made / "project", disk.project)
+    log = disk.project / ".sora" / "logs" / "mlflow.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_bytes(b"a" * 90_000_000)
+    disk.fill()
+    done = sora(disk.project, "gc", "--json")
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert "freed 89,000,000 bytes" in done.stderr
+    assert "mlflow.log" in json.loads(done.stdout)["items"][0]["what"] and log.stat().st_size == 1_000_000
+
+
+def test_gc_keeps_what_it_freed_where_that_is_too_little(made, disk):
+    shutil.copytree(made / "project", disk.project)
+    work = disk.project / ".sora" / "work" / "0123"
+    work.mkdir(parents=True)
+    (work / "table").write_bytes(b"x" * 100_000)
+    for place in (work / "table", work):
+        os.utime(place, (0, 0))
+    disk.fill()
+    done = sora(disk.project, "gc")
+    assert done.returncode == 3, (done.stdout, done.stderr)
+    assert "bytes that no version needs" in done.stderr and not work.exists()
+    assert ("is full" in done.stderr or "no space left" in done.stderr) and "Traceback" not in done.stderr
 
 
 def test_doctor_looks_at_disks_that_others_fail_on(made, disk):
