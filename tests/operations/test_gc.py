@@ -96,7 +96,7 @@ def test_a_cache_that_other_projects_share_is_left_alone(prepared_project: Proje
     shutil.move(prepared_project.root / ".dvc" / "cache", tmp_path / "shared")
     config = prepared_project.root / ".dvc" / "config"
     config.write_text(config.read_text().replace("[cache]\n", f"[cache]\n    dir = {tmp_path / 'shared'}\n"))
-    (tmp_path / "shared" / "files" / "md5" / "ab").mkdir()
+    (tmp_path / "shared" / "files" / "md5" / "ab").mkdir(exist_ok=True)
     draft = tmp_path / "shared" / "files" / "md5" / "ab" / "draft"
     draft.write_bytes(b"x")
     os.utime(draft, (0, 0))
