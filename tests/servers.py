@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,9 +45,8 @@ def mlflow(root: Path) -> Iterator[tuple[str, int]]:
     project.state.mkdir(parents=True, exist_ok=True)
     secret_file(project).write_text(":".join(LOGIN))
     os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = LOGIN
-    started: dict[str, subprocess.Popen[bytes]] = {}
+    (server,) = start(project, [mlflow_server(project)], owner="test")
     try:
-        uri = start(project, [mlflow_server(project)], started, owner="test")["mlflow"]
-        yield uri, started["mlflow"].pid
+        yield server.url, server.pid
     finally:
-        stop(started.values())
+        stop([server.process])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from sora.cli import _foreign, _with_disk
+from sora.cli.failures import unforeseen, with_disk
 from sora.core import files
 from sora.core.errors import DiskFull, ReadOnly, ServiceError
 from sora.core.files import disk_failure, writing
@@ -119,6 +120,34 @@ def test_init_on_a_small_and_on_a_read_only_disk(made, disk):
     assert done.returncode == 3 and "read-only" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("disk", ["120m"], indirect=True)
+def test_gc_frees_a_disk_with_nothing_free(made, disk):
+    shutil.copytree(made / "project", disk.project)
+    log = disk.project / ".sora" / "logs" / "mlflow.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_bytes(b"a" * 90_000_000)
+    disk.fill()
+    done = sora(disk.project, "gc", "--json")
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert "freed 89,000,000 bytes" in done.stderr
+    assert "mlflow.log" in json.loads(done.stdout)["items"][0]["what"] and log.stat().st_size == 1_000_000
+
+
+def test_gc_keeps_what_it_freed_where_that_is_too_little(made, disk):
+    shutil.copytree(made / "project", disk.project)
+    work = disk.project / ".sora" / "work" / "0123"
+    work.mkdir(parents=True)
+    (work / "table").write_bytes(b"x" * 100_000)
+    for place in (work / "table", work):
+        os.utime(place, (0, 0))
+    disk.fill()
+    done = sora(disk.project, "gc")
+    assert done.returncode == 3, (done.stdout, done.stderr)
+    assert "bytes that no version needs" in done.stderr and not work.exists()
+    assert ("is full" in done.stderr or "no space left" in done.stderr) and "Traceback" not in done.stderr
+
+
 def test_doctor_looks_at_disks_that_others_fail_on(made, disk):
     shutil.copytree(made / "project", disk.project)
     disk.fill()
@@ -139,14 +168,14 @@ def test_what_a_failure_says_is_heard_also_where_the_disk_looks_good(tmp_path, m
     assert isinstance(disk_failure(tmp_path, "attempt to write a readonly database"), ReadOnly)
     assert disk_failure(tmp_path, "something else") is None
     project = ["--project", str(tmp_path)]
-    assert "sora gc" in _with_disk(ServiceError("dvc failed: No space left on device", fix="x"), project)
-    assert _with_disk(ServiceError("dvc failed", fix="x"), project) == "dvc failed\n  fix: x"
+    assert "sora gc" in with_disk(ServiceError("dvc failed: No space left on device", fix="x"), project)
+    assert with_disk(ServiceError("dvc failed", fix="x"), project) == "dvc failed\n  fix: x"
     try:
         try:
             raise sqlite3.OperationalError("database or disk is full")
         except sqlite3.OperationalError as cause:
             raise RuntimeError("the flow failed") from cause
     except RuntimeError as error:
-        assert "is full" in _foreign(error, project) and "sora gc" in _foreign(error, project)
+        assert "is full" in unforeseen(error, project) and "sora gc" in unforeseen(error, project)
     with pytest.raises(ReadOnly, match="read-only"), writing(tmp_path):
         raise OSError(errno.EROFS, "Read-only file system")

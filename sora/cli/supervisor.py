@@ -1,78 +1,178 @@
-"""`sora up`: Prefect, MLflow, a worker with the nightly schedule and the API on one machine, watched until Ctrl-C.
-
-Prefect and MLflow ask for the project's secret (`.sora/secret`). On another address than loopback they ask for what the
-people there were given, by these environment variables:
-
-    PREFECT_SERVER_API_AUTH_STRING   "user:password" of Prefect's API and pages
-    MLFLOW_FLASK_SERVER_SECRET_KEY   signs MLflow's forms; any long random text
-    MLFLOW_AUTH_ADMIN_PASSWORD       of MLflow's first user, `admin` or MLFLOW_AUTH_ADMIN_USERNAME
-
-and the API needs SORA_API_TOKEN or a token of `sora token add`. MLflow answers only to names that it knows itself by:
-this machine's, the given address and private networks; MLFLOW_SERVER_ALLOWED_HOSTS replaces that list.
-"""
+"""`sora up`: Prefect, MLflow, a worker with the nightly schedule and the API on one machine, watched until Ctrl-C."""
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.util import find_spec
-from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Protocol, Self
 
+from sora.cli import exposure
 from sora.config import Project, Settings
-from sora.config.credentials import Login, private_state, secret, secret_file
-from sora.core import doorkeeper
-from sora.core.errors import InputError, RunActive, ServiceError
-from sora.core.files import writing
+from sora.config.credentials import private_state, secret, secret_file
+from sora.core.errors import RunActive, ServiceError
 from sora.core.processes import quiet_environment, start_child
 from sora.core.progress import echo
 from sora.core.redaction import without_login
 from sora.operations import nightly_log
 from sora.operations import servers as services
-from sora.operations.servers import Addresses, Running, Server
-from sora.serving.tokens import ENVIRONMENT, TokenFile
+from sora.operations.servers import Addresses, RunningServer
 
 _LOOK = 0.3  # seconds between two looks at the parts
 _GOOD_LIFE = 60.0  # seconds after which a part's next end counts as its first
 _LONGEST_PAUSE = 60.0
 _NIGHTLY_LOOK = 60.0
-_LOOPBACK_NAMES = (services.LOOPBACK, "localhost", "::1")
-# What must be set off loopback, and what it is.
-_SECRETS = {
-    "PREFECT_SERVER_API_AUTH_STRING": "user:password for Prefect",
-    "MLFLOW_FLASK_SERVER_SECRET_KEY": "a long random text for MLflow",
-    "MLFLOW_AUTH_ADMIN_PASSWORD": "the password of MLflow's user admin, at least 12 characters",
-    ENVIRONMENT: "the API's bearer token; or `sora token add NAME`",
-}
+
+Say = Callable[[str], None]
 
 
 class _Terminated(BaseException):
     """SIGTERM arrived."""
 
 
-@dataclass
-class Part:
-    """One process that is kept alive."""
+class Part(Protocol):
+    """What `sora up` keeps alive: a name, a way to start its process, a way to see that it is ready."""
 
+    @property
+    def name(self) -> str: ...
+
+    def start(self, *, again: bool) -> subprocess.Popen[bytes]:
+        """Starts the process; `again`: its log goes on where the one before ended."""
+
+    def ready(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServerPart:
+    """Prefect or MLflow: started again on the same port, under a new entry of the record."""
+
+    project: Project
+    first: RunningServer
+
+    @property
+    def name(self) -> str:
+        return self.first.name
+
+    def start(self, *, again: bool) -> subprocess.Popen[bytes]:
+        one = services.spawn(self.project, self.first.server, self.first.host, self.first.port, again=again)
+        login = services.asked_by(self.project, one.server)
+        services.record(self.project, one.name, one.pid, one.url, owner="up", login=login)
+        return one.process
+
+    def ready(self) -> bool:
+        return _answers(self.first.probe)
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramPart:
+    """One of Sora's own programs: the worker, which says in its log that it is ready, or the API, which answers."""
+
+    project: Project
     name: str
-    command: list[str]
-    env: dict[str, str]
-    cwd: Path
-    url: str
-    probe: str = ""  # address that answers below 400 once it is ready
-    server: Server | None = None
-    child: subprocess.Popen[bytes] | None = None
-    since: float = 0.0
+    command: tuple[str, ...]
+    env: Mapping[str, str]
+    probe: str = ""  # "": it has no address
+
+    def start(self, *, again: bool) -> subprocess.Popen[bytes]:
+        return services.run_logged(
+            self.project, self.name, list(self.command), env=self.env, cwd=self.project.root, again=again
+        )
+
+    def ready(self) -> bool:
+        if self.probe:
+            return _answers(self.probe)
+        return b"started!" in services.log_file(self.project, self.name).read_bytes()
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A part and what became of its process."""
+
+    part: Part
+    child: subprocess.Popen[bytes] | None
+    since: float
     ends: int = 0  # in a row
     again_at: float = 0.0
+
+
+class Supervisor:
+    """Owns processes: starts them, starts again what ends, with growing pauses, and ends them all with its block."""
+
+    def __init__(self, project: Project, on_line: Say) -> None:
+        self._project = project
+        self._say = on_line
+        self._kept: list[_Kept] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._say("ending all parts …")
+        _end([kept.child for kept in self._kept if kept.child is not None])
+
+    def adopt(self, part: Part, child: subprocess.Popen[bytes]) -> None:
+        """Takes a process that runs already."""
+        self._kept.append(_Kept(part, child, time.monotonic()))
+
+    def start(self, part: Part) -> None:
+        self.adopt(part, part.start(again=False))
+
+    def wait_until_ready(self) -> None:
+        """Waits until every part is ready.
+
+        Raises:
+            ServiceError: one ended, or was not ready in time.
+        """
+        for kept in self._kept:
+            self._wait(kept)
+
+    def keep(self) -> None:
+        """Looks once: starts again what ended, after its pause."""
+        now = time.monotonic()
+        for kept in self._kept:
+            self._keep(kept, now)
+
+    def _wait(self, kept: _Kept) -> None:
+        name = kept.part.name
+        log = services.log_file(self._project, name)
+        deadline = time.monotonic() + services.START_SECONDS
+        while time.monotonic() < deadline:
+            if kept.child is None or kept.child.poll() is not None:
+                raise ServiceError(
+                    f"{name} ended while it started\n{services.log_tail(self._project, name)}", fix=f"see {log}"
+                )
+            if kept.part.ready():
+                return
+            time.sleep(0.1)
+        raise ServiceError(
+            f"{name} did not answer within {services.START_SECONDS:.0f} s\n{services.log_tail(self._project, name)}",
+            fix=f"see {log}",
+        )
+
+    def _keep(self, kept: _Kept, now: float) -> None:
+        name = kept.part.name
+        if kept.child is not None:
+            code = kept.child.poll()
+            if code is None:
+                return
+            kept.ends = 1 if now - kept.since > _GOOD_LIFE else kept.ends + 1
+            pause = min(2.0 ** (kept.ends - 1), _LONGEST_PAUSE)
+            kept.child, kept.again_at = None, now + pause
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
+            log = services.log_file(self._project, name)
+            self._say(f"{name} {how}; starting it again in {pause:.0f} s (log: {log})")
+        elif now >= kept.again_at:
+            kept.child = kept.part.start(again=True)
+            kept.since = time.monotonic()
+            self._say(f"{name} is started again")
 
 
 def up(
@@ -82,7 +182,7 @@ def up(
     prefect_port: int = 4200,
     mlflow_port: int = 5000,
     api_port: int | None = None,
-    on_line: Callable[[str], None] = echo,
+    on_line: Say = echo,
 ) -> None:
     """Starts every part, waits until each answers, says where, and keeps them up until Ctrl-C or SIGTERM.
 
@@ -99,219 +199,81 @@ def up(
         KeyboardInterrupt: Ctrl-C, after all has ended.
     """
     settings = project.settings()
-    secrets = _secrets(project, host)
+    logins = exposure.client_logins(project, host)
     private_state(project)
-    with _only_one(project), _terminable():
-        parts: list[Part] = []
-        try:
-            addresses = _start_servers(project, settings, host, prefect_port, mlflow_port, secrets, parts, on_line)
-            parts += _clients(project, settings, host, api_port, addresses, secrets, on_line)
-            for part in parts:
-                if part.child is None:
-                    _start(project, part)
-            for part in parts:
-                _wait(project, part)
-            _say(project, settings, parts, addresses, on_line)
-            _watch(project, parts, on_line)
-        except _Terminated:
-            pass
-        finally:
-            on_line("ending all parts …")
-            _end(parts)
-            services.forget(project, [part.name for part in parts])
+    ports = {"prefect": prefect_port, "mlflow": mlflow_port}
+    with (
+        _only_one(project),
+        _terminable(),
+        _servers(project, settings, host, ports, exposed=bool(logins), on_line=on_line) as servers,
+        Supervisor(project, on_line) as supervisor,
+    ):
+        for one in servers:
+            supervisor.adopt(ServerPart(project, one), one.process)
+        addresses = _addresses(settings, servers)
+        env = quiet_environment(**{**services.environment(project, addresses), **logins})
+        # The worker registers the schedule and then works, so a restart registers it again.
+        worker = (sys.executable, "-m", "flows.worker", str(project.root))
+        supervisor.start(ProgramPart(project, "worker", worker, env))
+        port = _api_port(settings, host, api_port, on_line)
+        api = f"http://{services.reachable(host)}:{port}"
+        serve = ("serve", "--project", str(project.root), "--host", host, "--port", str(port))
+        command = (sys.executable, "-m", "sora.cli", *serve)
+        supervisor.start(ProgramPart(project, "api", command, env, probe=f"{api}/healthz"))
+        supervisor.wait_until_ready()
+        own_login = any(one.server.login == secret(project) for one in servers)
+        _say_where(project, settings, api, addresses, own_login=own_login, on_line=on_line)
+        _watch(project, supervisor, on_line)
 
 
-def _secrets(project: Project, host: str) -> dict[str, str]:
-    """The environment of clients where the servers ask for more than the project's secret; empty on loopback.
-
-    Raises:
-        InputError: something is missing.
-        ServiceError: the file of tokens is damaged.
-    """
-    if host in _LOOPBACK_NAMES:
-        return {}
-    missing = [f"{name} ({what})" for name, what in _SECRETS.items() if not os.environ.get(name)]
-    if TokenFile(project.tokens).tokens():
-        missing = [one for one in missing if not one.startswith(f"{ENVIRONMENT} ")]
-    if missing:
-        raise InputError(
-            f"{host} can be reached by others, and nothing asks who they are: not set are {', '.join(missing)}",
-            fix="set these environment variables, or leave --host out to stay on this machine",
-        )
-    if ":" not in os.environ["PREFECT_SERVER_API_AUTH_STRING"]:
-        raise InputError("PREFECT_SERVER_API_AUTH_STRING has no colon", fix="use user:password")
-    if len(os.environ["MLFLOW_AUTH_ADMIN_PASSWORD"]) < 12:
-        raise InputError("MLFLOW_AUTH_ADMIN_PASSWORD has fewer than 12 characters", fix="use a longer one")
-    if find_spec("flask_wtf") is None:
-        raise InputError(
-            "MLflow's authentication needs a package that is not installed", fix="pip install 'mlflow[auth]'"
-        )
-    user = os.environ.get("MLFLOW_AUTH_ADMIN_USERNAME", "admin")
-    return {
-        "PREFECT_API_AUTH_STRING": os.environ["PREFECT_SERVER_API_AUTH_STRING"],
-        "MLFLOW_TRACKING_USERNAME": os.environ.get("MLFLOW_TRACKING_USERNAME", user),
-        "MLFLOW_TRACKING_PASSWORD": os.environ.get(
-            "MLFLOW_TRACKING_PASSWORD", os.environ["MLFLOW_AUTH_ADMIN_PASSWORD"]
-        ),
-    }
-
-
-def _start_servers(
-    project: Project,
-    settings: Settings,
-    host: str,
-    prefect_port: int,
-    mlflow_port: int,
-    secrets: dict[str, str],
-    parts: list[Part],
-    on_line: Callable[[str], None],
-) -> Addresses:
-    configured = settings.services
-    wanted: list[Server] = []
-    if not configured.prefect_api_url:
-        login = Login.parse(os.environ["PREFECT_SERVER_API_AUTH_STRING"]) if secrets else None
-        env = {doorkeeper.HOSTS: ",".join(_names(host))} if secrets else {}
-        wanted.append(services.prefect_server(project, schedules=True, login=login, env=env))
-    if not configured.mlflow_tracking_uri:
-        wanted.append(_mlflow_with_auth(project, host) if secrets else services.mlflow_server(project))
-    preferred = {"prefect": prefect_port, "mlflow": mlflow_port}
+@contextmanager
+def _servers(
+    project: Project, settings: Settings, host: str, ports: Mapping[str, int], *, exposed: bool, on_line: Say
+) -> Iterator[list[RunningServer]]:
+    """The servers that params.yaml does not place elsewhere."""
+    wanted = []
+    if not settings.services.prefect_api_url:
+        wanted.append(exposure.prefect_server(project, host, exposed=exposed))
+    if not settings.services.mlflow_tracking_uri:
+        wanted.append(exposure.mlflow_server(project, host, exposed=exposed))
     if wanted:
         on_line(f"starting {' and '.join(server.name for server in wanted)} …")
-    started: dict[str, subprocess.Popen[bytes]] = {}
-    urls: dict[str, str] = {}
-    try:
-        urls = services.start(project, wanted, started, owner="up", host=host, ports=preferred)
-    finally:
-        for server in wanted:
-            if server.name in started:
-                port = int(urls[server.name].removesuffix(server.url_path).rsplit(":", 1)[1]) if urls else 0
-                parts.append(
-                    Part(
-                        name=server.name,
-                        command=server.command(host, port),
-                        env=server.environment(host, port),
-                        cwd=project.server_home(server.name),
-                        url=urls.get(server.name, ""),
-                        probe=urls.get(server.name, "").removesuffix(server.url_path) + server.probe,
-                        server=server,
-                        child=started[server.name],
-                        since=time.monotonic(),
-                    )
-                )
-                if urls and preferred[server.name] not in (0, port):
-                    on_line(f"port {preferred[server.name]} is taken: {server.name} uses {port}")
+    with services.started(project, wanted, owner="up", host=host, ports=ports) as servers:
+        for one in servers:
+            if ports[one.name] not in (0, one.port):
+                on_line(f"port {ports[one.name]} is taken: {one.name} uses {one.port}")
+        yield servers
+
+
+def _addresses(settings: Settings, servers: list[RunningServer]) -> Addresses:
+    urls = {one.name: one.url for one in servers}
     return Addresses(
-        prefect_api_url=configured.prefect_api_url or urls["prefect"],
-        mlflow_tracking_uri=configured.mlflow_tracking_uri or urls["mlflow"],
+        prefect_api_url=settings.services.prefect_api_url or urls["prefect"],
+        mlflow_tracking_uri=settings.services.mlflow_tracking_uri or urls["mlflow"],
     )
 
 
-def _mlflow_with_auth(project: Project, host: str) -> Server:
-    home = project.server_home("mlflow")
-    config = home / "auth.ini"
-    with writing(config):
-        home.mkdir(parents=True, exist_ok=True)
-        config.write_text(
-            f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{home}/auth.db\nadmin_username = admin\n",
-            encoding="utf-8",
-        )
-    private = ["10.*", "192.168.*", *(f"172.{second}.*" for second in range(16, 32))]
-    env = {
-        "MLFLOW_AUTH_CONFIG_PATH": str(config),
-        "MLFLOW_SERVER_ALLOWED_HOSTS": os.environ.get("MLFLOW_SERVER_ALLOWED_HOSTS")
-        or ",".join(f"{name},{name}:*" for name in dict.fromkeys(["127.0.0.1", *_names(host), *private])),
-    }
-    return services.mlflow_server(project, app=("--factory", "mlflow.server.auth:create_app"), env=env)
-
-
-def _names(host: str) -> list[str]:
-    """Names by which others call servers on `host`; MLFLOW_SERVER_ALLOWED_HOSTS gives more, but for its patterns."""
-    given = os.environ.get("MLFLOW_SERVER_ALLOWED_HOSTS", "").split(",")
-    names = ["localhost", socket.gethostname(), socket.getfqdn(), host, *(name.strip() for name in given)]
-    return list(dict.fromkeys(name for name in names if name and "*" not in name))
-
-
-def _clients(
-    project: Project,
-    settings: Settings,
-    host: str,
-    api_port: int | None,
-    addresses: Addresses,
-    secrets: dict[str, str],
-    on_line: Callable[[str], None],
-) -> list[Part]:
-    env = quiet_environment(**{**services.environment(project, addresses), **secrets})
-    preferred = settings.serve.port if api_port is None else api_port
+def _api_port(settings: Settings, host: str, wanted: int | None, on_line: Say) -> int:
+    preferred = settings.serve.port if wanted is None else wanted
     port = services.free_port(host, preferred)
     if preferred not in (0, port):
         on_line(f"port {preferred} is taken: the API uses {port}")
-    api = f"http://{services.reachable(host)}:{port}"
-    python = sys.executable
-    serve = [python, "-m", "sora.cli", "serve", "--project", str(project.root), "--host", host, "--port", str(port)]
-    return [
-        # It registers the schedule, then works; so a restart registers again.
-        Part("worker", [python, "-m", "flows.worker", str(project.root)], env, project.root, ""),
-        Part("api", serve, env, project.root, api, f"{api}/healthz"),
-    ]
+    return port
 
 
-def _start(project: Project, part: Part) -> None:
-    log = services.log_file(project, part.name)
-    with writing(log):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab" if part.ends else "wb") as sink:
-            part.child = start_child(
-                part.command,
-                env=part.env,
-                cwd=part.cwd,
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=sink,
-                start_new_session=True,
-            )
-    part.since = time.monotonic()
-    if part.server is not None:
-        login = services.asked_by(project, part.server)
-        services.record(project, part.name, part.child.pid, part.url, owner="up", login=login)
-
-
-def _wait(project: Project, part: Part) -> None:
-    """Until a part answers.
-
-    Raises:
-        ServiceError: it ended, or did not answer in time.
-    """
+def _answers(address: str) -> bool:
     import httpx
 
-    deadline = time.monotonic() + services.START_SECONDS
-    ready = services.log_file(project, part.name) if part.name == "worker" else None
-    while time.monotonic() < deadline:
-        if part.child is None or part.child.poll() is not None:
-            raise ServiceError(
-                f"{part.name} ended while it started\n{services.log_tail(project, part.name)}",
-                fix=f"see {services.log_file(project, part.name)}",
-            )
-        if ready is not None:
-            if b"started!" in ready.read_bytes():
-                return
-        else:
-            try:
-                if httpx.get(part.probe, timeout=5, trust_env=False).status_code < 500:
-                    return
-            except httpx.HTTPError:
-                pass
-        time.sleep(0.1)
-    raise ServiceError(
-        f"{part.name} did not answer within {services.START_SECONDS:.0f} s\n{services.log_tail(project, part.name)}",
-        fix=f"see {services.log_file(project, part.name)}",
-    )
+    try:
+        return httpx.get(address, timeout=5, trust_env=False).status_code < 500
+    except httpx.HTTPError:
+        return False
 
 
-def _say(
-    project: Project, settings: Settings, parts: list[Part], addresses: Addresses, on_line: Callable[[str], None]
+def _say_where(
+    project: Project, settings: Settings, api: str, addresses: Addresses, *, own_login: bool, on_line: Say
 ) -> None:
     schedule = settings.schedule
-    api = next(part.url for part in parts if part.name == "api")
     rows = [
         ("page and API", api),
         ("Prefect", without_login(str(addresses.prefect_api_url)).removesuffix("/api")),
@@ -319,7 +281,7 @@ def _say(
         ("nightly", f"{schedule.cron} ({schedule.timezone})"),
         ("logs", str(project.logs)),
     ]
-    if any(part.server is not None and part.server.login == secret(project) for part in parts):
+    if own_login:
         # Not the secret itself: this may be a log that others read.
         login = f"Prefect's page: the line in {secret_file(project)}; MLflow's: what is before and after its colon"
         rows.insert(3, ("log in", login))
@@ -329,16 +291,14 @@ def _say(
     on_line("all parts answer; Ctrl-C ends them")
 
 
-def _watch(project: Project, parts: list[Part], on_line: Callable[[str], None]) -> None:
-    """Starts again what ends, and tells when a nightly did not happen. Never returns."""
+def _watch(project: Project, supervisor: Supervisor, on_line: Say) -> None:
+    """Keeps the parts up, and tells when a nightly did not happen. Never returns."""
     look_at_nightly = 0.0
     told: datetime | None = None
     while True:
-        now = time.monotonic()
-        for part in parts:
-            _keep(project, part, now, on_line)
-        if now >= look_at_nightly:
-            look_at_nightly = now + _NIGHTLY_LOOK
+        supervisor.keep()
+        if time.monotonic() >= look_at_nightly:
+            look_at_nightly = time.monotonic() + _NIGHTLY_LOOK
             expected = nightly_log.missed(nightly_log.read(project), datetime.now(UTC), project.settings().schedule)
             if expected is not None and expected != told:
                 told = expected
@@ -346,21 +306,6 @@ def _watch(project: Project, parts: list[Part], on_line: Callable[[str], None]) 
             if expected is not None:
                 _alert(project)
         time.sleep(_LOOK)
-
-
-def _keep(project: Project, part: Part, now: float, on_line: Callable[[str], None]) -> None:
-    if part.child is not None:
-        code = part.child.poll()
-        if code is None:
-            return
-        part.ends = 1 if now - part.since > _GOOD_LIFE else part.ends + 1
-        pause = min(2.0 ** (part.ends - 1), _LONGEST_PAUSE)
-        part.child, part.again_at = None, now + pause
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
-        on_line(f"{part.name} {how}; starting it again in {pause:.0f} s (log: {services.log_file(project, part.name)})")
-    elif now >= part.again_at:
-        _start(project, part)
-        on_line(f"{part.name} is started again")
 
 
 def _alert(project: Project) -> None:
@@ -373,12 +318,11 @@ def _alert(project: Project) -> None:
     )
 
 
-def _end(parts: list[Part]) -> None:
-    """Ends all parts with everything below them: a worker's flow run is a process of its own."""
+def _end(children: list[subprocess.Popen[bytes]]) -> None:
+    """Ends processes with everything below them: a worker's flow run is a process of its own."""
     import psutil
 
     below: list[psutil.Process] = []
-    children = [part.child for part in parts if part.child is not None]
     for child in children:
         try:
             below += psutil.Process(child.pid).children(recursive=True)
@@ -404,7 +348,7 @@ def _only_one(project: Project) -> Iterator[None]:
 
     try:
         with FileLock(project.up_lock, timeout=0):
-            others: dict[str, Running] = services.running(project)
+            others = services.running(project)
             if others:
                 entry = next(iter(others.values()))
                 raise RunActive(
@@ -418,7 +362,7 @@ def _only_one(project: Project) -> Iterator[None]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends as Ctrl-C does, but in order: no error."""
+    """SIGTERM ends the block as Ctrl-C does, in order, but is no error."""
 
     def terminate(number: int, frame: FrameType | None) -> None:
         raise _Terminated
@@ -426,5 +370,7 @@ def _terminable() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
+    except _Terminated:
+        pass
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -78,7 +78,7 @@ class Model(Section):
     @field_validator("low_filters", "high_filters")
     @classmethod
     def _filters(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        # Narrower than 16 crashed TensorFlow 2.21 with oneDNN 3 of 3 times (infra/DECISIONS.md).
+        # Narrower than 16 crashed TensorFlow 2.21 with oneDNN 3 of 3 times (docs/decisions/0018-network.md).
         if not 1 <= len(value) <= 6 or any(v < 16 or v > 2048 or v % 8 for v in value):
             raise ValueError("needs 1 to 6 levels of 16 to 2048 filters, each a multiple of 8")
         return value

@@ -8,7 +8,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -17,8 +17,8 @@ from sora.core.errors import DiskFull, ReadOnly, ServiceError
 
 _ROOM = 32_000_000  # bytes; a new project's servers did not start on disks of 4, 9 and 13 MB
 _MAKE_ROOM = (
-    "make room and run again: `sora gc --dry-run` shows what of the project can go (where nothing at all is free, "
-    "remove something else first: gc needs a little room itself)"
+    "make room and run again: `sora gc --dry-run` shows what of the project can go, and `sora gc` frees first what "
+    "needs no room (old logs, abandoned folders)"
 )
 _REMOUNT = "mount it for writing (mount -o remount,rw …), or move the project to a disk that can be written"
 # What libraries and servers say, SQLite among them.
@@ -117,7 +117,7 @@ def temporary_folder(what: str) -> Iterator[Path]:
     A process that is killed leaves its folder behind, with a copy of all data where it was `sora reproduce`. The next
     call removes it: whoever lives holds a lock on its folder, which the kernel frees.
     """
-    _sweep(Path(tempfile.gettempdir()))
+    remove_abandoned_folders()
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{what}-"))
         try:
@@ -136,14 +136,26 @@ def temporary_folder(what: str) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _sweep(place: Path) -> None:
-    """Removes this user's temporary folders that no living process holds."""
-    for folder in place.glob(f"{_TEMPORARY}*"):
+def abandoned_folders() -> list[Path]:
+    """This user's temporary folders that no living process holds."""
+    folders: list[Path] = []
+    _each_abandoned(folders.append)
+    return folders
+
+
+def remove_abandoned_folders() -> None:
+    """Removes `abandoned_folders`; none of a process that takes one meanwhile."""
+    _each_abandoned(lambda folder: shutil.rmtree(folder, ignore_errors=True))
+
+
+def _each_abandoned(visit: Callable[[Path], None]) -> None:
+    """Calls `visit` for each abandoned temporary folder, while its lock is held."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*"):
         with suppress(OSError):  # somebody else's, or gone meanwhile
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(descriptor).st_uid == os.geteuid():
-                    shutil.rmtree(folder, ignore_errors=True)
+                    visit(folder)
             finally:
                 os.close(descriptor)

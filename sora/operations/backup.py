@@ -53,10 +53,9 @@ from sora.core.files import atomic, sync_folder, writing
 from sora.core.progress import Bar
 from sora.dataset.versioning import version
 from sora.dataset.versioning.dvc import environment
-from sora.operations.gc import Versions, committed_state, kept_states, objects_of
 from sora.operations.lock import backup_lock
+from sora.operations.needed import KEEP, Versions, committed_state, kept_states, objects_of
 
-KEEP = 10  # versions whose data go along, as `sora gc` counts them
 HEAD, MANIFEST, BUNDLE = "sora-backup.json", "manifest.json", "git.bundle"
 DATABASES = ("mlflow", "prefect")
 _AT = Project(Path())

@@ -3,58 +3,44 @@
 Kept whole are the champion, the one before it, the newest `keep` versions, and the last `keep` champions that a
 rollback can return to: their MLflow runs and models, their cached model files, and every object of DVC's cache that
 their stored `data.dvc` and `dvc.lock` name. So are the project's present state and git's last commit. What is not
-known for sure is kept: when MLflow does not answer, nothing is planned.
+known for sure is kept: when MLflow does not answer, nothing of that goes.
+
+What no version can need (the beginnings of long logs, what interrupted runs and killed processes left) goes first,
+before MLflow is started: on a full disk that is the room in which MLflow starts.
 
 Remotes (`dvc push`) are never touched: they are the archive.
 """
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import yaml
+from typing import Any
 
 from sora.config import Project
-from sora.core.errors import InputError, ServiceError
-from sora.core.files import writing
+from sora.core.errors import ServiceError
+from sora.core.files import abandoned_folders, remove_abandoned_folders, writing
 from sora.core.processes import quiet_environment
+from sora.core.progress import say
 from sora.core.records import ModelVersion
 from sora.dataset.versioning import version
-from sora.dataset.versioning.dvc import git
 from sora.operations import servers as services
 from sora.operations.lock import backup_lock, run_lock
-from sora.registry.history import Move, line
+from sora.operations.needed import KEEP, OBJECT, Versions, committed_state, kept_states, objects_of
 
 DAYS = 7  # after which what an interrupted run left counts as abandoned
 LOG_BYTES = 20_000_000  # of a log; the end of a longer one is kept
 _LOG_END = 1_000_000
 _ACCOUNT = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
-OBJECT = re.compile(r"[0-9a-f]{2}/[0-9a-f]{30}(\.dir)?")
 
 
-class Versions(Protocol):
-    """What is asked of `registry.Registry`."""
-
-    tracking_uri: str
-
-    def versions(self) -> list[ModelVersion]: ...
-    def history(self) -> list[Move]: ...
-    def digests(self) -> dict[int, str]: ...
-    def restore_state(self, version: int) -> dict[str, Any]: ...
-    def delete_version(self, version: int) -> None: ...
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One thing that can go: what it is, what that frees, why it may, and how it is done."""
 
@@ -64,75 +50,69 @@ class Item:
     remove: Callable[[], None]
 
 
-def collect(project: Project, registry: Versions, *, keep: int = 10, dry_run: bool = False) -> dict[str, Any]:
-    """Frees what `plan` lists, or with `dry_run` only lists it: `{items: [{what, bytes, why}], bytes}`.
+def collect(
+    project: Project,
+    open_registry: Callable[[], AbstractContextManager[Versions]],
+    *,
+    keep: int = KEEP,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Frees what no kept version needs, or with `dry_run` only lists it: `{items: [{what, bytes, why}], bytes}`.
+
+    Args:
+        open_registry: may start a server; it is called once what needs no registry is gone.
 
     Raises:
         RunActive: a run or a backup is active (not with `dry_run`).
-        ServiceError: MLflow does not answer, or something can't be removed.
+        ServiceError: MLflow does not answer, or something can't be removed. What was freed before stays freed.
     """
     with ExitStack() as held:
         if not dry_run:
             held.enter_context(run_lock(project))
             held.enter_context(backup_lock(project))
-        items = plan(project, registry, keep=keep)
-        if not dry_run:
-            with writing(project.root):
-                for item in items:
-                    item.remove()
-    told = [{"what": item.what, "bytes": item.bytes, "why": item.why} for item in items]
-    return {"items": told, "bytes": sum(item.bytes for item in items)}
+        # One after the other: asking for the next may itself need the room that the last one gave.
+        items = [_freed(project, item, dry_run=dry_run) for item in needless(project)]
+        if items and not dry_run:
+            say(f"freed {sum(item.bytes for item in items):,} bytes that no version needs; asking MLflow for more …")
+        with open_registry() as registry:
+            items += [_freed(project, item, dry_run=dry_run) for item in plan(project, registry, keep=keep)]
+    listed = [{"what": item.what, "bytes": item.bytes, "why": item.why} for item in items]
+    return {"items": listed, "bytes": sum(item.bytes for item in items)}
 
 
-def plan(project: Project, registry: Versions, *, keep: int = 10) -> list[Item]:
-    """What can go, in the order in which it should. Nothing changes."""
+def _freed(project: Project, item: Item, *, dry_run: bool) -> Item:
+    if not dry_run:
+        with writing(project.root):
+            item.remove()
+    return item
+
+
+def needless(project: Project) -> Iterator[Item]:
+    """What can go whatever the registry holds. Nothing changes."""
+    yield from _long_logs(project)
+    yield from _abandoned(project)
+    yield from _temporary_folders()
+    yield from _unfinished_objects(project, _objects(project))
+
+
+def plan(project: Project, registry: Versions, *, keep: int = KEEP) -> list[Item]:
+    """What else can go, in the order in which it should. Nothing changes."""
     versions = registry.versions()
     kept = kept_states(registry, versions, keep)
     states = [*kept.values(), _present(project), committed_state(project)]
     digests = registry.digests() if versions else {}
+    objects = _objects(project)
     return [
         *_old_versions(project, registry, [v for v in versions if v.version not in kept]),
-        *_cache_objects(project, used_objects(project, states)),
+        *_unused_objects(project, objects, objects_of(objects, states)),
         *_model_files(project, {digests.get(number, "") for number in kept}),
-        *_abandoned(project),
-        *_long_logs(project),
     ]
 
 
-def kept_states(registry: Versions, versions: list[ModelVersion], keep: int) -> dict[int, dict[str, Any]]:
-    """The stored states of the versions that stay whole, by number: the served, the recent, those to roll back to."""
-    kept = _kept(versions, registry.history() if versions else [], keep)
-    return {number: _state(registry, number) for number in sorted(kept)}
-
-
-def _kept(versions: Iterable[ModelVersion], history: Iterable[Move], keep: int) -> set[int]:
-    newest = sorted(versions, key=lambda one: one.version, reverse=True)
-    there = {one.version for one in newest}
-    named = {one.version for one in newest if one.aliases or one.decision == "pending"}
-    return (named | {one.version for one in newest[:keep]} | set(line(history)[-keep:])) & there
-
-
-def _state(registry: Versions, number: int) -> dict[str, Any]:
-    try:
-        return registry.restore_state(number)
-    except InputError:  # made by hand, without a stored state: it needs none of DVC's objects
-        return {}
-
-
 def _present(project: Project) -> dict[str, Any]:
-    version.require_whole(project)  # what a torn one named is not known: nothing may go
+    version.require_whole(project)  # what a torn one names is not known, so nothing may go
     names = ("data.dvc", "dvc.lock")
     return {n: (project.root / n).read_text(encoding="utf-8") for n in names if (project.root / n).is_file()}
-
-
-def committed_state(project: Project) -> dict[str, Any]:
-    """What git's last commit names: a fresh clone, or `git checkout`, comes back to it."""
-    found = {}
-    for name in ("data.dvc", "dvc.lock"):
-        text = git(project.root, "show", f"HEAD:{name}")
-        if text:
-            found[name] = text
-    return found
 
 
 # --- MLflow ---------------------------------------------------------------------------------------------------------
@@ -187,64 +167,21 @@ def _purge(project: Project, tracking_uri: str) -> None:
 # --- DVC ------------------------------------------------------------------------------------------------------------
 
 
-def used_objects(project: Project, states: Iterable[Mapping[str, Any]]) -> set[str]:
-    """Names of the cache's objects (`ab/cdef…`, `ab/cdef….dir`) that the states' data.dvc and dvc.lock name.
-
-    Raises:
-        ServiceError: a folder's list of files can't be read, so that what it needs is not known.
-    """
-    return objects_of(version.cache_folder(project) / "files" / "md5", states)
+def _objects(project: Project) -> Path:
+    """The objects' folder in DVC's cache."""
+    return version.cache_folder(project) / "files" / "md5"
 
 
-def objects_of(cache: Path, states: Iterable[Mapping[str, Any]]) -> set[str]:
-    """`used_objects` where the cache's folder of objects is known: asking DVC for it takes a second."""
-    used: set[str] = set()
-    for state in states:
-        for md5 in _named(state):
-            name = f"{md5[:2]}/{md5[2:]}"
-            if name in used:
-                continue
-            used.add(name)
-            if name.endswith(".dir") and (cache / name).is_file():
-                used.update(_listed(cache / name))
-    return used
+def _is_shared(project: Project, objects: Path) -> bool:
+    """Whether other projects, whose versions are not known here, may use the cache, too."""
+    return not objects.resolve().is_relative_to(project.root.resolve())
 
 
-def _listed(manifest: Path) -> Iterator[str]:
-    try:
-        for entry in json.loads(manifest.read_text(encoding="utf-8")):
-            yield f"{entry['md5'][:2]}/{entry['md5'][2:]}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ServiceError(
-            f"{manifest} is damaged, so what it needs is not known: {error!r}", fix="`dvc fetch`, or remove that file"
-        ) from error
-
-
-def _named(state: Mapping[str, Any]) -> Iterator[str]:
-    """md5s of the outputs that a state's texts name."""
-    data = yaml.safe_load(state.get("data.dvc") or "") or {}
-    lock = yaml.safe_load(state.get("dvc.lock") or "") or {}
-    stages = list((lock.get("stages") or {}).values())
-    for stage in (data, *stages):
-        for entry in (*(stage.get("outs") or ()), *(stage.get("deps") or ())):
-            if "md5" in entry:
-                yield str(entry["md5"])
-
-
-def _cache_objects(project: Project, used: set[str]) -> Iterator[Item]:
-    cache = version.cache_folder(project)
-    if not cache.resolve().is_relative_to(project.root.resolve()):
-        return  # shared with other projects, whose versions are not known here
-    objects = cache / "files" / "md5"
-    old = time.time() - DAYS * 86400
-    unused, leftovers = [], []
-    for file in objects.glob("*/*"):
-        name = file.relative_to(objects).as_posix()
-        if not OBJECT.fullmatch(name):
-            if file.is_file() and file.stat().st_mtime < old:
-                leftovers.append(file)
-        elif name not in used:
-            unused.append(file)
+def _unused_objects(project: Project, objects: Path, used: set[str]) -> Iterator[Item]:
+    if _is_shared(project, objects):
+        return
+    names = {file.relative_to(objects).as_posix(): file for file in objects.glob("*/*")}
+    unused = [file for name, file in names.items() if OBJECT.fullmatch(name) and name not in used]
     if unused:
         yield Item(
             f"{len(unused)} objects of DVC's cache",
@@ -252,16 +189,28 @@ def _cache_objects(project: Project, used: set[str]) -> Iterator[Item]:
             "videos and clips that no kept version, the project's present state or its last commit names",
             lambda: _remove_all(unused),
         )
+
+
+def _unfinished_objects(project: Project, objects: Path) -> Iterator[Item]:
+    """Files in the cache that are no objects: drafts, and damaged objects that were set aside (`*.damaged`)."""
+    if _is_shared(project, objects):
+        return
+    old = time.time() - DAYS * 86400
+    leftovers = [
+        file
+        for file in objects.glob("*/*")
+        if not OBJECT.fullmatch(file.relative_to(objects).as_posix()) and file.is_file() and file.stat().st_mtime < old
+    ]
     if leftovers:
         yield Item(
-            f"{len(leftovers)} unfinished files in DVC's cache",
+            f"{len(leftovers)} unfinished or damaged files in DVC's cache",
             sum(_size(file) for file in leftovers),
-            f"left by a process that was killed more than {DAYS} days ago",
+            f"more than {DAYS} days old; left by a process that was killed, or set aside and replaced",
             lambda: _remove_all(leftovers),
         )
 
 
-# --- .sora ----------------------------------------------------------------------------------------------------------
+# --- .sora and the temporary folder ---------------------------------------------------------------------------------
 
 
 def _model_files(project: Project, needed: set[str]) -> Iterator[Item]:
@@ -286,6 +235,17 @@ def _abandoned(project: Project) -> Iterator[Item]:
                     f"of a run that was interrupted and not taken up again for {DAYS} days",
                     lambda folder=folder: _remove_all([folder]),  # type: ignore[misc]
                 )
+
+
+def _temporary_folders() -> Iterator[Item]:
+    folders = abandoned_folders()
+    if folders:
+        yield Item(
+            f"{len(folders)} temporary folders",
+            sum(_size(folder) for folder in folders),
+            "left by processes of Sora that were killed",
+            remove_abandoned_folders,
+        )
 
 
 def _long_logs(project: Project) -> Iterator[Item]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -56,7 +56,8 @@ def run_lock(project: Project) -> Iterator[None]:
         ) from error
     try:
         note = {"pid": os.getpid(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
-        project.run_note.write_text(json.dumps(note), encoding="utf-8")
+        with suppress(OSError):  # a full disk: the lock is what counts, and `sora gc` must get it
+            project.run_note.write_text(json.dumps(note), encoding="utf-8")
         yield
     finally:
         lock.release()

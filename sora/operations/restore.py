@@ -41,7 +41,7 @@ from sora.operations.backup import (
     Manifest,
     of_the_tree,
 )
-from sora.operations.gc import OBJECT, objects_of
+from sora.operations.needed import OBJECT, objects_of
 
 _WORK = ".sora-restoring"  # in DIR while it works
 _LARGEST_MANIFEST = 256_000_000  # bytes

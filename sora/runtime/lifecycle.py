@@ -186,8 +186,7 @@ def gc(project: Project, *, keep: int, dry_run: bool) -> dict[str, Any]:
     """What no served or recent version needs. Returns {"items": [{"what", "bytes", "why"}], "bytes"}."""
     from sora.operations import gc as collecting
 
-    with open_registry(project) as registry:
-        return collecting.collect(project, registry, keep=keep, dry_run=dry_run)
+    return collecting.collect(project, lambda: open_registry(project), keep=keep, dry_run=dry_run)
 
 
 def backup(

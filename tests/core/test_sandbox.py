@@ -13,6 +13,7 @@ import pytest
 
 from sora.core import sandbox
 from sora.operations import doctor
+from sora.operations.checks import machine
 
 pytestmark = pytest.mark.skipif(bool(sandbox.lacking()), reason=f"this machine lacks {', '.join(sandbox.lacking())}")
 
@@ -184,7 +185,7 @@ def test_doctor_says_what_lacks(monkeypatch):
         (check,) = (check for check in doctor.doctor(None)["checks"] if check["name"] == "sandbox")
         return check
 
-    monkeypatch.setattr(doctor, "_memory", doctor._python)
+    monkeypatch.setattr(doctor, "MACHINE", (machine.sandbox,))
     whole = found()
     assert whole["ok"] and "Landlock ABI" in whole["detail"] and "seccomp" in whole["detail"]
     monkeypatch.setattr(sandbox, "_landlock_abi", lambda libc: 3)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sora.cli import _run
+from sora.cli.failures import run_verb
 from sora.config import PRESETS, Model, parse
 from sora.core.errors import InputError
 from sora.model import classifier, cost, describe
@@ -43,20 +43,20 @@ def test_a_project_is_described_as_it_is_set(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "params.yaml").write_text(
         f"{CLIP}classes: [a, b, c]\nmodel: {json.dumps(SMALL)}\ntrain: {{batch: 5}}\n"
     )
-    assert _run(["model", "describe", "--json", "--project", str(tmp_path)]) == 0
+    assert run_verb(["model", "describe", "--json", "--project", str(tmp_path)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["classes"] == 3 and found["memory"]["batch"] == 5 and found["clip"] == [8, 32, 32, 3]
     assert found["settings"] == Model(**SMALL).model_dump(mode="json", exclude={"preset"})
-    assert _run(["model", "describe", "--project", str(tmp_path)]) == 0
+    assert run_verb(["model", "describe", "--project", str(tmp_path)]) == 0
     assert "GFLOP a clip" in capsys.readouterr().out
 
 
 def test_preset_and_options_at_the_door(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _run(["model", "describe", "demo", "--classes", "4", "--batch", "32", "--json"]) == 0
+    assert run_verb(["model", "describe", "demo", "--classes", "4", "--batch", "32", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["preset"], found["classes"], found["memory"]["batch"]) == ("demo", 4, 32)
     assert found["clip"] == [12, 64, 64, 3]
-    assert _run(["model", "describe", "huge"]) == 2
+    assert run_verb(["model", "describe", "huge"]) == 2
     error = capsys.readouterr().err
     assert "'huge'" in error and all(name in error for name in PRESETS)
 

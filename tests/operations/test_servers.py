@@ -26,7 +26,7 @@ from tests.servers import make_project
 OWNER = """
 import json, sys
 from pathlib import Path
-from sora.operations import services
+from sora.operations import servers as services
 from sora.config import Project
 project = Project(Path(sys.argv[1]))
 with services.servers(project, prefect=sys.argv[2] == "both") as found:
@@ -132,10 +132,9 @@ def test_a_damaged_database_is_said_before_a_server_starts(tmp_path: Path, name:
 def test_a_server_that_ends_at_once_is_said_with_the_log(tmp_path: Path) -> None:
     project = make_project(tmp_path)
     broken = services.Server(name="mlflow", app=("no_such_module:app",), probe="/")
-    started: dict[str, subprocess.Popen[bytes]] = {}
     with pytest.raises(ServiceError, match="no_such_module"):
-        services.start(project, [broken], started, owner="test")
-    services.stop(started.values())
+        services.start(project, [broken], owner="test")
+    assert belongs_to(project) == [] and services.running(project) == {}
 
 
 def test_a_read_only_state_folder_is_clear(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from sora.cli import _run
+from sora.cli.failures import run_verb
 from sora.config import Model, Project
 from sora.core.errors import InputError
 from sora.core.records import Recipe
@@ -79,7 +79,7 @@ def caches(project: Project) -> list[Path]:
 
 def run(project: Project, capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
     capsys.readouterr()
-    assert _run([*arguments, "--project", str(project.root)]) == code
+    assert run_verb([*arguments, "--project", str(project.root)]) == code
     return capsys.readouterr().out
 
 
@@ -173,7 +173,7 @@ def test_a_quarantined_video_is_no_neighbour(project: Project) -> None:
 def test_a_file_that_cannot_be_used(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.mp4").write_text("no video")
     for name, words in (("text.mp4", "no video format"), ("absent.mp4", "no file")):
-        assert _run(["similar", str(tmp_path / name), "--project", str(project.root)]) == 2
+        assert run_verb(["similar", str(tmp_path / name), "--project", str(project.root)]) == 2
         assert words in capsys.readouterr().err
 
 

@@ -1,0 +1,1 @@
+"""What `sora doctor` looks at: a function a check, each returning one `Check`."""
