@@ -19,7 +19,7 @@ from sora.core.errors import InputError
 from sora.core.records import ClipSpec
 from sora.dataset import manifest, splits
 from sora.dataset import table as tables
-from sora.dataset.quality import expectations
+from sora.dataset.quality import validate
 from sora.judging import evaluation
 from sora.judging import gate as promotion
 from sora.learning import audit, crossval, training
@@ -50,7 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("several")
     data = make_several(folder / "data")
     rows = manifest.build(data, SETTINGS, workers=1)
-    valid = expectations.validate(rows, SETTINGS)
+    valid = validate(rows, SETTINGS)
     assignment = splits.assign(rows, splits.read(folder / "none.csv"), SETTINGS)
     table = tables.join(rows, (), assignment.ledger)
     table.to_parquet(folder / "table.parquet", index=False)

@@ -147,3 +147,10 @@ def _sweep(place: Path) -> None:
                     shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(descriptor)
+
+
+def write_if_different(path: Path, text: str) -> None:
+    """Writes a text file unless it holds this text already: its time of change says when it changed."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        with atomic(path) as file:
+            file.write(text.encode())

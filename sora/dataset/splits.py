@@ -26,6 +26,7 @@ from sora.core.ledger import COLUMNS
 from sora.core.records import SPLITS, Rejection
 from sora.dataset import ledger as ledgers
 from sora.dataset import similar
+from sora.dataset.quality.rules import SPLIT_CONFLICT
 from sora.dataset.similar import near_duplicates
 
 __all__ = ["COLUMNS", "Assignment", "append", "assign", "digest", "near_duplicates", "read", "units"]
@@ -121,7 +122,7 @@ def assign(accepted: pd.DataFrame, ledger: pd.DataFrame, settings: Settings) -> 
         dtype=str,
     )
     rejections = [
-        Rejection(str(videos.at[i, "path"]), "split_conflict", why, str(videos.at[i, "sha256"]))
+        Rejection(str(videos.at[i, "path"]), SPLIT_CONFLICT.name, why, str(videos.at[i, "sha256"]))
         for i, why in reasons.items()
     ]
     return Assignment(

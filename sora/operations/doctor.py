@@ -214,7 +214,7 @@ def _of_project(project: Project) -> Iterator[Callable[[], Check]]:
 
 
 def _data(project: Project) -> Check:
-    from sora.dataset.versioning.version import require_whole
+    from sora.dataset.versioning import require_whole
 
     require_whole(project)
     if not project.data.is_dir():

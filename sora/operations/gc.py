@@ -29,7 +29,7 @@ from sora.core.errors import InputError, ServiceError
 from sora.core.files import writing
 from sora.core.processes import quiet_environment
 from sora.core.records import ModelVersion
-from sora.dataset.versioning import version
+from sora.dataset import versioning
 from sora.dataset.versioning.dvc import git
 from sora.operations import servers as services
 from sora.operations.lock import backup_lock, run_lock
@@ -120,7 +120,7 @@ def _state(registry: Versions, number: int) -> dict[str, Any]:
 
 
 def _present(project: Project) -> dict[str, Any]:
-    version.require_whole(project)  # what a torn one named is not known: nothing may go
+    versioning.require_whole(project)  # what a torn one named is not known: nothing may go
     names = ("data.dvc", "dvc.lock")
     return {n: (project.root / n).read_text(encoding="utf-8") for n in names if (project.root / n).is_file()}
 
@@ -194,7 +194,7 @@ def used_objects(project: Project, states: Iterable[Mapping[str, Any]]) -> set[s
     Raises:
         ServiceError: a folder's list of files can't be read, so that what it needs is not known.
     """
-    return objects_of(version.cache_folder(project) / "files" / "md5", states)
+    return objects_of(versioning.cache_folder(project) / "files" / "md5", states)
 
 
 def objects_of(cache: Path, states: Iterable[Mapping[str, Any]]) -> set[str]:
@@ -233,7 +233,7 @@ def _named(state: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _cache_objects(project: Project, used: set[str]) -> Iterator[Item]:
-    cache = version.cache_folder(project)
+    cache = versioning.cache_folder(project)
     if not cache.resolve().is_relative_to(project.root.resolve()):
         return  # shared with other projects, whose versions are not known here
     objects = cache / "files" / "md5"

@@ -10,11 +10,11 @@ import pytest
 
 from sora.config import Project, Settings
 from sora.core.errors import InputError
-from sora.core.records import RULES
 from sora.dataset import check as checking
 from sora.dataset import manifest
 from sora.dataset.check import check, show
-from sora.dataset.quality.expectations import ValidationReport
+from sora.dataset.quality import ValidationReport
+from sora.dataset.quality.rules import FIXES
 from tests.videos import make_folder, make_video
 
 SMALL = Settings.model_validate({"validate": {"max_rejected": 0.5}})
@@ -76,7 +76,7 @@ def test_people_see_counts_rules_fixes_and_where_the_pages_are(checked: tuple[Va
     text = capsys.readouterr().out
     assert "11 videos, 6 accepted, 5 rejected" in text
     assert "jump/kurz [bold] é.mp4: 3 decodable frames, at least 8 are needed" in text
-    assert RULES["too_short"] in text and str(out / "data_docs" / "index.html") in text
+    assert FIXES["too_short"] in text and str(out / "data_docs" / "index.html") in text
     assert "trainable" in text
 
 
