@@ -383,12 +383,10 @@ def _evaluate(
     done = work.once("evaluated", lambda: None) or {}
     if done.get("champion_version") == champion and (work.folder / "evaluation.json").exists():
         return json.loads((work.folder / "evaluation.json").read_text(encoding="utf-8"))
-    models: list[evaluation.EvalModel] = [
-        {"name": "candidate", "file": fitted["model"], "recipe": None, "history": fitted["history"]}
-    ]
+    models = [evaluation.EvalModel("candidate", fitted["model"], history=fitted["history"])]
     if champion is not None:
         file, recipe = registry.fetch(champion, project.state / "cache" / "models")
-        models.append({"name": "champion", "file": str(file), "recipe": recipe.to_dict()})
+        models.append(evaluation.EvalModel("champion", str(file), recipe))
     job = evaluation.EvalJob(
         shards=str(project.shards),
         table=str(table),

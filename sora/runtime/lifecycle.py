@@ -133,7 +133,7 @@ def reproduce(project: Project, version: int) -> dict[str, Any]:
         job = evaluation.EvalJob(
             shards=str(restored.shards),
             table=str(_table(restored, folder / "table.parquet")),
-            models=[{"name": "version", "file": str(file), "recipe": recipe.to_dict()}],
+            models=[evaluation.EvalModel("version", str(file), recipe)],
             classes=list(settings.classes),
             data=str(restored.data),
             bounds=settings.validate_.model_dump(),

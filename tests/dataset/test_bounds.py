@@ -13,8 +13,8 @@ from sora.core import provenance
 from sora.core.errors import ServiceError
 from sora.core.records import ClipSpec
 from sora.dataset import manifest, versioning
-from sora.dataset.versioning.pipeline import bounds_of
 from sora.dataset.quality import validate
+from sora.dataset.versioning.pipeline import bounds_of
 from sora.store import shards
 from tests.bombs import animated_png, many_streams, motion_jpeg, raw_h264
 from tests.videos import make_video
