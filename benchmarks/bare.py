@@ -23,7 +23,7 @@ def learn(project: Project) -> None:
     job = evaluation.EvalJob(
         shards=str(project.shards),
         table=str(work / "table.parquet"),
-        models=[{"name": "candidate", "file": fitted.model, "recipe": None, "history": fitted.history}],
+        models=[evaluation.EvalModel("candidate", fitted.model, history=fitted.history)],
         classes=list(settings.classes),
         data=str(project.data),
         out=str(work / "evaluation"),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sora.judging.report import measure
+from sora.core import statistics
 
 DRAWS = 10_000
 MIN_UNITS = 10  # with fewer the interval is over videos
@@ -62,7 +62,7 @@ def bootstrap(right: np.ndarray, cluster: np.ndarray, confidence: float = 0.95) 
     """
     total, size = np.bincount(cluster, weights=right), np.bincount(cluster)
     if right.min() == right.max():
-        return measure.wilson(float(right.sum()), len(right), confidence)
+        return statistics.wilson(float(right.sum()), len(right), confidence)
     drawn = np.random.default_rng(0).integers(0, len(size), (DRAWS, len(size)))
     shares = total[drawn].sum(axis=1) / size[drawn].sum(axis=1)
     low, high = np.quantile(shares, ((1 - confidence) / 2, (1 + confidence) / 2))

@@ -26,8 +26,8 @@ import numpy as np
 from scipy.stats import multivariate_normal, norm
 
 from sora.config import Gate
+from sora.core.statistics import wilson
 from sora.judging.gate import clearly_worse, passes
-from sora.judging.report.measure import wilson
 
 SIZES = (45, 60, 150, 300, 1000)
 GATE = Gate()  # the defaults of params.yaml

@@ -19,11 +19,11 @@ import pandas as pd
 
 from benchmarks import article
 from sora.config import Model, Train
+from sora.core import statistics
 from sora.core.errors import InputError
 from sora.core.processes import child_main, run_child
 from sora.core.records import ClipSpec, Recipe
 from sora.judging import evaluation
-from sora.judging.report import measure
 from sora.store.batches import Batches
 from sora.store.shards import ShardSet
 
@@ -220,8 +220,8 @@ class _Best:
         if not validation.clips:
             return {}
         logits = np.concatenate([np.asarray(model.predict_on_batch(x)) for x, _, _ in validation.epoch(0)])
-        shares = measure.video_probabilities(logits, np.arange(len(logits)), len(logits))
-        loss = measure.log_loss(shares, validation.labels)
+        shares = statistics.video_probabilities(logits, np.arange(len(logits)), len(logits))
+        loss = statistics.log_loss(shares, validation.labels)
         if loss < self.loss:
             self.loss, self.epoch, self.weights = loss, epoch, model.get_weights()
         return {"val_loss": loss}
@@ -302,7 +302,7 @@ def _answers(job: PeerJob, model: keras.Model, emit: Emit) -> tuple[list[dict[st
             evaluation.EvalJob(
                 shards=job.shards,
                 table=str(out / "table.parquet"),
-                models=[{"name": "fold", "file": str(file), "recipe": recipe.to_dict()}],
+                models=[evaluation.EvalModel("fold", str(file), recipe)],
                 classes=job.classes,
                 data="",
                 out=job.out,

@@ -35,8 +35,7 @@ from benchmarks import common
 from benchmarks.common import SHARED, SORA, table, timed
 from sora.config import Project, Settings
 from sora.core.records import ClipSpec
-from sora.dataset import manifest, splits
-from sora.dataset.versioning import version
+from sora.dataset import manifest, splits, versioning
 from sora.media import pool
 from sora.media.video.transform import prepare_clips
 from sora.store import shards
@@ -247,19 +246,19 @@ def added(rounds: int) -> list[dict[str, Any]]:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(file)
         timed([*SORA, "init", str(project.root), "--data", str(data)], place)
-        version.add(project)
-        version.reproduce(project)
+        versioning.add(project)
+        versioning.reproduce(project)
         new = project.data / files[0].relative_to(FIGHTS)
         pairs = []
         for _ in range(rounds):
             new.write_bytes(files[0].read_bytes())
-            ours = spent(lambda: (version.add(project), version.reproduce(project)))
+            ours = spent(lambda: (versioning.add(project), versioning.reproduce(project)))
             decoded = spent(lambda: (decode_and_drop(str(new)), prepare_clips(new, ClipSpec())))
             pairs.append((ours, decoded))
             print(pairs[-1], flush=True)
             new.unlink()
-            version.add(project)
-            version.reproduce(project)
+            versioning.add(project)
+            versioning.reproduce(project)
         return [
             {
                 "figure": "one video added to fights300, until it is in the shards: s",

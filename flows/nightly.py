@@ -210,28 +210,29 @@ def _doubts(registry: Any, judged: dict[str, Any] | None, recorded: Recorded | N
 
 @_retried(name="version data")
 def _version_data(project: Project) -> str:
-    from sora.dataset.versioning import version
+    from sora.dataset import versioning
 
-    version.ensure_data(project)
-    return version.add(project)
+    versioning.ensure_data(project)
+    return versioning.add(project)
 
 
 @_retried(name="reproduce")
 def _reproduce(project: Project) -> list[str]:
-    from sora.dataset.versioning import version
+    from sora.dataset import versioning
 
-    return version.reproduce(project)
+    return versioning.reproduce(project)
 
 
 @_step(name="assign splits")
 def _assign(project: Project, settings: Settings, target: Path, recorded: Recorded | None) -> dict[str, Any]:
     """Joins manifest, quarantine and ledger into the table of this run."""
-    from sora.dataset import ledger, manifest, quarantine, splits, table
+    from sora.dataset import ledger, manifest, splits, table
+    from sora.dataset.quality import quarantine
 
     ledger.require(project.splits_file, recorded)  # once more: the stages before may have taken an hour
 
     rows = manifest.read(project.manifest)
-    rejected = quarantine.paths(project.quarantine)
+    rejected = quarantine.rejected_paths(project)
     accepted = rows[~rows["path"].isin(rejected)]
     assignment = splits.assign(accepted, splits.read(project.splits_file), settings)
     splits.append(project.splits_file, assignment)
@@ -326,9 +327,9 @@ def _learn(
 
 @_retried(name="open MLflow run")
 def _open_run(project: Project, settings: Settings, registry: Any, key: dict[str, str], facts: dict[str, Any]) -> str:
-    from sora.dataset.versioning import version
+    from sora.dataset import versioning
 
-    state = version.state(project)
+    state = versioning.state(project)
     tags = {**key, "splits": facts["digest"], "test_digest": facts["test_digest"]}
     if state["git_commit"]:
         tags["git_commit"] = state["git_commit"]
@@ -380,12 +381,10 @@ def _evaluate(
     done = work.once("evaluated", lambda: None) or {}
     if done.get("champion_version") == champion and (work.folder / "evaluation.json").exists():
         return json.loads((work.folder / "evaluation.json").read_text(encoding="utf-8"))
-    models: list[evaluation.EvalModel] = [
-        {"name": "candidate", "file": fitted["model"], "recipe": None, "history": fitted["history"]}
-    ]
+    models = [evaluation.EvalModel("candidate", fitted["model"], history=fitted["history"])]
     if champion is not None:
         file, recipe = registry.fetch(champion, project.cache.models)
-        models.append({"name": "champion", "file": str(file), "recipe": recipe.to_dict()})
+        models.append(evaluation.EvalModel("champion", str(file), recipe))
     job = evaluation.EvalJob(
         shards=str(project.shards),
         table=str(table),

@@ -119,13 +119,13 @@ def own_clone() -> Project:
 @task(name="fetch shards", cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=5)
 def _fetch(clone: Project, registry: Any, run_id: str, state: dict[str, str], table_sha256: str, work: Path) -> Project:
     """Lays the nightly's state out in a folder of its own; the clone's files stay as they are."""
-    from sora.dataset.versioning import version
+    from sora.dataset import versioning
 
     target = work / "project"
     shutil.rmtree(target, ignore_errors=True)  # an earlier try's; the cache still has the bytes
     work.mkdir(parents=True, exist_ok=True)
     try:
-        prepared = version.restore(clone, state, target, data=False)
+        prepared = versioning.restore(clone, state, target, data=False)
     except ServiceError as error:
         raise ServiceError(
             f"the shards did not arrive: {error.message}",
@@ -217,14 +217,14 @@ def request_training(
     """
     from prefect.deployments import run_deployment
 
-    from sora.dataset.versioning import version
+    from sora.dataset import versioning
 
     pool = settings.train.work_pool
     assert pool is not None
-    version.push(project, list(version.STAGES))
+    versioning.push(project, list(versioning.STAGES))
     table = work / "table.parquet"
     registry.log_path(run_id, table, HANDOVER.parent.as_posix())
-    texts = version.state(project)
+    texts = versioning.state(project)
     run: Any = run_deployment(
         f"train/{settings.name}",
         parameters={

@@ -37,13 +37,13 @@ def fresh_project(_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(scope="session")
 def _prepared_template(_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from sora.dataset.versioning import version
+    from sora.dataset import versioning
 
     folder = tmp_path_factory.mktemp("prepared")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_SITE_CACHE_DIR", str(folder / "site"))
         shutil.copytree(_template, folder / "project", symlinks=True)
-        version.reproduce(Project(folder / "project"))
+        versioning.reproduce(Project(folder / "project"))
     return folder / "project"
 
 

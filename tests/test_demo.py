@@ -16,7 +16,8 @@ import yaml
 from sora.config import Project
 from sora.core import provenance
 from sora.core.records import ClipSpec
-from sora.dataset.versioning import version
+from sora.dataset import versioning
+from sora.dataset.versioning.pipeline import code_lock_text
 from sora.media.video.transform import prepare_clips
 
 
@@ -33,7 +34,7 @@ def clone(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Project
     subprocess.run(["git", "init", "-q", str(root)], check=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_SITE_CACHE_DIR", str(root.with_name("site")))
-        assert version.ensure_data(Project(root))
+        assert versioning.ensure_data(Project(root))
     return Project(root)
 
 
@@ -56,11 +57,11 @@ def test_the_repository_remote_holds_that_set_and_nothing_else(repository: Path)
 
 def test_the_lock_is_of_this_code(repository: Path) -> None:
     """Else `make run` in a clean clone would leave changed files behind."""
-    assert (repository / version.CODE_LOCK).read_text() == version._code_lock_text()
+    assert (repository / versioning.CODE_LOCK).read_text() == code_lock_text()
     stages = yaml.safe_load((repository / "dvc.lock").read_text())["stages"]
     for stage, code in provenance.stages().items():
-        assert stages[stage]["params"][version.CODE_LOCK][stage] == code
-    assert stages["manifest"]["deps"][0]["md5"] == f"{version.data_version(Project(repository))}.dir"
+        assert stages[stage]["params"][versioning.CODE_LOCK][stage] == code
+    assert stages["manifest"]["deps"][0]["md5"] == f"{versioning.data_version(Project(repository))}.dir"
 
 
 def test_motion_tells_and_a_still_does_not(clone: Project) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sora.core.records import RULES
+from sora.dataset.quality.rules import REJECTING
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FOLDERS = r"sora|flows|benchmarks|tests|infra|docs|demo"
@@ -27,7 +27,7 @@ def document(request: pytest.FixtureRequest) -> Path:
 
 def test_readme_lists_every_rule_with_its_fix(repository: Path) -> None:
     readme = (repository / "README.md").read_text(encoding="utf-8")
-    assert dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", readme, re.MULTILINE)) == RULES
+    assert dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", readme, re.MULTILINE)) == REJECTING
 
 
 def test_links_in_documents_lead_somewhere(document: Path) -> None:

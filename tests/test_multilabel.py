@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from sora.core.errors import InputError
 from sora.core.records import ClipSpec
 from sora.dataset import manifest, splits
 from sora.dataset import table as tables
-from sora.dataset.quality import expectations
+from sora.dataset.quality import validate
 from sora.judging import evaluation
 from sora.judging import gate as promotion
 from sora.learning import audit, crossval, training
@@ -50,7 +51,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("several")
     data = make_several(folder / "data")
     rows = manifest.build(data, SETTINGS, workers=1)
-    valid = expectations.validate(rows, SETTINGS)
+    valid = validate(rows, SETTINGS)
     assignment = splits.assign(rows, splits.read(folder / "none.csv"), SETTINGS)
     table = tables.join(rows, (), assignment.ledger)
     table.to_parquet(folder / "table.parquet", index=False)
@@ -69,7 +70,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     judging = evaluation.EvalJob(
         shards=job.shards,
         table=job.table,
-        models=[{"name": "candidate", "file": fitted.model, "recipe": None, "history": fitted.history}],
+        models=[evaluation.EvalModel("candidate", fitted.model, history=fitted.history)],
         classes=list(SEVERAL),
         data=str(data),
         out=str(folder / "evaluation"),
@@ -133,8 +134,13 @@ def test_the_page_has_no_confusion_and_says_why(world: SimpleNamespace) -> None:
 
 def evaluate(world: SimpleNamespace, tmp_path: Path, recipe: Any, table: pd.DataFrame) -> evaluation.EvalOutcome:
     table.to_parquet(tmp_path / "table.parquet", index=False)
-    model: evaluation.EvalModel = {"name": "m", "file": str(world.file), "recipe": recipe.to_dict()}
-    value = {**vars(world.judging), "models": [model], "table": str(tmp_path / "table.parquet"), "out": str(tmp_path)}
+    model = evaluation.EvalModel("m", str(world.file), recipe)
+    value = {
+        **vars(world.judging),
+        "models": [asdict(model)],
+        "table": str(tmp_path / "table.parquet"),
+        "out": str(tmp_path),
+    }
     evaluation.evaluate(value, lambda event: None)
     return evaluation.read(tmp_path / "m")
 

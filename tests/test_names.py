@@ -12,8 +12,8 @@ import pytest
 from sora.cli import main
 from sora.config import Project
 from sora.core.errors import InputError, NotTrainable
+from sora.dataset import versioning
 from sora.dataset.check import check, show
-from sora.dataset.versioning import version
 from sora.operations import project as projects
 from tests.videos import make_folder, make_video
 
@@ -58,7 +58,7 @@ def test_a_name_that_is_not_utf8_stops_check_and_run_alike(
     code, out, _ = sora(capsys, "check", "--project", str(fresh_project.root))
     assert code == 1 and shown in out and "not UTF-8" in out and "fix: rename" in out
     with pytest.raises(NotTrainable, match="bad_name") as caught:
-        version.add(fresh_project)
+        versioning.add(fresh_project)
     assert shown in caught.value.message and "rename" in caught.value.fix
     assert (fresh_project.docs.parent / "check" / "data_docs" / "index.html").read_text(encoding="utf-8")
     os.rename(
@@ -67,7 +67,7 @@ def test_a_name_that_is_not_utf8_stops_check_and_run_alike(
     )
     if (fresh_project.data / "readme.txt").is_dir():
         shutil.rmtree(fresh_project.data / "readme.txt")
-    assert len(version.add(fresh_project)) == 32
+    assert len(versioning.add(fresh_project)) == 32
 
 
 def test_init_refuses_it_and_leaves_nothing(tmp_path: Path) -> None:

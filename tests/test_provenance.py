@@ -23,7 +23,7 @@ from sora.config import NOT_OF_LEARNING, Settings, parse
 from sora.core import provenance
 from sora.core.records import ClipSpec
 from sora.dataset import manifest, splits, table
-from sora.dataset.quality import expectations
+from sora.dataset.quality import validate
 from sora.store import shards
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -74,7 +74,7 @@ def _computed() -> dict[str, Any]:
         classes = tuple(sorted(folder.name for folder in data.iterdir() if folder.is_dir()))
         settings = given.model_copy(update={"classes": classes})
         rows = manifest.build(data, settings, workers=1)
-        report = expectations.validate(rows, settings)
+        report = validate(rows, settings)
         rejected = {one.path for one in report.rejected}
         shards.build(rows, rejected, data, out, SPEC, buckets=2, workers=1)
         opened = shards.ShardSet.open(out)

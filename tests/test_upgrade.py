@@ -30,8 +30,8 @@ from sora.config.settings import Settings
 from sora.core import provenance
 from sora.core.records import Recipe
 from sora.dataset import manifest as manifests
+from sora.dataset import versioning
 from sora.dataset.corrections import Inbox
-from sora.dataset.versioning import version
 from sora.media import pool
 from sora.operations.servers import mlflow_server, prefect_server, start, stop
 from sora.store import shards
@@ -103,7 +103,7 @@ def rebuilt(project: Project) -> BuildStats:
         settings.clip.spec(),
         buckets=settings.shards.buckets,
         workers=1,
-        recorded=lambda: version.recorded_files(project, project.shards),
+        recorded=lambda: versioning.recorded_files(project, project.shards),
     )
 
 
@@ -149,13 +149,13 @@ def test_the_stages_run_once_and_keep_what_was_prepared(
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
     project = unpack(tmp_path, name).project
     rows, quarantine, kept = manifests.read(project.manifest), project.quarantine.read_text(), buckets(project)
-    assert version.reproduce(project) == STAGES
+    assert versioning.reproduce(project) == STAGES
     pd.testing.assert_frame_equal(manifests.read(project.manifest), rows)
     assert json.loads(project.quarantine.read_text()) == json.loads(quarantine)
     assert buckets(project) == kept, "clips were written again"
     told = json.loads((project.state / "stages" / "shards.json").read_text())
     assert (told["decoded"], told["reused"]) == (0, accepted(project))
-    assert version.reproduce(project) == []
+    assert versioning.reproduce(project) == []
 
 
 def test_clips_that_are_not_what_the_old_dvc_recorded_are_made_anew(old: Old) -> None:
@@ -174,8 +174,8 @@ def test_a_clone_gets_its_data_and_clips_from_the_old_remote(old: Old) -> None:
     clips = {file.name: file.read_bytes() for file in old.project.shards.iterdir()}
     for place in (old.project.data, old.project.prepared, root / ".dvc" / "cache"):
         shutil.rmtree(place)
-    assert version.ensure_data(old.project)
-    version.pull(old.project)
+    assert versioning.ensure_data(old.project)
+    versioning.pull(old.project)
     assert {file.relative_to(root): file.read_bytes() for file in old.project.data.rglob("*.mp4")} == data
     assert {file.name: file.read_bytes() for file in old.project.shards.iterdir()} == clips
     assert rebuilt(old.project).decoded == 0
@@ -205,7 +205,7 @@ def test_old_parameters_mean_what_they_meant(old: Old) -> None:
 
     settings = old.project.settings()
     assert isinstance(settings, Settings)
-    key = key_of(settings, version.data_version(old.project) or "")
+    key = key_of(settings, versioning.data_version(old.project) or "")
     assert key["data_version"] == old.facts["unchanged"]["data_version"]
     assert key["code_hash"] == provenance.LEARNING
     # The old work folder is named by the key of the interrupted run: the same, but for its epochs.
@@ -217,7 +217,7 @@ def test_old_parameters_mean_what_they_meant(old: Old) -> None:
 def work_name(project: Project) -> str:
     from flows.nightly import key_of
 
-    key = key_of(project.settings(), version.data_version(project) or "")
+    key = key_of(project.settings(), versioning.data_version(project) or "")
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 

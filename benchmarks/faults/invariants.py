@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from benchmarks.faults.processes import Case, Verb, role_of
 from sora.config import Project
 from sora.core.errors import SoraError
-from sora.dataset.versioning import version
+from sora.dataset import versioning
 from sora.operations import doctor
 from sora.runtime import lifecycle
 
@@ -123,7 +123,7 @@ def _doctor(project: Project, has_champion: bool) -> Finding:
 
 def _status(project: Project) -> Finding:
     try:
-        changed = version.status(project)
+        changed = versioning.status(project)
     except SoraError as error:
         return Finding("dvc status", False, str(error))
     return Finding("dvc status", not changed, str(changed) if changed else "")

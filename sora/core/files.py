@@ -159,3 +159,10 @@ def _each_abandoned(visit: Callable[[Path], None]) -> None:
                     visit(folder)
             finally:
                 os.close(descriptor)
+
+
+def write_if_different(path: Path, text: str) -> None:
+    """Writes a text file unless it holds this text already: its time of change says when it changed."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        with atomic(path) as file:
+            file.write(text.encode())

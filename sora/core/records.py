@@ -16,22 +16,14 @@ LABEL_SEPARATOR = "|"  # between several labels of one video (`sora.core.labels`
 THRESHOLD = 0.5  # a multi-label model answers the classes that are at least so probable
 
 RULES: dict[str, str] = {
-    # rule → the fix that is printed with it
+    # rule that reading a file can break → the fix; all rules about data: sora.dataset.quality.rules
     "bad_name": "rename the file or folder: its name is not UTF-8 (for many: `convmv -f latin1 -t utf8 -r`)",
     "not_a_video": "remove the file or give it a name that is no video's (readme, licence, csv)",
     "unreadable": "re-export the video; FFmpeg can't decode any frame of it",
     "truncated": "copy the video again from its source: the file ends or breaks before its last frame",
-    "too_short": "use a longer video or lower validate.min_frames / validate.min_seconds",
-    "too_small": "use a larger picture or lower validate.min_side",
     "too_large": "use a shorter or smaller video, or raise the limits in params.yaml (of data/ under `validate`, of "
     "calls under `serve`)",
     "too_slow": "cut the video or scale it down, or raise validate.max_decode_seconds (of calls: serve.decode_timeout)",
-    "odd_frame_rate": "re-encode at a usual frame rate or widen validate.min_fps / validate.max_fps",
-    "unlabelled": "move the video into data/<class>/ or add it to data/labels.csv",
-    "unknown_label": "add the class to `classes` in params.yaml, or move the folder out of data/",
-    "duplicate": "nothing to do: the first copy by path is used",
-    "label_conflict": "the same bytes carry two labels: keep the right one and remove the other",
-    "split_conflict": "it ties a train to a test video (same group, near-duplicate): leave it out or fix its group",
     "symlink": "replace the link by the file itself (cp -L): DVC does not version what a link points to",
 }
 
@@ -41,7 +33,8 @@ class VideoRecord:
     """One row of the manifest: what one file is, found by decoding all of it once.
 
     `path` is relative to the data folder, with forward slashes. A file that can't be used still has a row: `error` is
-    then a rule of `RULES`, `detail` says what was found, and the facts that were not found are 0, "" or None.
+    then a rule of `sora.dataset.quality.rules`, `detail` says what was wrong, and facts that nobody knows are 0, "" or
+    None.
     """
 
     path: str
@@ -65,7 +58,7 @@ class VideoRecord:
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """A quarantined video: `path` and a rule of `RULES`. A list entry only; the file is never touched."""
+    """A video that a rule of `sora.dataset.quality.rules` leaves out. A list entry only; the file is never touched."""
 
     path: str
     rule: str

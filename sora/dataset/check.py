@@ -13,10 +13,9 @@ from pathlib import Path
 from sora.config import Project, Settings
 from sora.core.errors import InputError, SoraError
 from sora.core.files import atomic, writing
-from sora.core.records import RULES
 from sora.dataset import ledger, manifest
-from sora.dataset.quality import expectations
-from sora.dataset.quality.expectations import SET_RULES, ValidationReport
+from sora.dataset.quality import ValidationReport, docs, judge
+from sora.dataset.quality.rules import FIXES, SPLITS_LOST
 
 DEFAULT_OUT = "sora-check"
 _SHOWN = 10  # rejected videos printed a rule
@@ -74,16 +73,18 @@ def check(
     written = out / "manifest.parquet"
     if previous is None and written.exists():  # checked before
         previous = manifest.read(written)
-    found = manifest.build(folder, settings, previous=previous, journal=journal, progress=progress)
-    manifest.write(found, written)
+    built = manifest.build(folder, settings, previous=previous, journal=journal, progress=progress)
+    manifest.write(built, written)
     if project is None:
         journal.unlink(missing_ok=True)  # the manifest holds it all; a project's next run reads the journal
-    report = expectations.validate(found, settings, reference=reference, docs=docs_of(out))
+    judgement = judge(built, settings, reference=reference)
+    docs.write(docs_of(out), judgement)
+    report = judgement.report
     if project is not None:
         try:
             ledger.require(project.splits_file, ledger.remembered(project))
         except SoraError as error:  # what `sora run` would say, too
-            report = report.stopped("splits_lost", error.message)
+            report = report.stopped(SPLITS_LOST, error.message)
     with atomic(out / "report.json") as file:
         file.write(json.dumps(report.to_dict(), indent=1, ensure_ascii=False).encode() + b"\n")
     return report, out
@@ -121,16 +122,16 @@ def show(report: ValidationReport, out: Path) -> None:
     for rejection in report.rejected:
         by_rule.setdefault(rejection.rule, []).append(f"    {escape(rejection.path)}: {escape(rejection.detail)}")
     for rule, lines in sorted(by_rule.items()):
-        console.print(f"[red]{rule}[/] {len(lines):,} — fix: {escape(RULES[rule])}")
+        console.print(f"[red]{rule}[/] {len(lines):,} — fix: {escape(FIXES[rule])}")
         console.print("\n".join(lines[:_SHOWN]))
         if len(lines) > _SHOWN:
             console.print(f"    and {len(lines) - _SHOWN:,} more")
-    for found in report.findings("warn"):
-        console.print(f"[yellow]{found['rule']}[/]: {escape(found['detail'])}")
-        console.print(f"    {escape(SET_RULES[found['rule']])}")
-    for found in report.findings("stop"):
-        console.print(f"[bold red]{found['rule']}[/]: {escape(found['detail'])}")
-        console.print(f"    fix: {escape(SET_RULES[found['rule']])}")
+    for finding in report.findings("warn"):
+        console.print(f"[yellow]{finding.rule}[/]: {escape(finding.detail)}")
+        console.print(f"    {escape(FIXES[finding.rule])}")
+    for finding in report.findings("stop"):
+        console.print(f"[bold red]{finding.rule}[/]: {escape(finding.detail)}")
+        console.print(f"    fix: {escape(FIXES[finding.rule])}")
     verdict = "[bold green]trainable[/]" if report.ok else "[bold red]not trainable[/]"
     console.print(f"{verdict}; {report.passed} of {len(report.expectations)} rules hold")
     console.print(f"Data Docs: {escape(str(docs_of(out) / 'index.html'))}")

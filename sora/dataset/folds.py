@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from sora.core.errors import InputError
+from sora.dataset import balance
 
 
 def stratified(labels: Sequence[Any] | np.ndarray, units: np.ndarray, folds: int, seed: int) -> np.ndarray:
@@ -41,7 +42,7 @@ def stratified(labels: Sequence[Any] | np.ndarray, units: np.ndarray, folds: int
     place = np.empty(count, np.int64)
     for number in drawn[np.argsort(-content[drawn].sum(axis=1), kind="stable")]:
         own = content[number]
-        cost = (own / target * (own - 2 * (target - have))).sum(axis=1)
+        cost = balance.change(own, target, have).sum(axis=1)
         place[number] = np.lexsort((have.sum(axis=1), cost))[0]
         have[place[number]] += own
     return place[unit]

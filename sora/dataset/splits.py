@@ -24,8 +24,9 @@ from sora.core.errors import InputError, ServiceError
 from sora.core.files import atomic
 from sora.core.ledger import COLUMNS
 from sora.core.records import SPLITS, Rejection
+from sora.dataset import balance, similar
 from sora.dataset import ledger as ledgers
-from sora.dataset import similar
+from sora.dataset.quality.rules import SPLIT_CONFLICT
 from sora.dataset.similar import near_duplicates
 
 __all__ = ["COLUMNS", "Assignment", "append", "assign", "digest", "near_duplicates", "read", "units"]
@@ -103,12 +104,11 @@ def assign(accepted: pd.DataFrame, ledger: pd.DataFrame, settings: Settings) -> 
         order = np.lexsort((accepted["path"], accepted["sha256"]))
     videos = accepted.iloc[order].reset_index(drop=True)
     bits = settings.validate_.near_duplicate_bits if settings.validate_.duplicates else None
-    bound = _Bindings(videos, ledger)
-    unit = units(videos, bits)
-    reasons = _untangle(videos, bound, unit, bits)
-    kept = np.ones(len(videos), bool)
-    kept[list(reasons)] = False
-    split = _place(videos, unit, bound.split, kept, settings)
+    bound = _bind(videos, ledger)
+    untangled = _untangle(videos, bound, units(videos, bits), bits)
+    unit, kept = untangled.unit, np.ones(len(videos), bool)
+    kept[list(untangled.reasons)] = False
+    split = _place(videos, unit, untangled.split, kept, settings)
     new = np.flatnonzero((bound.own < 0) & kept)
     new = new[~videos["sha256"].iloc[new].duplicated().to_numpy()]
     rows = pd.DataFrame(
@@ -121,8 +121,8 @@ def assign(accepted: pd.DataFrame, ledger: pd.DataFrame, settings: Settings) -> 
         dtype=str,
     )
     rejections = [
-        Rejection(str(videos.at[i, "path"]), "split_conflict", why, str(videos.at[i, "sha256"]))
-        for i, why in reasons.items()
+        Rejection(str(videos.at[i, "path"]), SPLIT_CONFLICT.name, why, str(videos.at[i, "sha256"]))
+        for i, why in untangled.reasons.items()
     ]
     return Assignment(
         ledger=pd.concat([ledger[list(COLUMNS)], rows], ignore_index=True),
@@ -145,33 +145,42 @@ def units(videos: pd.DataFrame, bits: int | None) -> np.ndarray:
     return _components(len(videos), pairs, group, content)
 
 
+@dataclass(frozen=True)
 class _Bindings:
-    """What the ledger says about the videos at hand, one number a video; -1 is "nothing".
+    """What the ledger says about the videos at hand, one number a video, `(videos,)`; -1 is "nothing"."""
 
-    `own`: the video's own split in the ledger. `group`, `content`: codes of its group and its bytes. `split`: its own
-    split, or else that of its group. `torn`: its group already stands in two splits.
-    """
+    own: np.ndarray  # the video's own split in the ledger
+    group: np.ndarray  # code of its group
+    content: np.ndarray  # code of its bytes
+    split: np.ndarray  # its own split, or else that of its group
+    torn: np.ndarray  # bool: its group already stands in two splits
+    torn_groups: list[str]  # names of those groups
 
-    def __init__(self, videos: pd.DataFrame, ledger: pd.DataFrame) -> None:
-        code = {name: number for number, name in enumerate(SPLITS)}
-        self.own = videos["sha256"].map(dict(zip(ledger["sha256"], ledger["split"].map(code), strict=True)))
-        self.own = self.own.fillna(-1).to_numpy(np.int64)
-        names = videos["group"].fillna("")
-        self.group, known = pd.factorize(names.where(names != ""))
-        self.content = pd.factorize(videos["sha256"])[0]
-        # A group is where the ledger put any member, gone ones included, and where known members are by now.
-        placed = np.zeros((len(known), len(SPLITS)), bool)
-        recorded = pd.Index(known).get_indexer(ledger["group"]) if len(known) else np.full(len(ledger), -1)
-        recorded_split = ledger["split"].map(code).to_numpy(np.int64)
-        placed[recorded[recorded >= 0], recorded_split[recorded >= 0]] = True
-        both = (self.group >= 0) & (self.own >= 0)
-        placed[self.group[both], self.own[both]] = True
-        sides = placed.sum(axis=1)
-        grouped = np.where(sides == 1, placed.argmax(axis=1), -1) if len(known) else np.empty(0, np.int64)
-        of_group = np.where(self.group >= 0, grouped[self.group] if len(known) else -1, -1)
-        self.split = np.where(self.own >= 0, self.own, of_group)
-        self.torn = (self.group >= 0) & (sides[self.group] > 1) if len(known) else np.zeros(len(videos), bool)
-        self.torn_groups = sorted(str(name) for name in known[sides > 1])
+
+def _bind(videos: pd.DataFrame, ledger: pd.DataFrame) -> _Bindings:
+    code = {name: number for number, name in enumerate(SPLITS)}
+    own = videos["sha256"].map(dict(zip(ledger["sha256"], ledger["split"].map(code), strict=True)))
+    own = own.fillna(-1).to_numpy(np.int64)
+    names = videos["group"].fillna("")
+    group, known = pd.factorize(names.where(names != ""))
+    # A group is where the ledger put any member, gone ones included, and where known members are by now.
+    placed = np.zeros((len(known), len(SPLITS)), bool)
+    recorded = pd.Index(known).get_indexer(ledger["group"]) if len(known) else np.full(len(ledger), -1)
+    recorded_split = ledger["split"].map(code).to_numpy(np.int64)
+    placed[recorded[recorded >= 0], recorded_split[recorded >= 0]] = True
+    both = (group >= 0) & (own >= 0)
+    placed[group[both], own[both]] = True
+    sides = placed.sum(axis=1)
+    grouped = np.where(sides == 1, placed.argmax(axis=1), -1) if len(known) else np.empty(0, np.int64)
+    of_group = np.where(group >= 0, grouped[group] if len(known) else -1, -1)
+    return _Bindings(
+        own=own,
+        group=group,
+        content=pd.factorize(videos["sha256"])[0],
+        split=np.where(own >= 0, own, of_group),
+        torn=(group >= 0) & (sides[group] > 1) if len(known) else np.zeros(len(videos), bool),
+        torn_groups=sorted(str(name) for name in known[sides > 1]),
+    )
 
 
 def _components(count: int, pairs: np.ndarray, *codes: np.ndarray) -> np.ndarray:
@@ -192,12 +201,24 @@ def _components(count: int, pairs: np.ndarray, *codes: np.ndarray) -> np.ndarray
     return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
-def _untangle(videos: pd.DataFrame, bound: _Bindings, unit: np.ndarray, bits: int | None) -> dict[int, str]:
-    """Takes units apart that touch two splits. Returns the new videos to reject, each with what it ties together.
+@dataclass(frozen=True)
+class _Untangled:
+    """Units that each have at most one split: `unit` and `split` of each video, `(videos,) int64`.
+
+    `reasons` holds the new videos to reject, by number, each with what it ties together.
+    """
+
+    unit: np.ndarray
+    split: np.ndarray
+    reasons: dict[int, str]
+
+
+def _untangle(videos: pd.DataFrame, bound: _Bindings, unit: np.ndarray, bits: int | None) -> _Untangled:
+    """Takes units apart that touch two splits.
 
     Old videos stay where they are, whatever ties them. The new ones of such a unit are added to them one by one, in
     the order of their hashes; one that would join two parts that stand in different splits is rejected, the others
-    stay. Changes `unit` and `bound.split` in place, so that afterwards every unit has at most one split.
+    stay.
     """
     placed = np.flatnonzero(bound.split >= 0)
     first = np.full(unit.max(initial=-1) + 1, -1)
@@ -207,7 +228,7 @@ def _untangle(videos: pd.DataFrame, bound: _Bindings, unit: np.ndarray, bits: in
     mixed[unit[bound.torn]] = True
     members = np.flatnonzero(mixed[unit])
     if not len(members):
-        return {}
+        return _Untangled(unit, bound.split, {})
     words, textured = similar.words(videos["signature"].iloc[members])
     label = len(first) + np.arange(len(members))  # the part that a member belongs to
     side = bound.split[members]
@@ -240,15 +261,16 @@ def _untangle(videos: pd.DataFrame, bound: _Bindings, unit: np.ndarray, bits: in
         side[joined] = next(iter(ties), -1)
         if group >= 0:
             of_group.setdefault(group, at)
-    unit[members] = label
-    bound.split[members] = side
-    return reasons
+    parts, split = unit.copy(), bound.split.copy()
+    parts[members] = label
+    split[members] = side
+    return _Untangled(parts, split, reasons)
 
 
 def _place(
     videos: pd.DataFrame, unit: np.ndarray, bound: np.ndarray, keep: np.ndarray, settings: Settings
 ) -> np.ndarray:
-    """Split number of each video, that of its unit; -1 for those not kept."""
+    """Split number of each video, that of its unit, `(videos,) int64`; -1 for those not kept."""
     kept = np.flatnonzero(keep)
     chosen = np.full(len(videos), -1)
     if not len(kept):
@@ -269,56 +291,69 @@ def _place(
     for k, n in zip(key.tolist(), count.tolist(), strict=True):
         content[k // len(classes)].append((k % len(classes), n))
 
-    place = np.full(len(number), -1)
-    old = bound[kept] >= 0
-    place[member_unit[old]] = bound[kept][old]
     shares = [0.0] * len(SPLITS)
     shares[_VAL], shares[_TEST] = settings.split.val, settings.split.test
     shares[_TRAIN] = 1 - settings.split.val - settings.split.test
     total = np.bincount(label, minlength=len(classes))
-    target = [[share * n for n in total.tolist()] for share in shares]
-    have = [[0] * len(classes) for _ in SPLITS]
-
-    def put(u: int, split: int) -> None:
-        place[u] = split
-        for c, n in content[u]:
-            have[split][c] += n
-
-    for u in np.flatnonzero(place >= 0).tolist():
-        put(u, int(place[u]))
-    _cover(content, place, have, len(classes), put)
-    for u in np.flatnonzero(place < 0).tolist():
-        # The split where the squared distance to the wanted counts falls most, each count relative to what is wanted.
-        cost = [
-            sum(n / target[s][c] * (n - 2 * (target[s][c] - have[s][c])) for c, n in content[u])
-            for s in range(len(SPLITS))
-        ]
-        put(u, min((_TRAIN, _TEST, _VAL), key=cost.__getitem__))
-    chosen[kept] = place[member_unit]
+    dealing = _Dealing(content, wanted=[[share * n for n in total.tolist()] for share in shares])
+    standing = np.full(len(number), -1)
+    old = bound[kept] >= 0
+    standing[member_unit[old]] = bound[kept][old]
+    for u in np.flatnonzero(standing >= 0).tolist():
+        dealing.put(u, int(standing[u]))
+    dealing.cover()
+    dealing.fill()
+    chosen[kept] = np.array(dealing.place)[member_unit]
     return chosen
 
 
-def _cover(content: list[list[tuple[int, int]]], place: np.ndarray, have: list[list[int]], classes: int, put) -> None:
-    """Gives each class a unit in train, then test, then val, as far as its units go; the classes with fewest first."""
-    units: list[list[int]] = [[] for _ in range(classes)]
-    for u, parts in enumerate(content):
-        for c, _ in parts:
-            units[c].append(u)
-    scarce = sorted(range(classes), key=lambda c: (len(units[c]), c))
-    for step, split in enumerate((_TRAIN, _TEST, _VAL)):
-        for c in scarce:
-            if have[split][c] or len(units[c]) <= step:
-                continue
-            free = [u for u in units[c] if place[u] < 0]
-            if not free:
-                continue
+class _Dealing:
+    """Units on their way into splits.
 
-            def gain(u: int, split: int = split) -> tuple[int, int, int]:
-                missing = sum(1 for k, _ in content[u] if not have[split][k])
-                size = sum(n for _, n in content[u])
-                return (-missing, -size if split == _TRAIN else size, u)
+    `content` has (class, videos) pairs of each unit, in the order in which units are dealt; `wanted` the videos of each
+    class that each split should have. `place` is the split of each unit, -1 before it has one.
+    """
 
-            put(min(free, key=gain), split)
+    def __init__(self, content: list[list[tuple[int, int]]], wanted: list[list[float]]) -> None:
+        self.place = [-1] * len(content)
+        self._content = content
+        self._wanted = wanted
+        self._have = [[0] * len(wanted[0]) for _ in SPLITS]
+
+    def put(self, u: int, split: int) -> None:
+        self.place[u] = split
+        for c, n in self._content[u]:
+            self._have[split][c] += n
+
+    def cover(self) -> None:
+        """Gives each class a unit in train, then test, then val, as far as its units go; those with fewest first."""
+        units: list[list[int]] = [[] for _ in self._wanted[0]]
+        for u, parts in enumerate(self._content):
+            for c, _ in parts:
+                units[c].append(u)
+        scarce = sorted(range(len(units)), key=lambda c: (len(units[c]), c))
+        for step, split in enumerate((_TRAIN, _TEST, _VAL)):
+            for c in scarce:
+                if self._have[split][c] or len(units[c]) <= step:
+                    continue
+                free = [u for u in units[c] if self.place[u] < 0]
+                if free:
+                    self.put(min(free, key=lambda u: self._gain(u, split)), split)
+
+    def fill(self) -> None:
+        """Puts each unit that is left where the distance to the wanted counts falls most."""
+        for u in [u for u, split in enumerate(self.place) if split < 0]:
+            self.put(u, min((_TRAIN, _TEST, _VAL), key=[self._cost(u, s) for s in range(len(SPLITS))].__getitem__))
+
+    def _gain(self, u: int, split: int) -> tuple[int, int, int]:
+        """Sorts units for `cover`: most missing classes first, then the largest for train and else the smallest."""
+        missing = sum(1 for c, _ in self._content[u] if not self._have[split][c])
+        size = sum(n for _, n in self._content[u])
+        return (-missing, -size if split == _TRAIN else size, u)
+
+    def _cost(self, u: int, split: int) -> float:
+        wanted, have = self._wanted[split], self._have[split]
+        return sum(balance.change(n, wanted[c], have[c]) for c, n in self._content[u])
 
 
 def _notes(videos: pd.DataFrame, unit: np.ndarray, split: np.ndarray, bound: _Bindings, multilabel: bool) -> list[str]:

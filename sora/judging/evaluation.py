@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sora.config import Validate
-from sora.core import labels
+from sora.core import labels, statistics
 from sora.core.errors import InputError, ServiceError, VideoError
 from sora.core.files import atomic
 from sora.core.processes import child_main, run_child
@@ -36,13 +36,14 @@ JUDGED: tuple[Split, ...] = ("val", "test")
 LATENCY_CALLS = 20
 
 
-class EvalModel(TypedDict):
+@dataclass(frozen=True)
+class EvalModel:
     """One model to evaluate. Without a recipe it is fresh from training: it gets one, and a page."""
 
     name: str  # of its folder below `EvalJob.out`, and its key in the result
     file: str
-    recipe: dict[str, Any] | None
-    history: NotRequired[list[dict[str, float]]]  # of its training, the metrics of an epoch each; for the page
+    recipe: Recipe | None = None
+    history: Sequence[dict[str, float]] = ()  # of its training, the metrics of an epoch each; for the page
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class EvalJob:
     out: str
     batch: int = 16
     title: str = ""  # of the page
-    views: list[str] = field(default_factory=list)  # of a fresh model, see `data.augment.views`
+    views: list[str] = field(default_factory=list)  # of a fresh model, see `sora.store.augment.views`
     unsure_precision: float | None = None  # of a fresh model: wanted of the answers that are not unsure
     multilabel: bool = False  # of a fresh model: a video may have several of the classes
     bounds: dict[str, Any] = field(default_factory=dict)  # of videos decoded anew: the settings' section `validate`
@@ -135,30 +136,62 @@ def evaluate(value: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> d
 
     from sora.store.shards import ShardSet
 
-    job = EvalJob(**value)
+    job = _job(value)
     table = pd.read_parquet(job.table) if job.table.endswith(".parquet") else pd.read_csv(job.table)
     table = table[table["split"].isin(JUDGED)].sort_values("sha256", ignore_index=True)
     shards = ShardSet.open(Path(job.shards))
     for model in job.models:
-        folder = Path(job.out) / model["name"]
+        folder = Path(job.out) / model.name
         folder.mkdir(parents=True, exist_ok=True)
-        recipe, reports, raw = _evaluate_one(job, model, table, shards, emit)
-        if model["recipe"] is None:
+        judged = _evaluate_one(job, model, table, shards, emit)
+        if model.recipe is None:
             from sora.judging.report import page
 
-            page.write(folder, reports, raw_test=raw, shards=shards, history=model.get("history", ()), title=job.title)
+            page.write(
+                folder,
+                judged.reports,
+                raw_test=judged.raw_test,
+                shards=shards,
+                history=model.history,
+                title=job.title,
+            )
         with atomic(folder / "report.json") as file:  # last: a folder with it is complete
-            stored = EvalOutcome(recipe, reports, folder).to_dict()
+            stored = EvalOutcome(judged.recipe, judged.reports, folder).to_dict()
             file.write(json.dumps(stored, indent=1, allow_nan=False).encode())
-    return {"models": [model["name"] for model in job.models]}
+    return {"models": [model.name for model in job.models]}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One split: what the model answers for its clips, and what is true."""
+
+    logits: np.ndarray  # (clips, classes)
+    owner: np.ndarray  # (clips,) int: the video of each clip
+    truth: np.ndarray  # labels as `sora.core.statistics` takes them
+    rows: pd.DataFrame  # of the table, one a video
+
+
+@dataclass(frozen=True)
+class _Judged:
+    recipe: Recipe
+    reports: dict[str, EvalReport]
+    raw_test: np.ndarray  # (videos, classes): probabilities of the test split before calibration
+
+
+def _job(value: dict[str, Any]) -> EvalJob:
+    """The job that JSON carried here."""
+    models = [
+        EvalModel(**{**one, "recipe": None if one["recipe"] is None else Recipe.from_dict(one["recipe"])})
+        for one in value["models"]
+    ]
+    return EvalJob(**{**value, "models": models})
 
 
 def _evaluate_one(
     job: EvalJob, model: EvalModel, table: pd.DataFrame, shards: ShardSet, emit: Callable[[dict[str, Any]], None]
-) -> tuple[Recipe, dict[str, EvalReport], np.ndarray]:
-    """(recipe, reports, probabilities of the test split before calibration)."""
-    digest = file_digest(Path(model["file"]))
-    if model["recipe"] is None:
+) -> _Judged:
+    digest = file_digest(Path(model.file))
+    if model.recipe is None:
         recipe = Recipe(
             clip=shards.spec,
             classes=tuple(job.classes),
@@ -168,44 +201,44 @@ def _evaluate_one(
             multilabel=job.multilabel,
         )
     else:
-        recipe = Recipe.from_dict(model["recipe"])
+        recipe = model.recipe
         if recipe.model_sha256 and recipe.model_sha256 != digest:
             raise InputError(
-                f"the model file of {model['name']} has sha256 {digest}, its recipe says {recipe.model_sha256}",
+                f"the model file of {model.name} has sha256 {digest}, its recipe says {recipe.model_sha256}",
                 fix="fetch that version again; the file was altered or is another version's",
             )
-    network = _load(Path(model["file"]), recipe)
+    network = _load(Path(model.file), recipe)
     # Of a class that the model never heard of it can't be right; the gate reports such classes apart.
     known, truths = _known(table, recipe)
-    logits, owner = _logits(network, _clips(known, shards, recipe, job), len(known), job.batch, model["name"], emit)
+    logits, owner = _logits(network, _clips(known, shards, recipe, job), len(known), job.batch, model.name, emit)
     if not np.isfinite(logits).all():
         raise ServiceError(
-            f"the model {model['name']} answers with NaN: its training diverged", fix="lower train.learning_rate"
+            f"the model {model.name} answers with NaN: its training diverged", fix="lower train.learning_rate"
         )
 
-    parts: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, pd.DataFrame]] = {}
+    parts: dict[Split, _Part] = {}
     for split in JUDGED:
         chosen = np.flatnonzero((known["split"] == split).to_numpy())
         clips = np.isin(owner, chosen)
-        parts[split] = logits[clips], np.searchsorted(chosen, owner[clips]), truths[chosen], known.iloc[chosen]
-    if model["recipe"] is None:
-        recipe = replace(recipe, temperature=measure.fit_temperature(*parts["val"][:3]))
+        parts[split] = _Part(logits[clips], np.searchsorted(chosen, owner[clips]), truths[chosen], known.iloc[chosen])
+    if model.recipe is None:
+        val = parts["val"]
+        recipe = replace(recipe, temperature=statistics.fit_temperature(val.logits, val.owner, val.truth))
         if job.unsure_precision is not None:
-            recipe = replace(recipe, unsure_below=_unsure_below(parts["val"], recipe, job.unsure_precision))
+            recipe = replace(recipe, unsure_below=_unsure_below(val, recipe, job.unsure_precision))
         recipe = replace(recipe, golden=tuple(_golden(network, recipe, seed) for seed in GOLDEN_SEEDS))
     latency = _latency(network, recipe)
     reports: dict[str, EvalReport] = {}
     for split in JUDGED:
-        some, whose, truth, rows = parts[split]
-        # The last one, of the test split, is returned.
-        raw = measure.video_probabilities(some, whose, len(truth), multilabel=recipe.multilabel)
+        part, truth, rows = parts[split], parts[split].truth, parts[split].rows
+        raw = _probabilities(part, replace(recipe, temperature=1.0))
         extra = {"latency_ms": latency}
         if len(truth):
-            extra["ece_uncalibrated"] = measure.expected_calibration_error(*measure.decisions(raw, truth))
-        served = measure.video_probabilities(some, whose, len(truth), recipe.temperature, recipe.multilabel)
+            extra["ece_uncalibrated"] = statistics.expected_calibration_error(*statistics.decisions(raw, truth))
+        served = _probabilities(part, recipe)
         if recipe.unsure_below is not None:
             extra |= {"unsure_below": recipe.unsure_below}
-            extra |= measure.selective(served.max(axis=1), served.argmax(axis=1) == truth, recipe.unsure_below)
+            extra |= statistics.selective(served.max(axis=1), served.argmax(axis=1) == truth, recipe.unsure_below)
         reports[split] = measure.report(
             split,
             recipe.classes,
@@ -217,11 +250,11 @@ def _evaluate_one(
             temperature=recipe.temperature,
             metrics=extra,
         )
-    return recipe, reports, raw
+    return _Judged(recipe, reports, raw_test=_probabilities(parts["test"], replace(recipe, temperature=1.0)))
 
 
 def _known(table: pd.DataFrame, recipe: Recipe) -> tuple[pd.DataFrame, np.ndarray]:
-    """The videos that have a class of the recipe, and their labels as `measure` takes them."""
+    """The videos that have a class of the recipe, and their labels as `sora.core.statistics` takes them."""
     if recipe.multilabel:
         hot = labels.hot(table["label"], recipe.classes)
         has = hot.any(axis=1)
@@ -230,10 +263,16 @@ def _known(table: pd.DataFrame, recipe: Recipe) -> tuple[pd.DataFrame, np.ndarra
     return known, known["label"].map({name: i for i, name in enumerate(recipe.classes)}).to_numpy(int)
 
 
-def _unsure_below(part: tuple[np.ndarray, np.ndarray, np.ndarray, Any], recipe: Recipe, precision: float) -> float:
-    logits, owner, truth, _ = part
-    served = measure.video_probabilities(logits, owner, len(truth), recipe.temperature)
-    return measure.unsure_below(served.max(axis=1, initial=0), served.argmax(axis=1) == truth, precision)
+def _probabilities(part: _Part, recipe: Recipe) -> np.ndarray:
+    """`(videos, classes) float`, as the recipe has them served."""
+    return statistics.video_probabilities(
+        part.logits, part.owner, len(part.truth), recipe.temperature, recipe.multilabel
+    )
+
+
+def _unsure_below(part: _Part, recipe: Recipe, precision: float) -> float:
+    served = _probabilities(part, recipe)
+    return statistics.unsure_below(served.max(axis=1, initial=0), served.argmax(axis=1) == part.truth, precision)
 
 
 def _load(path: Path, recipe: Recipe) -> Any:
@@ -315,7 +354,7 @@ def _golden(model: Any, recipe: Recipe, seed: int) -> dict[str, Any]:
     clips = augment.views(golden_clip(recipe.clip, seed)[None], recipe.views)
     logits = np.asarray(model.predict_on_batch(clips), np.float32)
     owner = np.zeros(len(clips), int)
-    probabilities = measure.video_probabilities(logits, owner, 1, recipe.temperature, recipe.multilabel)[0]
+    probabilities = statistics.video_probabilities(logits, owner, 1, recipe.temperature, recipe.multilabel)[0]
     return {"seed": seed, "probabilities": [float(p) for p in probabilities]}
 
 

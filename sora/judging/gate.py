@@ -17,7 +17,7 @@ from typing import Any, Literal
 from sora.config import Gate
 from sora.core.labels import names
 from sora.core.records import Decision, EvalReport
-from sora.judging.report.measure import wilson
+from sora.core.statistics import wilson
 
 Mode = Literal["better", "not_worse"]
 

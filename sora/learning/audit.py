@@ -145,7 +145,8 @@ def rank(answers: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[Find
 
 def _videos(project: Project) -> tuple[Settings, pd.DataFrame]:
     """The accepted videos of what is prepared, sorted by sha256, with their `unit`."""
-    from sora.dataset import manifest, quarantine, splits
+    from sora.dataset import manifest, splits
+    from sora.dataset.quality import quarantine
 
     settings = project.settings()
     if settings.multilabel:
@@ -155,7 +156,7 @@ def _videos(project: Project) -> tuple[Settings, pd.DataFrame]:
             fix="read the worst mistakes on the page of the evaluation (.sora/last_evaluation/index.html) instead",
         )
     try:
-        rejected = quarantine.paths(project.quarantine)
+        rejected = quarantine.rejected_paths(project)
         rows = manifest.read(project.manifest)
     except (OSError, InputError) as error:
         raise InputError(f"nothing is prepared yet ({error})", fix="`sora run` prepares the videos first") from error

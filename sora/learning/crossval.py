@@ -92,7 +92,7 @@ def answers(
         evaluation.EvalJob(
             shards=str(shards),
             table=job.table,
-            models=[{"name": "fold", "file": fitted.model, "recipe": recipe.to_dict()}],
+            models=[evaluation.EvalModel("fold", fitted.model, recipe)],
             classes=list(settings.classes),
             data="",
             out=str(folder / "evaluation"),

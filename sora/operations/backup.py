@@ -51,7 +51,7 @@ from sora.config import Project, Settings
 from sora.core.errors import DiskFull, InputError, ServiceError
 from sora.core.files import atomic, sync_folder, writing
 from sora.core.progress import Bar
-from sora.dataset.versioning import version
+from sora.dataset import versioning
 from sora.dataset.versioning.dvc import environment
 from sora.operations.lock import backup_lock
 from sora.operations.needed import KEEP, Versions, committed_state, kept_states, objects_of
@@ -355,7 +355,7 @@ class _Backup:
             states = kept_states(registry, versions, keep)
             tree = self._tree()
             own = {name: body.decode() for name, body in tree.items() if name in ("data.dvc", "dvc.lock")}
-            objects = version.cache_folder(self.project) / "files" / "md5"
+            objects = versioning.cache_folder(self.project) / "files" / "md5"
             wanted, short = self._objects(objects, states, own)
             git = _Git(self.project.root)
             footage, removed = self._footage(objects, own) if data else ([], [])
@@ -484,7 +484,7 @@ class _Backup:
     def _tree(self) -> dict[str, bytes]:
         """Sora's and DVC's own small files, as they are at one moment."""
         found = {}
-        for name in dict.fromkeys((*version.STATE_FILES, *DVC_FILES)):
+        for name in dict.fromkeys((*versioning.STATE_FILES, *DVC_FILES)):
             file = self.project.root / name
             if file.is_file() and not file.is_symlink():
                 found[name] = _steady(file) if name in ("data.dvc", "dvc.lock") else file.read_bytes()

@@ -29,7 +29,7 @@ from sora.core.files import abandoned_folders, remove_abandoned_folders, writing
 from sora.core.processes import quiet_environment
 from sora.core.progress import say
 from sora.core.records import ModelVersion
-from sora.dataset.versioning import version
+from sora.dataset import versioning
 from sora.operations import servers as services
 from sora.operations.lock import backup_lock, run_lock
 from sora.operations.needed import KEEP, OBJECT, Versions, committed_state, kept_states, objects_of
@@ -110,7 +110,7 @@ def plan(project: Project, registry: Versions, *, keep: int = KEEP) -> list[Item
 
 
 def _present(project: Project) -> dict[str, Any]:
-    version.require_whole(project)  # what a torn one names is not known, so nothing may go
+    versioning.require_whole(project)  # what a torn one names is not known, so nothing may go
     names = ("data.dvc", "dvc.lock")
     return {n: (project.root / n).read_text(encoding="utf-8") for n in names if (project.root / n).is_file()}
 
@@ -169,7 +169,7 @@ def _purge(project: Project, tracking_uri: str) -> None:
 
 def _objects(project: Project) -> Path:
     """The objects' folder in DVC's cache."""
-    return version.cache_folder(project) / "files" / "md5"
+    return versioning.cache_folder(project) / "files" / "md5"
 
 
 def _is_shared(project: Project, objects: Path) -> bool:

@@ -26,8 +26,8 @@ from sora.core.errors import DiskFull, InputError, ServiceError
 from sora.core.files import atomic, writing
 from sora.core.progress import Bar
 from sora.core.records import RULES
+from sora.dataset import versioning
 from sora.dataset.scan import BAD_NAME, LABELS, ignored, is_utf8, scan, shown
-from sora.dataset.versioning import version
 from sora.dataset.versioning.dvc import environment
 
 _FICLONE = 0x40049409  # ioctl: the new file shares the old one's blocks (Btrfs, XFS, …)
@@ -79,8 +79,8 @@ def init(directory: Path, data: Path, *, multilabel: bool = False, progress: Bar
         if not (target / ".git").exists():
             _git(target, "init", "--quiet", "--initial-branch=main")
         _write(target / ".gitignore", template("gitignore"))
-        version.init(target)
-        version.add(project)
+        versioning.init(target)
+        versioning.add(project)
         _write(project.dvc_yaml, template("dvc.yaml"))
         _write(project.params_file, params_text(_name(target), classes, multilabel=multilabel))
         _commit(target)

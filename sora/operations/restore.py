@@ -28,7 +28,7 @@ from sora.config import Project
 from sora.core.errors import DiskFull, InputError, ServiceError
 from sora.core.files import sync_folder, writing
 from sora.core.progress import Bar
-from sora.dataset.versioning import version
+from sora.dataset import versioning
 from sora.dataset.versioning.dvc import dvc, environment
 from sora.operations.backup import (
     BUNDLE,
@@ -420,7 +420,7 @@ class _Restore:
             if (config / name).is_file():
                 self._readdress(config / name)
         own = self.root / ".dvc" / "cache"
-        if version.cache_folder(Project(self.root)).resolve() != own.resolve():
+        if versioning.cache_folder(Project(self.root)).resolve() != own.resolve():
             dvc(self.root, "cache", "dir", "--local", ".dvc/cache")
             self.notes.append(
                 "DVC's cache lies in the project now (.dvc/config.local); it was shared with others before"
@@ -431,11 +431,11 @@ class _Restore:
             return False
         lock = yaml.safe_load(prepared or "") or {}
         outs = [out for stage in (lock.get("stages") or {}).values() for out in stage.get("outs") or ()]
-        stages = [name for name in version.STAGES if name in (lock.get("stages") or {})]
+        stages = [name for name in versioning.STAGES if name in (lock.get("stages") or {})]
         whole = bool(outs) and self._whole(yaml.safe_dump({"outs": outs}))
         if outs and not whole:
             self.notes.append("prepared/ is not in place: the next `sora run` makes it")
-        version.checkout(Project(self.root), ["data.dvc", *(stages if whole else [])])
+        versioning.checkout(Project(self.root), ["data.dvc", *(stages if whole else [])])
         return True
 
     def _whole(self, named: str) -> bool:

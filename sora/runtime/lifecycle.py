@@ -120,7 +120,7 @@ def reproduce(project: Project, version: int) -> dict[str, Any]:
 
     Nothing in the project's own folder changes. Returns {"version", "matches", "metrics", "recorded", "notes"}.
     """
-    from sora.dataset.versioning import version as data
+    from sora.dataset import versioning
     from sora.judging import evaluation
 
     with open_registry(project) as registry:
@@ -128,12 +128,12 @@ def reproduce(project: Project, version: int) -> dict[str, Any]:
         state = registry.restore_state(version)
         file, recipe = registry.fetch(version, model_cache(project))
     with temporary_folder("reproduce") as folder:
-        restored = data.restore(project, state, folder / "project")
+        restored = versioning.restore(project, state, folder / "project")
         settings = parse(restored.params_file.read_text(encoding="utf-8"))
         job = evaluation.EvalJob(
             shards=str(restored.shards),
             table=str(_table(restored, folder / "table.parquet")),
-            models=[{"name": "version", "file": str(file), "recipe": recipe.to_dict()}],
+            models=[evaluation.EvalModel("version", str(file), recipe)],
             classes=list(settings.classes),
             data=str(restored.data),
             bounds=settings.validate_.model_dump(),
@@ -148,15 +148,16 @@ def reproduce(project: Project, version: int) -> dict[str, Any]:
         "matches": matches,
         "metrics": {name: metrics[name] for name in REPEATED if name in metrics},
         "recorded": recorded,
-        "notes": data.code_notes(project, state),
+        "notes": versioning.code_notes(project, state),
     }
 
 
 def _table(project: Project, target: Path) -> Path:
-    from sora.dataset import manifest, quarantine, splits, table
+    from sora.dataset import manifest, splits, table
+    from sora.dataset.quality import quarantine
 
     rows = manifest.read(project.manifest)
-    rejected = quarantine.paths(project.quarantine)
+    rejected = quarantine.rejected_paths(project)
     table.join(rows, rejected, splits.read(project.splits_file)).to_parquet(target, index=False)
     return target
 

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sora.config import Serve
+from sora.core import statistics
 from sora.core.errors import InputError, PromotionFailed, ServiceError
 from sora.core.processes import Child, without_noise
 from sora.core.records import THRESHOLD, Prediction, Recipe, schema_of
-from sora.judging.report import measure
 from sora.media import pool
 from sora.store import augment
 
@@ -94,7 +94,7 @@ class Predictor:
         count = len(clips)
         clips = augment.views(clips, self.recipe.views)
         logits = self._batched(self._call, clips)
-        shares = measure.clip_probabilities(logits, self.recipe.temperature, self.recipe.multilabel)
+        shares = statistics.clip_probabilities(logits, self.recipe.temperature, self.recipe.multilabel)
         return shares.reshape(count, -1, shares.shape[1]).mean(axis=1)
 
     def embeddings(self, clips: np.ndarray) -> np.ndarray:

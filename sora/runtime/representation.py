@@ -163,7 +163,8 @@ def cache_file(model_file: Path, recipe: Recipe) -> Path:
 
 def _learned(project: Project, state: dict[str, Any]) -> pd.DataFrame:
     """The videos of a version's training split that are still there and in no quarantine: `data.table.COLUMNS`."""
-    from sora.dataset import manifest, quarantine, splits, table
+    from sora.dataset import manifest, splits, table
+    from sora.dataset.quality import quarantine
 
     if "splits.csv" not in state:
         raise InputError("this version has no stored splits", fix="promote a version that a full `sora run` made")
@@ -172,7 +173,7 @@ def _learned(project: Project, state: dict[str, Any]) -> pd.DataFrame:
         ledger_file.write_text(state["splits.csv"], encoding="utf-8")
         ledger = splits.read(ledger_file)
     rows = manifest.read(project.manifest)
-    rejected = quarantine.paths(project.quarantine)
+    rejected = quarantine.rejected_paths(project)
     joined = table.join(rows, rejected, ledger)
     learned = joined[joined["split"] == "train"].reset_index(drop=True)
     if learned.empty:

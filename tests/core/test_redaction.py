@@ -7,7 +7,7 @@ import yaml
 
 from sora.config import Project, parse
 from sora.core import redaction
-from sora.dataset.versioning import version
+from sora.dataset import versioning
 from tests.servers import make_project
 
 SECRET = "T0KEN-in-the-path"
@@ -78,7 +78,7 @@ def test_parameters_that_are_logged() -> None:
 def test_the_state_that_a_run_stores(tmp_path: Path) -> None:
     """What goes to MLflow, and as a parameter to a worker elsewhere."""
     project = make_project(tmp_path, f"name: tested\nalert:\n  webhook: {HOOK}\n")
-    assert SECRET not in str(version.state(project))
-    assert yaml.safe_load(version.state(project)["params.yaml"])["name"] == "tested"
+    assert SECRET not in str(versioning.state(project))
+    assert yaml.safe_load(versioning.state(project)["params.yaml"])["name"] == "tested"
     assert project.settings().alert.webhook == HOOK  # the project's own file is as it was
     assert isinstance(project, Project)

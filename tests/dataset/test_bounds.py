@@ -12,9 +12,9 @@ from sora.config import Project, Settings, Validate, parse
 from sora.core import provenance
 from sora.core.errors import ServiceError
 from sora.core.records import ClipSpec
-from sora.dataset import manifest
-from sora.dataset.quality import expectations
-from sora.dataset.versioning import version
+from sora.dataset import manifest, versioning
+from sora.dataset.quality import validate
+from sora.dataset.versioning.pipeline import bounds_of
 from sora.store import shards
 from tests.bombs import animated_png, many_streams, motion_jpeg, raw_h264
 from tests.videos import make_video
@@ -59,7 +59,7 @@ def test_bombs_are_quarantined_in_seconds(bombs):
     assert "15000x15000" in by_path.loc["run/pixels.apng", "detail"]
     assert "8192x8192" in by_path.loc["walk/jpegs.avi", "detail"]
     assert "128 streams" in by_path.loc["walk/streams.mkv", "detail"]
-    report = expectations.validate(found, rules)
+    report = validate(found, rules)
     assert {one.path: one.rule for one in report.rejected} == by_path["error"].dropna().to_dict()
 
 
@@ -127,13 +127,13 @@ def test_an_interrupted_build_does_not_keep_verdicts_of_other_limits(tmp_path):
 
 def test_the_manifest_depends_on_the_limits_and_nothing_else_does(tmp_path):
     plain = provenance.stages()
-    changed = provenance.stages(False, version._bounds(settings(max_frames=20)))
-    assert version._bounds(settings(min_side=8)) == ""
+    changed = provenance.stages(False, bounds_of(settings(max_frames=20)))
+    assert bounds_of(settings(min_side=8)) == ""
     assert [stage for stage in plain if plain[stage] != changed[stage]] == ["manifest"]
     project = Project(tmp_path)
     project.params_file.write_text(yaml.safe_dump({"validate": {"max_frames": 20}}))
-    version.write_code_lock(project)
-    assert yaml.safe_load((tmp_path / version.CODE_LOCK).read_text())["manifest"] != plain["manifest"]
+    versioning.write_code_lock(project)
+    assert yaml.safe_load((tmp_path / versioning.CODE_LOCK).read_text())["manifest"] != plain["manifest"]
 
 
 def test_clips_are_bounded_too(tmp_path):

@@ -10,11 +10,11 @@ import pytest
 
 from sora.config import Project, Settings
 from sora.core.errors import InputError
-from sora.core.records import RULES
 from sora.dataset import check as checking
 from sora.dataset import manifest
 from sora.dataset.check import check, show
-from sora.dataset.quality.expectations import ValidationReport
+from sora.dataset.quality import ValidationReport
+from sora.dataset.quality.rules import FIXES
 from tests.videos import make_folder, make_video
 
 SMALL = Settings.model_validate({"validate": {"max_rejected": 0.5}})
@@ -76,7 +76,7 @@ def test_people_see_counts_rules_fixes_and_where_the_pages_are(checked: tuple[Va
     text = capsys.readouterr().out
     assert "11 videos, 6 accepted, 5 rejected" in text
     assert "jump/kurz [bold] é.mp4: 3 decodable frames, at least 8 are needed" in text
-    assert RULES["too_short"] in text and str(out / "data_docs" / "index.html") in text
+    assert FIXES["too_short"] in text and str(out / "data_docs" / "index.html") in text
     assert "trainable" in text
 
 
@@ -84,7 +84,7 @@ def test_the_default_place_is_the_working_directory(videos: Path, tmp_path: Path
     monkeypatch.chdir(tmp_path)
     report, out = check(videos)
     assert out == tmp_path / checking.DEFAULT_OUT
-    assert not report.ok and "too_many_rejected" in {e["rule"] for e in report.findings("stop")}  # 5 of 11
+    assert not report.ok and "too_many_rejected" in {e.rule for e in report.findings("stop")}  # 5 of 11
 
 
 def test_a_report_into_the_checked_folder_is_refused(videos: Path, monkeypatch: pytest.MonkeyPatch):
@@ -100,7 +100,7 @@ def test_no_folder_and_an_empty_folder(tmp_path: Path):
         check(tmp_path / "nothing", out=tmp_path / "out")
     (tmp_path / "empty").mkdir()
     report, out = check(tmp_path / "empty", out=tmp_path / "out")
-    assert not report.ok and report.findings("stop")[0]["rule"] == "no_videos"
+    assert not report.ok and report.findings("stop")[0].rule == "no_videos"
     show(report, out)
 
 
@@ -137,7 +137,7 @@ def test_the_balance_is_compared_with_the_last_judged_run(project: Project):
     project.state.mkdir()
     (project.state / "reference.json").write_text(json.dumps({"jump": 1, "wave": 9}))
     report, _ = check(project)
-    assert [e["rule"] for e in report.findings("warn")] == ["balance_shifted"]
+    assert [e.rule for e in report.findings("warn")] == ["balance_shifted"]
 
 
 # ------------------------------------------------------------------------------------------------- real footage

@@ -12,7 +12,7 @@ from sora.config import Settings, parse
 from sora.core import labels, provenance
 from sora.dataset import splits
 from sora.dataset import table as tables
-from sora.dataset.quality import expectations
+from sora.dataset.quality import validate
 from sora.dataset.scan import scan
 from tests.dataset.rows import manifest, row
 
@@ -74,20 +74,18 @@ def test_a_folder_gives_one_label(tmp_path: Path) -> None:
 def test_rules_count_single_labels() -> None:
     rows = [row(f"{number}.mp4", label="carry|walk") for number in range(3)]
     rows += [row("run.mp4", label="run"), row("swim.mp4", label="swim|walk")]
-    report = expectations.validate(manifest(rows), SEVERAL)
+    report = validate(manifest(rows), SEVERAL)
     assert report.counts == {"carry": 3, "run": 1, "walk": 3} and report.accepted == 4
     [rejected] = report.rejected
     assert (rejected.path, rejected.rule) == ("swim.mp4", "unknown_label") and "'swim'" in rejected.detail
-    failed = {found["rule"]: found for found in report.expectations if not found["success"]}
-    assert (
-        set(failed) == {"unknown_label", "class_too_rare"} and "class run has 1" in failed["class_too_rare"]["detail"]
-    )
-    [many] = [found for found in report.expectations if found["rule"] == "too_many_rejected"]
-    assert many["observed"] == 1  # a rejected video counts once, however many labels it has
+    failed = {found.rule: found for found in report.expectations if not found.success}
+    assert set(failed) == {"unknown_label", "class_too_rare"} and "class run has 1" in failed["class_too_rare"].detail
+    [many] = [found for found in report.expectations if found.rule == "too_many_rejected"]
+    assert many.observed == 1  # a rejected video counts once, however many labels it has
 
 
 def test_without_classes_every_single_label_is_one() -> None:
-    report = expectations.validate(
+    report = validate(
         manifest(row(f"{number}.mp4", label="carry|walk") for number in range(3)), parse("model: {head: multilabel}")
     )
     assert report.ok and report.counts == {"carry": 3, "walk": 3}
@@ -96,7 +94,7 @@ def test_without_classes_every_single_label_is_one() -> None:
 def test_the_same_bytes_with_other_labels_conflict() -> None:
     same = {"sha256": "a" * 64, "signature": ""}
     rows = [row("a.mp4", label="carry|walk", **same), row("b.mp4", label="walk", **same)]
-    report = expectations.validate(manifest(rows), SEVERAL)
+    report = validate(manifest(rows), SEVERAL)
     assert [one.rule for one in report.rejected] == ["label_conflict"] * 2
 
 

@@ -19,7 +19,7 @@ from benchmarks.faults.processes import Case, Verb
 from benchmarks.faults.proxy import Mode, Proxy
 from benchmarks.faults.scenes import LIMIT, Scenes, case_of
 from sora.config import Project
-from sora.dataset.versioning import version
+from sora.dataset import versioning
 from tests.faults.conftest import holds, runs, speaks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -82,7 +82,7 @@ def test_the_remote(case: Callable[[str], Case], tmp_path: Path, mode: Mode) -> 
     """A clone has no data: it comes from the remote, or the run says that it does not, and comes once it is back."""
     here = case("unchanged")
     with here.inside():
-        version.push(Project(here.root))
+        versioning.push(Project(here.root))
     store = here.root / ".dvc-remote"
     shutil.move(store, here.folder / "store")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(here.folder / "store")))

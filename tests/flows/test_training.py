@@ -119,7 +119,7 @@ def _stop(worker: subprocess.Popen[bytes], how: signal.Signals = signal.SIGTERM)
 
 @pytest.fixture(scope="module")
 def site(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    from sora.dataset.versioning import version
+    from sora.dataset import versioning
     from sora.operations import project as projects
     from sora.operations.servers import servers
     from sora.registry import Registry
@@ -130,8 +130,8 @@ def site(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     project = Project(place / "host")
     project.params_file.write_text(PARAMS)
     _dvc(project.root, "remote", "add", "--default", "team", str(place / "bucket"))  # stands for s3://…
-    version.add(project)
-    version.reproduce(project)
+    versioning.add(project)
+    versioning.reproduce(project)
     _git(project.root, "add", "--all")
     _git(project.root, "commit", "-qm", "a team's project")
     _git(place, "clone", "-q", str(project.root), str(place / "clone"))

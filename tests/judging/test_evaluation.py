@@ -14,7 +14,7 @@ import pytest
 
 from sora.config import Settings
 from sora.core.errors import InputError, ServiceError, VideoError
-from sora.core.records import ClipSpec
+from sora.core.records import ClipSpec, Recipe
 from sora.dataset import manifest
 from sora.judging import evaluation
 from sora.store import shards
@@ -64,7 +64,7 @@ def job(world: SimpleNamespace, out: Path, *models: dict[str, Any], table: Path 
     return evaluation.EvalJob(
         shards=str(world.shards),
         table=str(table or world.file),
-        models=[{"recipe": None, **model} for model in models],
+        models=[evaluation.EvalModel(**model) for model in models],
         classes=list(LEVELS),
         data=str(world.data),
         out=str(out),
@@ -94,7 +94,7 @@ def both(world: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Si
             world,
             folder / "out",
             {"name": "candidate", "file": candidate, "history": history},
-            {"name": "champion", "file": champion, "recipe": recipe},
+            {"name": "champion", "file": champion, "recipe": Recipe.from_dict(recipe)},
         ),
         events.append,
         log=folder / "log" / "child.log",
@@ -150,7 +150,7 @@ def test_progress_reaches_the_end(both: SimpleNamespace) -> None:
 def evaluate(given: evaluation.EvalJob) -> dict[str, evaluation.EvalOutcome]:
     """The child's body, here."""
     evaluation.evaluate(asdict(given), lambda event: None)
-    return {model["name"]: evaluation.read(Path(given.out) / model["name"]) for model in given.models}
+    return {model.name: evaluation.read(Path(given.out) / model.name) for model in given.models}
 
 
 def test_unsure_answers_and_views_travel_in_the_recipe(
@@ -226,7 +226,7 @@ def test_answers_do_not_depend_on_the_batch_size(world: SimpleNamespace, both: S
 def test_an_altered_model_file_is_refused(both: SimpleNamespace, world: SimpleNamespace, tmp_path: Path) -> None:
     altered = tmp_path / "altered.keras"
     altered.write_bytes(Path(both.file).read_bytes() + b"x")
-    given = job(world, tmp_path, {"name": "m", "file": str(altered), "recipe": both.candidate.recipe.to_dict()})
+    given = job(world, tmp_path, {"name": "m", "file": str(altered), "recipe": both.candidate.recipe})
     with pytest.raises(InputError, match="sha256"):
         evaluate(given)
 
@@ -274,7 +274,7 @@ def test_a_video_that_the_champion_needs_is_gone(world: SimpleNamespace, both: S
     champion = {
         "name": "champion",
         "file": str(both.folder / "champion.keras"),
-        "recipe": both.champion.recipe.to_dict(),
+        "recipe": both.champion.recipe,
     }
     with pytest.raises((InputError, VideoError, ServiceError)):
         evaluate(replace(job(world, tmp_path, champion), data=str(tmp_path)))

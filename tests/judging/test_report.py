@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from sora.core import statistics
 from sora.core.errors import DiskFull
 from sora.core.records import ClipSpec, EvalReport
 from sora.judging.report import measure, mistakes, page, plots
@@ -58,36 +59,36 @@ def test_wilson_against_published_values() -> None:
         (0, 20): (0.0, 0.1611),
         (1, 29): (0.0061, 0.1718),
     }.items():
-        assert measure.wilson(hits, trials) == pytest.approx(expected, abs=5e-5)
-    assert measure.wilson(0, 0) == (0, 1)
-    assert measure.wilson(5, 5)[1] == 1
+        assert statistics.wilson(hits, trials) == pytest.approx(expected, abs=5e-5)
+    assert statistics.wilson(0, 0) == (0, 1)
+    assert statistics.wilson(5, 5)[1] == 1
 
 
 def test_a_videos_probabilities_are_the_mean_over_its_clips() -> None:
     logits = np.log(np.array([[0.9, 0.1], [0.5, 0.5], [0.2, 0.8]]))
-    found = measure.video_probabilities(logits, np.array([0, 0, 1]), 2)
+    found = statistics.video_probabilities(logits, np.array([0, 0, 1]), 2)
     np.testing.assert_allclose(found, [[0.7, 0.3], [0.2, 0.8]])
-    assert np.isfinite(measure.video_probabilities(logits * 1e4, np.array([0, 0, 1]), 2, 0.25)).all()
+    assert np.isfinite(statistics.video_probabilities(logits * 1e4, np.array([0, 0, 1]), 2, 0.25)).all()
 
 
 @pytest.mark.parametrize("true", [0.5, 1.0, 2.0, 4.0])
 def test_the_temperature_is_found_again(true: float) -> None:
     rng = np.random.default_rng(1)
     logits = rng.standard_normal((5000, 4)) * 2
-    probabilities = measure.video_probabilities(logits, np.arange(5000), 5000)
+    probabilities = statistics.video_probabilities(logits, np.arange(5000), 5000)
     labels = np.array([rng.choice(4, p=p) for p in probabilities])
-    assert measure.fit_temperature(logits * true, np.arange(5000), labels) == pytest.approx(true, rel=0.06)
+    assert statistics.fit_temperature(logits * true, np.arange(5000), labels) == pytest.approx(true, rel=0.06)
 
 
 def test_a_temperature_from_little() -> None:
-    assert measure.fit_temperature(np.zeros((0, 3)), np.zeros(0, int), np.zeros(0, int)) == 1
-    low, high = measure.TEMPERATURES
+    assert statistics.fit_temperature(np.zeros((0, 3)), np.zeros(0, int), np.zeros(0, int)) == 1
+    low, high = statistics.TEMPERATURES
     perfect = np.eye(3) * 2
-    few = measure.fit_temperature(perfect, np.arange(3), np.arange(3))
+    few = statistics.fit_temperature(perfect, np.arange(3), np.arange(3))
     assert 0.4 < few < 1  # three right answers are no licence for certainty
-    wrong = measure.fit_temperature(np.eye(3)[::-1] * 50.0, np.arange(3), np.arange(3))
+    wrong = statistics.fit_temperature(np.eye(3)[::-1] * 50.0, np.arange(3), np.arange(3))
     assert low <= wrong <= high
-    many = measure.fit_temperature(np.tile(perfect, (200, 1)), np.arange(600), np.tile(np.arange(3), 200))
+    many = statistics.fit_temperature(np.tile(perfect, (200, 1)), np.arange(600), np.tile(np.arange(3), 200))
     assert low <= many < few
 
 
@@ -95,41 +96,43 @@ def test_calibration_error_by_hand() -> None:
     confidence = np.array([0.95, 0.95, 0.95, 0.95, 0.55, 0.55])
     right = np.array([1, 1, 1, 0, 0, 0], bool)
     expected = 4 / 6 * abs(0.95 - 0.75) + 2 / 6 * 0.55
-    assert measure.expected_calibration_error(confidence, right) == pytest.approx(expected)
-    assert measure.expected_calibration_error(np.array([1.0, 0.0]), np.array([True, False])) == 0
-    assert measure.expected_calibration_error(np.zeros(0), np.zeros(0, bool)) == 0
+    assert statistics.expected_calibration_error(confidence, right) == pytest.approx(expected)
+    assert statistics.expected_calibration_error(np.array([1.0, 0.0]), np.array([True, False])) == 0
+    assert statistics.expected_calibration_error(np.zeros(0), np.zeros(0, bool)) == 0
 
 
 def test_chance_alone_makes_a_calibration_error() -> None:
     rng = np.random.default_rng(2)
-    few, many = (measure.calibration_noise(rng.uniform(0.5, 1, videos)) for videos in (30, 3000))
+    few, many = (statistics.calibration_noise(rng.uniform(0.5, 1, videos)) for videos in (30, 3000))
     assert 0.1 < few < 0.3 and many < 0.04
-    assert measure.calibration_noise(np.ones(10)) == 0
+    assert statistics.calibration_noise(np.ones(10)) == 0
 
 
 def test_a_threshold_for_a_wanted_precision() -> None:
     confidence = np.linspace(0.99, 0.5, 50)
     right = np.arange(50) < 40  # the forty most confident ones
-    below = measure.unsure_below(confidence, right, 0.9)
+    below = statistics.unsure_below(confidence, right, 0.9)
     sure = confidence >= below
     assert 40 <= sure.sum() <= 44 and right[sure].mean() >= 0.9
-    assert measure.unsure_below(confidence, right, 0.5) == confidence[-1]  # all of them: 41 of 52
-    found = measure.selective(confidence, right, below)
+    assert statistics.unsure_below(confidence, right, 0.5) == confidence[-1]  # all of them: 41 of 52
+    found = statistics.selective(confidence, right, below)
     assert found == {"coverage": sure.mean(), "sure_precision": right[sure].mean()}
     # Eight right answers in a row are the least evidence for nine in ten.
     assert (
-        measure.unsure_below(confidence[:7], right[:7], 0.9) > 1 >= measure.unsure_below(confidence[:8], right[:8], 0.9)
+        statistics.unsure_below(confidence[:7], right[:7], 0.9)
+        > 1
+        >= statistics.unsure_below(confidence[:8], right[:8], 0.9)
     )
-    never = measure.unsure_below(np.zeros(0), np.zeros(0, bool), 0.9)
+    never = statistics.unsure_below(np.zeros(0), np.zeros(0, bool), 0.9)
     assert never > 1 and json.loads(json.dumps(never)) == never
-    assert measure.selective(np.ones(3), np.ones(3, bool), never) == {"coverage": 0}
-    assert measure.selective(np.zeros(0), np.zeros(0, bool), 0.5) == {}
+    assert statistics.selective(np.ones(3), np.ones(3, bool), never) == {"coverage": 0}
+    assert statistics.selective(np.zeros(0), np.zeros(0, bool), 0.5) == {}
 
 
 def test_equal_confidences_are_never_divided() -> None:
     confidence = np.array([0.9] * 10 + [0.6] * 10)
     right = np.array([True] * 10 + [True] * 5 + [False] * 5)
-    assert measure.unsure_below(confidence, right, 0.85) == 0.9
+    assert statistics.unsure_below(confidence, right, 0.85) == 0.9
 
 
 def test_the_report_by_hand() -> None:
@@ -174,9 +177,9 @@ def test_several_labels_by_hand() -> None:
     # Of a: 0.6 (not so), 0.5 (so), 0.4 (so), 0.2 (not so). Precision 1/2 and 2/3 where recall grows.
     assert report.per_class["a"]["average_precision"] == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert found["mean_average_precision"] == pytest.approx((1 + 7 / 12) / 2)
-    confidence, so = measure.decisions(np.array(probabilities), measure.truth(report))
+    confidence, so = statistics.decisions(np.array(probabilities), measure.truth(report))
     assert len(confidence) == 12 and so.sum() == 5
-    assert found["ece"] == measure.expected_calibration_error(confidence, so)
+    assert found["ece"] == statistics.expected_calibration_error(confidence, so)
     assert EvalReport.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False))) == report
 
 
@@ -195,10 +198,10 @@ def test_one_label_each_is_measured_alike_by_both() -> None:
 def test_the_temperature_of_sigmoids_is_found_again(true: float) -> None:
     rng = np.random.default_rng(1)
     logits = rng.normal(0, 2, (4000, 3))
-    labels = rng.random((4000, 3)) < measure.clip_probabilities(logits, multilabel=True)
-    assert measure.fit_temperature(logits * true, np.arange(4000), labels) == pytest.approx(true, rel=0.06)
-    assert measure.fit_temperature(np.zeros((0, 3)), np.zeros(0, int), np.zeros((0, 3), bool)) == 1
-    extreme = measure.video_probabilities(logits * 1e6, np.arange(4000), 4000, 0.25, multilabel=True)
+    labels = rng.random((4000, 3)) < statistics.clip_probabilities(logits, multilabel=True)
+    assert statistics.fit_temperature(logits * true, np.arange(4000), labels) == pytest.approx(true, rel=0.06)
+    assert statistics.fit_temperature(np.zeros((0, 3)), np.zeros(0, int), np.zeros((0, 3), bool)) == 1
+    extreme = statistics.video_probabilities(logits * 1e6, np.arange(4000), 4000, 0.25, multilabel=True)
     assert ((extreme >= 0) & (extreme <= 1)).all()
 
 

@@ -23,7 +23,7 @@ import yaml
 from sora.config import Project, parse
 from sora.core.errors import DiskFull, InputError, RunActive, ServiceError, SettingsError
 from sora.core.records import ModelVersion
-from sora.dataset.versioning import version
+from sora.dataset import versioning
 from sora.operations import backup as backups
 from sora.operations import gc, restore
 from sora.operations.backup import Made, backup
@@ -41,7 +41,7 @@ class Versions:
     tracking_uri = "http://127.0.0.1:9"
 
     def __init__(self, project: Project) -> None:
-        self.state = version.state(project)
+        self.state = versioning.state(project)
         self.found = {1: ""}
 
     def versions(self) -> list[ModelVersion]:
@@ -188,7 +188,7 @@ def test_prepared_clips_come_back_and_dvc_is_content(prepared_project: Project, 
     restore.restore(out / "b.tar", tmp_path / "there")
     there = Project(tmp_path / "there")
     assert tree(there.prepared) == prepared
-    assert version.status(there) == {}
+    assert versioning.status(there) == {}
 
 
 def test_databases_are_whole_while_they_are_written(project: Project, out: Path) -> None:

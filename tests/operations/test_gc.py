@@ -15,7 +15,7 @@ import pytest
 from sora.config import Project
 from sora.core.errors import RunActive, ServiceError
 from sora.core.records import ModelVersion
-from sora.dataset.versioning import version
+from sora.dataset import versioning
 from sora.operations import gc
 from sora.operations.lock import run_lock
 from sora.operations.needed import Versions, kept_numbers, objects_of
@@ -73,9 +73,9 @@ class Unreachable:
 
 def test_what_is_not_known_is_kept(prepared_project: Project) -> None:
     make_video(prepared_project.data / "wave" / "more.mp4", seed=60)
-    version.add(prepared_project)
+    versioning.add(prepared_project)
     (prepared_project.data / "wave" / "more.mp4").unlink()
-    version.add(prepared_project)
+    versioning.add(prepared_project)
     before = tree(prepared_project.root / ".dvc" / "cache")
     with pytest.raises(ServiceError, match="does not answer"):
         gc.collect(prepared_project, opened(Unreachable()), keep=1)
@@ -83,13 +83,13 @@ def test_what_is_not_known_is_kept(prepared_project: Project) -> None:
 
 
 def test_an_unreadable_list_of_files_stops_it(prepared_project: Project) -> None:
-    md5 = version.data_version(prepared_project)
+    md5 = versioning.data_version(prepared_project)
     assert md5
     listed = prepared_project.root / ".dvc" / "cache" / "files" / "md5" / md5[:2] / f"{md5[2:]}.dir"
     listed.chmod(0o644)
     listed.write_text("{")
     with pytest.raises(ServiceError, match="is damaged"):
-        objects_of(gc._objects(prepared_project), [version.state(prepared_project)])
+        objects_of(gc._objects(prepared_project), [versioning.state(prepared_project)])
 
 
 def test_a_cache_that_other_projects_share_is_left_alone(prepared_project: Project, tmp_path: Path) -> None:
@@ -150,8 +150,8 @@ def test_the_whole_with_a_real_mlflow(
         wave, states = project.data / "wave", {}
 
         def step(number: int) -> None:
-            version.add(project)
-            states[number] = version.state(project)
+            versioning.add(project)
+            states[number] = versioning.state(project)
             made = add_version(registry, tmp_path, f"model {number}".encode() * 1000)
             assert made == number
             registry.log_state(registry.get(number).run_id, states[number])
@@ -202,11 +202,11 @@ def test_the_whole_with_a_real_mlflow(
         assert log.read_bytes().endswith(b"the end") and log.stat().st_size < gc.LOG_BYTES
         assert len(list((project.state / "cache" / "models").iterdir())) == 2
         for number in (1, 3):
-            restored = version.restore(project, registry.restore_state(number), tmp_path / f"restored{number}")
+            restored = versioning.restore(project, registry.restore_state(number), tmp_path / f"restored{number}")
             assert tree(restored.prepared) == tree(project.prepared)
             assert (restored.data / "wave" / "g00_0.mp4").exists() == (number == 1)
         with pytest.raises(ServiceError):
-            version.restore(project, states[2], tmp_path / "restored2")
+            versioning.restore(project, states[2], tmp_path / "restored2")
         assert gc.collect(project, opened(registry), keep=1)["bytes"] == 0
         registry.close()
 

@@ -14,7 +14,7 @@ import yaml
 
 from sora.config import Project, Settings, parse
 from sora.core.errors import DiskFull, InputError, SettingsError
-from sora.dataset.versioning import version
+from sora.dataset import versioning
 from sora.operations import project as projects
 from tests.videos import make_folder, make_video
 
@@ -67,7 +67,7 @@ def test_a_folder_becomes_a_project(tmp_path: Path) -> None:
     assert snapshot(videos) == before
     settings = project.settings()
     assert (settings.name, settings.classes) == ("My-project", ("jump", "wave", "été 2"))
-    assert version.data_version(project)
+    assert versioning.data_version(project)
     git = {"cwd": project.root, "capture_output": True, "text": True, "check": True}
     assert subprocess.run(["git", "status", "--porcelain"], **git).stdout == ""
     assert subprocess.run(["git", "rev-list", "--count", "HEAD"], **git).stdout.strip() == "1"

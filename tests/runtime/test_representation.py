@@ -16,8 +16,7 @@ from sora.cli.failures import run_verb
 from sora.config import Model, Project
 from sora.core.errors import InputError
 from sora.core.records import Recipe
-from sora.dataset import manifest, splits
-from sora.dataset.versioning import version
+from sora.dataset import manifest, splits, versioning
 from sora.media.video.transform import prepare_clips
 from sora.model import classifier
 from sora.registry import Registry
@@ -54,7 +53,7 @@ def promote(project: Project, uri: str, seed: int, frames: int | None = None) ->
     classifier.build(Model(**SMALL), spec, len(settings.classes)).save(file)
     registry = Registry(uri, settings.name)
     run_id = registry.start_run()
-    registry.log_state(run_id, version.state(project))
+    registry.log_state(run_id, versioning.state(project))
     number = registry.register(run_id, file, Recipe(spec, settings.classes), report(), "d")
     registry.finish(run_id)
     registry.promote(number, cache=model_cache(project), smoke=answers, reason="test")

@@ -1,1 +1,5 @@
-"""What good data is: rules over the manifest, and the pages that show what they found."""
+"""What good data is: rules over the manifest, the quarantine, and the pages that show what validation found."""
+
+from sora.dataset.quality.validation import Finding, Judgement, ValidationReport, judge, validate
+
+__all__ = ["Finding", "Judgement", "ValidationReport", "judge", "validate"]

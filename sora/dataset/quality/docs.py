@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from sora.core.files import atomic, writing
-from sora.core.records import RULES
-from sora.dataset.quality.expectations import SET_RULES, ValidationReport
+from sora.core.records import Rejection
+from sora.dataset.quality.rules import FIXES
+from sora.dataset.quality.validation import Judgement, ValidationReport
 
 _HERE = Path(__file__).parent
 _MOST_ROWS = 2000  # rejected videos shown a rule
@@ -28,14 +29,14 @@ _POLICY = (
 )
 
 
-def write(folder: Path, report: ValidationReport, suites: list[Any]) -> None:
-    """Writes the pages of a report and of Great Expectations' results, `index.html` last. Other files stay.
+def write(folder: Path, judgement: Judgement) -> None:
+    """Writes the pages of a judgement, `index.html` last. Other files stay.
 
     Raises:
         DiskFull, ServiceError: they can't be written.
     """
-    pages = {f"{result.suite_name}.html": _suite_page(result) for result in suites}
-    pages["index.html"] = _summary(report, {name: name in pages for name in ("videos.html", "classes.html")})
+    pages = {f"{result.suite_name}.html": _suite_page(result) for result in judgement.results}
+    pages["index.html"] = _summary(judgement.report, {name: name in pages for name in ("videos.html", "classes.html")})
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for stale in {"videos.html", "classes.html", "index.html"} - pages.keys():
@@ -51,7 +52,7 @@ def _summary(report: ValidationReport, pages: dict[str, bool]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    by_rule: dict[str, list[Any]] = {}
+    by_rule: dict[str, list[Rejection]] = {}
     for rejection in report.rejected:
         by_rule.setdefault(rejection.rule, []).append(rejection)
     return environment.from_string((_HERE / "docs.html.j2").read_text(encoding="utf-8")).render(
@@ -60,7 +61,7 @@ def _summary(report: ValidationReport, pages: dict[str, bool]) -> str:
         warnings=report.findings("warn"),
         rejected=sorted(by_rule.items(), key=lambda item: (-len(item[1]), item[0])),
         most=_MOST_ROWS,
-        fixes={**SET_RULES, **RULES},
+        fixes=FIXES,
         largest=max(report.counts.values(), default=0),
         pages=pages,
     )
@@ -71,10 +72,10 @@ def _suite_page(result: Any) -> str:
     from great_expectations.render.renderer import ValidationResultsPageRenderer
     from great_expectations.render.view import DefaultJinjaPageView
 
-    for found in result.results:
-        found.result = _shown({key: value for key, value in found.result.items() if key != "unexpected_index_query"})
+    for one in result.results:
+        one.result = _shown({key: value for key, value in one.result.items() if key != "unexpected_index_query"})
         # The configuration is the suite's, too: only what is printed of it is replaced, on a copy.
-        found.expectation_config.kwargs = _shown(found.expectation_config.kwargs)
+        one.expectation_config.kwargs = _shown(one.expectation_config.kwargs)
     page = DefaultJinjaPageView().render(ValidationResultsPageRenderer().render(result))
     page = re.sub(r"<script\b.*?</script>|<link\b[^>]*>|<img\b[^>]*>|<footer\b.*?</footer>", "", page, flags=re.S)
     page = re.sub(r"\burl\([^)]*\)", "none", page)

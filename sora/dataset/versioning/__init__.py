@@ -1,1 +1,33 @@
-"""Data versions and the preprocessing pipeline, by DVC."""
+"""Data versions and the preprocessing pipeline, by DVC.
+
+What other rooms use is named here; `dvc` (the child process) and `stages` (what dvc.yaml runs) are their own modules.
+"""
+
+from sora.dataset.versioning.cache import cache_folder, checkout, pull, push, recorded_files
+from sora.dataset.versioning.data import add, data_version, ensure_data, init
+from sora.dataset.versioning.integrity import require_whole
+from sora.dataset.versioning.pipeline import CODE_LOCK, STAGES, code_hash, reproduce, status, write_code_lock
+from sora.dataset.versioning.states import STATE_FILES, code_notes, restore, state
+
+__all__ = [
+    "CODE_LOCK",
+    "STAGES",
+    "STATE_FILES",
+    "add",
+    "cache_folder",
+    "checkout",
+    "code_hash",
+    "code_notes",
+    "data_version",
+    "ensure_data",
+    "init",
+    "pull",
+    "push",
+    "recorded_files",
+    "reproduce",
+    "require_whole",
+    "restore",
+    "state",
+    "status",
+    "write_code_lock",
+]

@@ -1,6 +1,6 @@
 """What the stages of dvc.yaml run: `python -m sora.stages manifest|validate|shards`, in the project's folder.
 
-Each calls one function below and writes what that made. An error goes to `version.reproduce` whole, through the file
+Each calls one function below and writes what that made. An error goes to `versioning.reproduce` whole, through the file
 that SORA_STAGE_ERROR names; by hand (`dvc repro`) it is printed.
 """
 
@@ -53,19 +53,18 @@ def validate(project: Project) -> dict[str, int]:
         NotTrainable: a rule about the whole set does not hold.
     """
     from sora.dataset import manifest as manifests
-    from sora.dataset import quarantine
-    from sora.dataset.quality import expectations
+    from sora.dataset.quality import docs, judge, quarantine
 
     reference = reference_counts(project)
-    report = expectations.validate(
-        manifests.read(project.manifest), project.settings(), reference=reference, docs=project.docs
-    )
+    judgement = judge(manifests.read(project.manifest), project.settings(), reference=reference)
+    docs.write(project.docs, judgement)
+    report = judgement.report
     told = report.to_dict()
     _write_json(side_file(project), told)
     report.require()
-    quarantine.write(report.rejected, project.quarantine)
+    quarantine.write(project, report.rejected)
     # The stage must be a pure function of its inputs: what was judged against another run stays outside.
-    told["expectations"] = [found for found in told["expectations"] if found["rule"] != BALANCE]
+    told["expectations"] = [one for one in told["expectations"] if one["rule"] != BALANCE]
     _write_json(project.validation, told)
     return {"accepted": report.accepted, "rejected": len(report.rejected)}
 
@@ -73,14 +72,14 @@ def validate(project: Project) -> dict[str, int]:
 def shards(project: Project) -> dict[str, int]:
     """Writes the clips of accepted videos; only the buckets of changed videos and of damaged clips."""
     from sora.dataset import manifest as manifests
-    from sora.dataset import quarantine
-    from sora.dataset.versioning import version
+    from sora.dataset import versioning
+    from sora.dataset.quality import quarantine
     from sora.store import shards as sharding
 
     if _from_scratch():
         shutil.rmtree(project.shards, ignore_errors=True)
     settings = project.settings()
-    rejected = quarantine.paths(project.quarantine)
+    rejected = quarantine.rejected_paths(project)
     with _bar("Clips") as update:
         made = sharding.build(
             manifests.read(project.manifest),
@@ -92,7 +91,7 @@ def shards(project: Project) -> dict[str, int]:
             workers=settings.shards.workers,
             rules=settings.validate_,
             progress=update,
-            recorded=cache(lambda: version.recorded_files(project, project.shards)),
+            recorded=cache(lambda: versioning.recorded_files(project, project.shards)),
         )
     return asdict(made)
 
@@ -150,7 +149,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _from_scratch() -> bool:
-    """What an earlier run left is not built upon (`version.reproduce(force=True)`)."""
+    """What an earlier run left is not built upon (`versioning.reproduce(force=True)`)."""
     return bool(os.environ.get("SORA_STAGE_FRESH"))
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sora.core import statistics
 from sora.core.records import EvalReport
 from sora.judging.report import measure
 from sora.judging.report.mistakes import Mistake
@@ -121,9 +122,9 @@ def reliability(report: EvalReport, raw: np.ndarray | None) -> bytes:
     if raw is not None and len(raw) == len(truth):
         sets.insert(0, ("as trained", raw, ORANGE))
     for name, probabilities, colour in sets:
-        confidence, right = measure.decisions(probabilities, truth)
-        points = measure.reliability(confidence, right) if len(right) else []
-        error = measure.expected_calibration_error(confidence, right)
+        confidence, right = statistics.decisions(probabilities, truth)
+        points = statistics.reliability(confidence, right) if len(right) else []
+        error = statistics.expected_calibration_error(confidence, right)
         sizes = [20 + 180 * n / max(len(right), 1) for _, _, n in points]
         axis.plot([p[0] for p in points], [p[1] for p in points], color=colour, alpha=0.5, linewidth=1.2)
         axis.scatter(

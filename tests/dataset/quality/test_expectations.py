@@ -11,9 +11,9 @@ import pytest
 
 from sora.config import Settings
 from sora.core.errors import NotTrainable, ServiceError
-from sora.core.records import RULES, VideoRecord
-from sora.dataset.quality import expectations
-from sora.dataset.quality.expectations import ValidationReport, validate
+from sora.core.records import VideoRecord
+from sora.dataset.quality import Finding, ValidationReport, docs, judge
+from sora.dataset.quality.rules import FIXES, REJECTING
 from tests.dataset.rows import manifest, row
 
 GOOD = [row(f"{label}/{i:02d}.mp4", group=f"{label}{i}") for label in ("jump", "wave") for i in range(20)]
@@ -23,12 +23,21 @@ def settings(**changes: Any) -> Settings:
     return Settings.model_validate({"classes": ["jump", "wave"], "validate": changes})
 
 
-def judged(*more: VideoRecord, table: pd.DataFrame | None = None, **options: Any) -> ValidationReport:
-    return validate(manifest([*GOOD, *more]) if table is None else table, options.pop("rules", settings()), **options)
+def judged(
+    *more: VideoRecord,
+    table: pd.DataFrame | None = None,
+    rules: Settings | None = None,
+    reference: dict[str, int] | None = None,
+    pages: Path | None = None,
+) -> ValidationReport:
+    judgement = judge(manifest([*GOOD, *more]) if table is None else table, rules or settings(), reference=reference)
+    if pages is not None:
+        docs.write(pages, judgement)
+    return judgement.report
 
 
-def found(report: ValidationReport, name: str) -> dict[str, Any]:
-    return next(entry for entry in report.expectations if entry["name"] == name)
+def finding(report: ValidationReport, name: str) -> Finding:
+    return next(entry for entry in report.expectations if entry.name == name)
 
 
 def test_good_videos_pass_every_rule():
@@ -74,8 +83,8 @@ SAYS = {
 
 @pytest.fixture(scope="module")
 def all_bad(tmp_path_factory: pytest.TempPathFactory) -> tuple[ValidationReport, Path]:
-    docs = tmp_path_factory.mktemp("docs") / "below" / "docs"
-    return judged(*BAD.values(), docs=docs, rules=settings(max_rejected=0.5)), docs
+    pages = tmp_path_factory.mktemp("docs") / "below" / "docs"
+    return judged(*BAD.values(), pages=pages, rules=settings(max_rejected=0.5)), pages
 
 
 @pytest.mark.parametrize("rule", BAD)
@@ -85,15 +94,15 @@ def test_each_rule_names_what_was_received_and_what_is_allowed(all_bad: tuple[Va
     rejection = next(r for r in report.rejected if r.path == BAD[rule].path)
     assert rejection.rule == rule and SAYS[rule] in rejection.detail
     assert rejection.sha256 == BAD[rule].sha256
-    failed = [entry for entry in report.expectations if entry["rule"] == rule and not entry["success"]]
-    assert len(failed) == 1 and failed[0]["observed"] == 1 and failed[0]["severity"] == "quarantine"
+    failed = [entry for entry in report.expectations if entry.rule == rule and not entry.success]
+    assert len(failed) == 1 and failed[0].observed == 1 and failed[0].severity == "quarantine"
 
 
 def test_every_rejection_has_a_fix(all_bad: tuple[ValidationReport, Path]):
     report, _ = all_bad
-    assert len(report.rejected) == len(BAD) and {r.rule for r in report.rejected} <= RULES.keys()
+    assert len(report.rejected) == len(BAD) and {r.rule for r in report.rejected} <= REJECTING.keys()
     assert [r.path for r in report.rejected] == sorted(r.path for r in report.rejected)
-    assert {entry["rule"] for entry in report.expectations} <= RULES.keys() | expectations.SET_RULES.keys()
+    assert {entry.rule for entry in report.expectations} <= FIXES.keys()
 
 
 def test_the_same_bytes_under_two_labels_reject_all_copies():
@@ -121,9 +130,9 @@ def test_of_duplicates_the_first_by_path_stays_and_empty_files_are_no_duplicates
         ("wave/e0.mp4", "not_a_video"),
         ("wave/e1.mp4", "not_a_video"),
     }
-    assert found(report, "duplicate")["observed"] == 2
+    assert finding(report, "duplicate").observed == 2
     off = judged(*copies, rules=settings(duplicates=False))
-    assert not off.rejected and "near_duplicates" not in {entry["name"] for entry in off.expectations}
+    assert not off.rejected and "near_duplicates" not in {entry.name for entry in off.expectations}
 
 
 def test_several_broken_rules_give_one_rejection_that_names_all():
@@ -141,25 +150,25 @@ def test_near_duplicates_across_groups_warn_and_stay():
     assert same_group.failed == 0
     other = judged(row("wave/twin.mp4", group="elsewhere", signature=twin))
     assert other.ok and not other.rejected
-    assert [entry["name"] for entry in other.findings("warn")] == ["near_duplicates", "near_duplicate_labels"]
+    assert [entry.name for entry in other.findings("warn")] == ["near_duplicates", "near_duplicate_labels"]
     text = "jump/00.mp4 (jump, group jump0) ~ wave/twin.mp4 (wave, group elsewhere)"
-    assert found(other, "near_duplicates")["detail"] == text
+    assert finding(other, "near_duplicates").detail == text
 
 
 def test_set_rules_stop_and_say_the_fix():
     one_class = judged(table=manifest(GOOD[:20]))
-    assert {e["rule"] for e in one_class.findings("stop")} == {"too_few_classes", "class_too_rare"}
+    assert {e.rule for e in one_class.findings("stop")} == {"too_few_classes", "class_too_rare"}
     with pytest.raises(NotTrainable, match="class wave has 0, at least 3 are needed") as caught:
         one_class.require()
     assert caught.value.exit_code == 1 and "add videos" in caught.value.fix
 
     rare = judged(table=manifest(GOOD[:22]))
-    assert [e["rule"] for e in rare.findings("stop")] == ["class_too_rare"]
+    assert [e.rule for e in rare.findings("stop")] == ["class_too_rare"]
 
     bad = [row(f"jump/bad{i}.mp4", frames=2) for i in range(14)]
     assert judged(*bad[:13]).ok  # 13 of 53 is within a quarter
     many = judged(*bad)
-    assert many.findings("stop")[0]["detail"] == "14 of 54 videos are rejected, at most 13 may be"
+    assert many.findings("stop")[0].detail == "14 of 54 videos are rejected, at most 13 may be"
     assert judged(*bad, rules=settings(max_rejected=0.3)).ok
 
 
@@ -186,13 +195,13 @@ def test_without_classes_every_label_is_one():
 )
 def test_a_shifted_balance_warns(reference: dict[str, int], success: bool, moved: float):
     report = judged(reference=reference)
-    shift = found(report, "balance_shifted")
-    assert report.ok and shift["success"] is success and shift["severity"] == "warn"
-    assert shift["observed"] == pytest.approx(moved, abs=1e-5)
+    shift = finding(report, "balance_shifted")
+    assert report.ok and shift.success is success and shift.severity == "warn"
+    assert shift.observed == pytest.approx(moved, abs=1e-5)
 
 
 def test_no_videos_is_an_answer_not_a_crash(tmp_path: Path):
-    report = judged(table=manifest([]), docs=tmp_path)
+    report = judged(table=manifest([]), pages=tmp_path)
     assert (report.ok, report.videos, report.accepted, report.counts) == (False, 0, 0, {"jump": 0, "wave": 0})
     with pytest.raises(NotTrainable, match="no_videos: 0 videos found"):
         report.require()
@@ -236,7 +245,7 @@ def test_data_docs_ask_no_other_address_and_run_nothing(all_bad: tuple[Validatio
 def test_names_are_shown_not_run(tmp_path: Path):
     names = ["jump/<img src=x onerror=alert(1)>.mp4", "jump/$error ${x} %s {{7*7}}.mp4", "jump/ü n\u202eï 走.mp4"]
     rules = Settings.model_validate({"classes": ["jump", "wave", "<b>$class"]})
-    judged(*(row(name, frames=2) for name in names), rules=rules, docs=tmp_path)
+    judged(*(row(name, frames=2) for name in names), rules=rules, pages=tmp_path)
     for page in ("index.html", "videos.html", "classes.html"):
         text = (tmp_path / page).read_text()
         assert ("<img" not in text and "<b>$" not in text and "alert(1)&gt;" in text) or page == "classes.html"
@@ -246,4 +255,4 @@ def test_names_are_shown_not_run(tmp_path: Path):
 def test_data_docs_that_can_not_be_written_say_so(tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ServiceError, match="can't write"):
-        judged(docs=tmp_path / "file" / "docs")
+        judged(pages=tmp_path / "file" / "docs")
