@@ -319,7 +319,7 @@ def similar(file: Path, count: int, as_json: bool) -> None:
 @_common
 def serve(host: str | None, port: int | None) -> None:
     """Serve the champion over HTTP; it follows the alias without a restart."""
-    from sora.serving.app import serve as serve_project
+    from sora.serving.launch import serve as serve_project
 
     serve_project(_project(), host, port)
 

@@ -30,6 +30,7 @@ from types import FrameType
 from sora.config import Project, Settings
 from sora.config.credentials import Login, private_state, secret, secret_file
 from sora.core import doorkeeper
+from sora.core.addresses import is_loopback
 from sora.core.errors import InputError, RunActive, ServiceError
 from sora.core.files import writing
 from sora.core.processes import quiet_environment, start_child
@@ -44,7 +45,6 @@ _LOOK = 0.3  # seconds between two looks at the parts
 _GOOD_LIFE = 60.0  # seconds after which a part's next end counts as its first
 _LONGEST_PAUSE = 60.0
 _NIGHTLY_LOOK = 60.0
-_LOOPBACK_NAMES = (services.LOOPBACK, "localhost", "::1")
 # What must be set off loopback, and what it is.
 _SECRETS = {
     "PREFECT_SERVER_API_AUTH_STRING": "user:password for Prefect",
@@ -128,7 +128,7 @@ def _secrets(project: Project, host: str) -> dict[str, str]:
         InputError: something is missing.
         ServiceError: the file of tokens is damaged.
     """
-    if host in _LOOPBACK_NAMES:
+    if is_loopback(host):
         return {}
     missing = [f"{name} ({what})" for name, what in _SECRETS.items() if not os.environ.get(name)]
     if TokenFile(project.tokens).tokens():
