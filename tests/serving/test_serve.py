@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from sora.cli import supervisor
 from sora.config import Project
 from sora.core.addresses import is_loopback
 from sora.core.errors import InputError, ServiceError
@@ -200,3 +201,30 @@ def test_answers_do_not_wait_for_acknowledgements():
         accepted, _ = listener.accept()
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_a_temporary_folder_that_can_not_be_written_is_an_error_and_no_traceback(tmp_path):
+    (tmp_path / "params.yaml").write_text("name: tested\n", encoding="utf-8")
+    code = (
+        "import sys, tempfile\nfrom sora.cli import main\n"
+        f"tempfile.tempdir = {str(tmp_path / 'absent')!r}\nmain(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "serve", "--project", str(tmp_path), "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"},
+    )
+    assert done.returncode == 3, done.stderr
+    assert "can't write" in done.stderr and "absent" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_serve_and_up_agree_on_what_is_loopback(tmp_path, monkeypatch):
+    for name in supervisor._SECRETS:
+        monkeypatch.delenv(name, raising=False)
+    for host in ("127.0.0.1", "127.0.0.2", "::1", "localhost", "LOCALHOST"):
+        assert supervisor._secrets(Project(tmp_path), host) == {}
+    for host in ("0.0.0.0", "::", "192.0.2.1"):
+        with pytest.raises(InputError, match="can be reached by others"):
+            supervisor._secrets(Project(tmp_path), host)
