@@ -65,7 +65,7 @@ if __name__ == "__main__":
 """,
     "served": """
 from sora.core.records import ClipSpec
-from sora.serving.decoding import DecodePool
+from sora.serving.decode_pool import DecodePool
 from sora.config import Serve
 async def main():
     with tempfile.TemporaryDirectory() as folder:

@@ -37,7 +37,7 @@ from benchmarks.served import (
     workplace,
 )
 from sora.config import Project
-from sora.serving.run import THREADS, model_threads
+from sora.serving.launch import THREADS, model_threads
 
 FIGURES = {
     "latency": ("one client, p50, ms", "≤ 1.15"),

@@ -105,7 +105,7 @@ def state(server: Server, temporary: Path) -> dict[str, float]:
         "decoders MB": sum(anonymous_bytes(child.pid) for child in decoders) / 1e6,
         "decoders": len(decoders),
         "open files": process.num_fds(),
-        "uploads left": len(list(temporary.glob("sora-uploads-*/*"))),
+        "uploads left": len(list(temporary.glob("sora-tmp-uploads-*/*"))),
     }
 
 

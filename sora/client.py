@@ -17,74 +17,24 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any, TypeVar, Union
 from urllib.parse import urlsplit
 
 import httpx
 
+from sora.core.addresses import is_loopback
+from sora.core.answers import ModelAnswer as Model
+from sora.core.answers import PredictAnswer as Answer
+from sora.core.answers import Span, Window
 from sora.core.errors import ApiProblem, InputError, ServiceError
+
+__all__ = ["Answer", "ApiProblem", "Client", "InputError", "Model", "ServiceError", "Span", "Video", "Window"]
 
 Video = Union[str, "os.PathLike[str]", IO[bytes]]
 T = TypeVar("T")
 _BUSY = (429, 503)
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Seconds from the video's first frame."""
-
-    start: float
-    end: float
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """What one clip of a longer video shows."""
-
-    start: float
-    end: float
-    label: str
-    probabilities: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The answer for one video. `seconds` are the server's, by stage; a timeline has one window a clip, in the order of
-    time, and is empty where the video was one clip and none was asked for."""
-
-    filename: str
-    label: str  # the most probable class
-    probabilities: dict[str, float]  # mean over the clips, calibrated
-    version: int
-    data_version: str
-    clips: int
-    seconds: dict[str, float]
-    timeline: tuple[Window, ...] = ()
-    span: Span | None = None  # where the label was decided
-    unsure: bool | None = None  # below the model's threshold; None where it has none
-    embedding: tuple[float, ...] = ()  # where it was asked for
-    labels: tuple[str, ...] | None = None  # of a multi-label model: all it answers, the likeliest first; may be empty
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """What serves now. `version` is None while nothing does; `following` then says why."""
-
-    version: int | None
-    classes: tuple[str, ...]
-    clip: dict[str, Any] | None
-    data_version: str | None
-    run_id: str | None
-    digest: str | None
-    temperature: float | None
-    metrics: dict[str, float]
-    since: str | None
-    following: dict[str, Any]
-    limits: dict[str, float] = field(default_factory=dict)
-    multilabel: bool = False  # whether a video may have several of the classes
 
 
 class Client:
@@ -98,7 +48,7 @@ class Client:
         longest_wait: seconds before one of them; a server that asks for more is not waited for.
 
     Raises:
-        InputError: the address is no http one.
+        InputError: the address does not begin with http:// or https://.
     """
 
     def __init__(
@@ -120,7 +70,7 @@ class Client:
             base_url=self.address,
             headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=httpx.Timeout(timeout, connect=min(timeout, 5.0)),
-            trust_env=parts.hostname not in _LOOPBACK,  # a proxy setting must not catch a server on this machine
+            trust_env=not is_loopback(parts.hostname or ""),  # a proxy must not catch a server on this machine
         )
 
     def __enter__(self) -> Client:
@@ -150,7 +100,8 @@ class Client:
     def predict_all(
         self, videos: Sequence[Video], *, timeline: bool = False, embedding: bool = False
     ) -> list[Answer | ApiProblem]:
-        """An answer for each video, in order, all by one version; an `ApiProblem`, not raised, for one that is refused.
+        """An answer for each video, in order, all by one version. A video that is refused has an `ApiProblem` in its
+        place, which is not raised.
 
         One call: the server bounds how many files it may bring and their bytes together (`model().limits`).
 
@@ -168,8 +119,8 @@ class Client:
                         raise
                     alone.append(problem)
             return alone
-        found = self._send(videos, timeline, embedding)["answers"]
-        return [_answer(one) if "label" in one else _problem(int(one["status"]), one) for one in found]
+        answers = self._send(videos, timeline, embedding)["answers"]
+        return [_answer(one) if "label" in one else _problem(int(one["status"]), one) for one in answers]
 
     def model(self) -> Model:
         """What serves now.
@@ -177,8 +128,9 @@ class Client:
         Raises:
             ApiProblem, ServiceError: see `predict`.
         """
-        found = self._get("/v1/model")
-        return _known(Model, {**found, "classes": tuple(found["classes"])})
+        value = self._get("/v1/model")
+        older = {"limits": {}, "multilabel": False}  # a server that does not say them yet
+        return _known(Model, {**older, **value, "classes": tuple(value["classes"])})
 
     def ready(self) -> bool:
         """Whether the server can predict now. Asked once; one that can't be reached is not ready."""
@@ -228,7 +180,7 @@ class Client:
     def _pause(self, attempt: int) -> float:
         """Seconds before the next attempt: doubling, and spread, so that clients that were turned away together don't
         come back together."""
-        return min(self._longest_wait, 0.2 * 2**attempt) * random.uniform(0.5, 1)
+        return min(self._longest_wait, 0.2 * float(2**attempt)) * random.uniform(0.5, 1)
 
 
 class _Stream:
@@ -250,7 +202,7 @@ def _opened(video: Video, opened: ExitStack) -> tuple[IO[bytes], str]:
 
 
 def _document(answer: httpx.Response) -> dict[str, Any]:
-    """The problem document; of what is none (a proxy's page), what can be said."""
+    """The problem document. Where the answer is something else, such as a proxy's page, it is made from that."""
     try:
         value = answer.json()
     except ValueError:

@@ -20,13 +20,13 @@ from importlib.util import find_spec
 from sora.config import Project
 from sora.config.credentials import Login
 from sora.core import doorkeeper
+from sora.core.addresses import is_loopback
 from sora.core.errors import InputError
 from sora.core.files import writing
 from sora.operations import servers as services
 from sora.operations.servers import Server
 from sora.serving.tokens import ENVIRONMENT, TokenFile
 
-_LOOPBACK_NAMES = (services.LOOPBACK, "localhost", "::1")
 # What must be set off loopback, and what it is.
 _SECRETS = {
     "PREFECT_SERVER_API_AUTH_STRING": "user:password for Prefect",
@@ -43,7 +43,7 @@ def client_logins(project: Project, host: str) -> dict[str, str]:
         InputError: something is missing.
         ServiceError: the file of tokens is damaged.
     """
-    if host in _LOOPBACK_NAMES:
+    if is_loopback(host):
         return {}
     missing = [f"{name} ({what})" for name, what in _SECRETS.items() if not os.environ.get(name)]
     if TokenFile(project.tokens).tokens():

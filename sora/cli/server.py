@@ -14,7 +14,7 @@ from sora.core.progress import echo
 @common_options
 def serve(host: str | None, port: int | None) -> None:
     """Serve the champion over HTTP; it follows the alias without a restart."""
-    from sora.serving.app import serve as serve_project
+    from sora.serving.launch import serve as serve_project
 
     serve_project(current_project(), host, port)
 

@@ -21,10 +21,11 @@ from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from sora.core.addresses import is_loopback
+
 # Environment of a server's process.
 HOSTS = "SORA_SERVER_HOSTS"  # names by which others reach it, separated by commas; not set: loopback only
 LOGIN = "SORA_SERVER_LOGIN"  # `user:password`
-_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class Doorkeeper:
@@ -83,7 +84,7 @@ class Doorkeeper:
 
     def _known(self, host: str) -> bool:
         name = _name(host)
-        if name in _LOOPBACK:
+        if is_loopback(name):
             return True
         if self._hosts is None:
             return False
@@ -134,4 +135,4 @@ def _same_site(origin: str, host: str) -> bool:
         return True
     ours = re.search(r":([0-9]+)$", host)
     same_port = (port or 80) == (int(ours[1]) if ours else 80)
-    return same_port and _name(parts.netloc) in _LOOPBACK and _name(host) in _LOOPBACK
+    return same_port and is_loopback(_name(parts.netloc)) and is_loopback(_name(host))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ from typing import IO
 
 from sora.core.errors import DiskFull, ReadOnly, ServiceError
 
+log = logging.getLogger(__name__)
 _ROOM = 32_000_000  # bytes; a new project's servers did not start on disks of 4, 9 and 13 MB
 _MAKE_ROOM = (
     "make room and run again: `sora gc --dry-run` shows what of the project can go, and `sora gc` frees first what "
@@ -25,7 +27,8 @@ _REMOUNT = "mount it for writing (mount -o remount,rw …), or move the project 
 _SAYS_FULL = ("No space left on device", "database or disk is full", "Disk quota exceeded")
 _SAYS_READ_ONLY = ("Read-only file system", "attempt to write a readonly database")
 
-_TEMPORARY = "sora-tmp-"
+TEMPORARY = "sora-tmp-"
+_SWEPT = (f"{TEMPORARY}*", "sora-uploads-*")  # the second: an earlier Sora's servers kept uploads in these
 
 
 @contextmanager
@@ -70,12 +73,12 @@ def disk_failure(place: Path, said: str = "") -> DiskFull | ReadOnly | None:
 
 def source_digest(package: Path, names: Iterable[str]) -> str:
     """A short name of the code in the modules and folders `names` below `package`: of their paths and bytes."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in names:
         place = package / name
         for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            found.update(f"\0{file.relative_to(package).as_posix()}\0".encode() + file.read_bytes())
-    return found.hexdigest()[:16]
+            digest.update(f"\0{file.relative_to(package).as_posix()}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def sync_folder(folder: Path) -> None:
@@ -112,53 +115,89 @@ def atomic(path: Path, *, shared: bool = False) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def temporary_folder(what: str) -> Iterator[Path]:
-    """A folder in the system's temporary one, removed with the block. `what` is part of its name.
+    """A folder (mode 0700) in the system's temporary one, removed with the block. `what` is part of its name.
 
-    A process that is killed leaves its folder behind, with a copy of all data where it was `sora reproduce`. The next
-    call removes it: whoever lives holds a lock on its folder, which the kernel frees.
+    A process that is killed leaves its folder behind: a server with what was uploaded to it, `sora reproduce` with a
+    copy of all data. The next call removes it. Whoever lives holds a lock on its folder, which the kernel frees
+    however the process ends. Process numbers would mislead where containers share a temporary folder.
+
+    Raises:
+        DiskFull, ReadOnly, ServiceError: the folder can't be made.
     """
-    remove_abandoned_folders()
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{what}-"))
-        try:
-            descriptor = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:  # another process's sweep was quicker than our lock
-            continue
-        with suppress(OSError):  # no locks on this file system: then nobody sweeps either
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if folder.exists():
-            break
-        os.close(descriptor)
+    place = _temporary_place()
+    sweep(place)
+    with writing(place):
+        folder, lock = _claimed(place, what)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(descriptor)
+        os.close(lock)
 
 
 def abandoned_folders() -> list[Path]:
     """This user's temporary folders that no living process holds."""
-    folders: list[Path] = []
-    _each_abandoned(folders.append)
-    return folders
+    return _each_abandoned(_temporary_place(), lambda folder: None)
 
 
-def remove_abandoned_folders() -> None:
-    """Removes `abandoned_folders`; none of a process that takes one meanwhile."""
-    _each_abandoned(lambda folder: shutil.rmtree(folder, ignore_errors=True))
+def sweep(place: Path) -> list[Path]:
+    """Removes this user's temporary folders in `place` that no living process holds, and returns them. A folder that is
+    in use, one of another user, a link and a file stay."""
+
+    def remove(folder: Path) -> None:
+        shutil.rmtree(folder)
+        log.info("removed %s, which a killed process left", folder)
+
+    return _each_abandoned(place, remove)
 
 
-def _each_abandoned(visit: Callable[[Path], None]) -> None:
-    """Calls `visit` for each abandoned temporary folder, while its lock is held."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*"):
-        with suppress(OSError):  # somebody else's, or gone meanwhile
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+def remove_abandoned_folders() -> list[Path]:
+    """`sweep` of the system's temporary folder."""
+    return sweep(_temporary_place())
+
+
+def _each_abandoned(place: Path, visit: Callable[[Path], None]) -> list[Path]:
+    """Calls `visit` for each abandoned folder while its lock is held, and returns those that it was called for."""
+    visited = []
+    for folder in sorted(folder for pattern in _SWEPT for folder in place.glob(pattern)):
+        with suppress(OSError):  # another user's, no folder, or gone meanwhile
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(descriptor).st_uid == os.geteuid():
-                    visit(folder)
+                if os.fstat(lock).st_uid != os.geteuid():
+                    continue
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its process lives
+                visit(folder)
+                visited.append(folder)
             finally:
-                os.close(descriptor)
+                os.close(lock)
+    return visited
+
+
+def _temporary_place() -> Path:
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError as error:
+        raise ServiceError(
+            f"there is no temporary folder that can be written: {error.strerror}",
+            fix="make room there, or set TMPDIR to a folder that can be written",
+        ) from error
+
+
+def _claimed(place: Path, what: str) -> tuple[Path, int]:
+    """A new folder and the descriptor that holds its lock."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{what}-", dir=place))
+        try:
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:  # a sweep of another process was quicker than this lock
+            continue
+        with suppress(OSError):  # this file system has no locks: then nobody sweeps it either
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        # A sweep may have met the folder before it was locked, and have taken it for a dead process's.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(folder.stat(), os.fstat(lock)):
+                return folder, lock
+        os.close(lock)
 
 
 def write_if_different(path: Path, text: str) -> None:

@@ -1,10 +1,8 @@
-"""The champion over HTTP: `create_app` makes the application, `serve` runs it for a project."""
+"""The application that answers for the champion over HTTP; `sora.serving.launch` serves it for a project."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,15 +16,12 @@ from sora.core.errors import ServiceError
 from sora.dataset.corrections import Inbox
 from sora.serving import card, explain, problems, routes
 from sora.serving import inbox as corrections
+from sora.serving.context import Context
 from sora.serving.guard import Guard
 from sora.serving.problems import Problem
 from sora.serving.schemas import problem_answers
-from sora.serving.service import Service
 from sora.serving.source import ModelCache, ModelSource
 from sora.serving.tokens import Tokens
-
-if TYPE_CHECKING:
-    from sora.config import Project
 
 
 def create_app(
@@ -37,40 +32,35 @@ def create_app(
     tokens: Tokens | Sequence[str] = (),
     inbox: Inbox | None = None,
 ) -> FastAPI:
-    """The application; its `state.service` is the `Service`.
+    """The application. Its `state.context` is the `Context`, which must be `running` while the application answers, as
+    `listener.serve_until_stopped` has it.
 
     Arguments:
         settings: the section `serve` of params.yaml.
         source: where the champion is asked for.
         cache: where models are kept, and what is served when `source` can't answer.
-        tokens: who may call; where none is required, only requests to this machine by its own name are answered.
-        inbox: takes corrections; none: there are no such addresses.
+        tokens: who may call. Where no token is required, only requests to this machine by its own name are answered.
+        inbox: takes corrections. Without one there are no such addresses.
     """
-    service = Service(settings, source, cache)
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with service.running():
-            yield
-
+    context = Context(settings, source, cache)
     app = FastAPI(
-        title="Sora", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        title="Sora", version=__version__, docs_url=None, redoc_url=None,
         description="A video classifier. Errors are problem documents (RFC 9457) that say the fix.",
     )  # fmt: skip
-    app.state.service = service
+    app.state.context = context
     app.add_middleware(
         Guard,
         tokens=tokens if isinstance(tokens, Tokens) else Tokens(tokens),
-        on_request=service.metrics.count,
+        on_request=context.metrics.count,
         origins=settings.origins,
     )
     _add_errors(app)
-    routes.add_routes(app, service)
+    routes.add_routes(app, context)
     uploaded = problem_answers(400, 401, 403, 408, 413, 415, 422, 429, 503, 504, 507)
-    explain.add_routes(app, service, uploaded)
-    card.add_routes(app, service, source, problem_answers(401, 403, 503))
+    explain.add_routes(app, context, uploaded)
+    card.add_routes(app, context, source, problem_answers(401, 403, 503))
     if inbox is not None:
-        corrections.add_routes(app, service, inbox, uploaded, problem_answers(401, 403, 404, 409, 422, 503, 507))
+        corrections.add_routes(app, context, inbox, uploaded, problem_answers(401, 403, 404, 409, 422, 503, 507))
     return app
 
 
@@ -86,11 +76,11 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        wrong = "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()[:5])
+        wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:5])
         return Problem(400, wrong, fix="see /openapi.json for what is allowed").response()
 
     @app.exception_handler(ServiceError)
-    async def service(request: Request, error: ServiceError) -> Response:
+    async def later(request: Request, error: ServiceError) -> Response:
         return problems.of_service(error).response()
 
     @app.exception_handler(ClientDisconnect)
@@ -101,10 +91,3 @@ def _add_errors(app: FastAPI) -> None:
     async def unexpected(request: Request, error: Exception) -> Response:
         request_id = request.state.request_id
         return Problem(500, f"request {request_id} failed inside the server", fix="report the request id").response()
-
-
-def serve(project: Project, host: str | None = None, port: int | None = None) -> None:
-    """Serves the project's champion until SIGTERM or Ctrl-C; see `sora.serving.run`."""
-    from sora.serving.run import run
-
-    run(project, host, port)

@@ -41,7 +41,7 @@ class Answered:
 class Batcher:
     """One model thread and the queue before it. `await start()`, then `answer` from any task, then `await close()`.
 
-    How many wait is bounded where requests are admitted (`service`), not here: each admitted one has at most as many
+    How many wait is bounded where requests are admitted (`context`), not here: each admitted one has at most as many
     entries as there are decoders.
     """
 
@@ -50,7 +50,7 @@ class Batcher:
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._turn = asyncio.Lock()
-        self._task: asyncio.Task | None = None
+        self._task: asyncio.Task[None] | None = None
         self._on_batch = on_batch
 
     async def start(self) -> None:

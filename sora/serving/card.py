@@ -7,38 +7,20 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, Field
+from fastapi.responses import JSONResponse
 
+from sora.core.answers import CardAnswer
 from sora.core.errors import SoraError
 from sora.serving.follow import in_thread
 from sora.serving.source import ModelSource
 
 if TYPE_CHECKING:
     from sora.core.records import ModelVersion
+    from sora.serving.context import Context
     from sora.serving.follow import Served
-    from sora.serving.service import Service
 
 ASK_SECONDS = 5.0
 KEPT_SECONDS = 60.0  # a decision may change: a version is promoted by hand, or rolled back
-
-
-class CardAnswer(BaseModel):
-    """One model version. `decision` and what follows are null where the registry does not tell."""
-
-    version: int
-    data_version: str
-    run_id: str
-    digest: str = Field(description="sha256 of the model file")
-    classes: list[str]
-    clip: dict[str, Any]
-    temperature: float
-    metrics: dict[str, float]
-    since: str = Field(description="when this server began to answer with it")
-    decision: str | None = Field(description="promoted, manual, …: who let it serve")
-    reasons: list[str] | None
-    created: str | None
-    problem: str | None = Field(description="why the registry does not tell")
 
 
 class _Decisions:
@@ -52,9 +34,9 @@ class _Decisions:
     async def of(self, served: Served) -> ModelVersion | None:
         """Raises SoraError: the registry can't be asked, or has not answered in time."""
         champion = served.champion
-        found, at = self._known.get(champion.version, (None, -KEPT_SECONDS))
+        known, at = self._known.get(champion.version, (None, -KEPT_SECONDS))
         if time.monotonic() - at < KEPT_SECONDS:
-            return found
+            return known
         asking = self._asking.get(champion.version)
         if asking is None:
             asking = asyncio.wrap_future(in_thread(lambda: self._source.decision(champion)))
@@ -67,33 +49,31 @@ class _Decisions:
         return asking.result()
 
 
-def add_routes(app: FastAPI, service: Service, source: ModelSource, responses: dict[int | str, dict[str, Any]]) -> None:
+def add_routes(app: FastAPI, context: Context, source: ModelSource, responses: dict[int | str, dict[str, Any]]) -> None:
     """Adds the route. `responses`: the problems that it may answer with, in OpenAPI's words."""
     decisions = _Decisions(source)
 
-    @app.get("/v1/card", response_model=CardAnswer, responses=responses, summary="The card of what serves now")
-    async def card() -> Response:
-        served = service.served()
+    @app.get("/v1/card", response_class=JSONResponse, responses=responses, summary="The card of what serves now")
+    async def card() -> CardAnswer:
+        served = context.served()
         champion, recipe = served.champion, served.predictor.recipe
         decided, problem = None, None
         try:
             decided = await decisions.of(served)
         except SoraError as error:
             problem = error.message
-        return JSONResponse(
-            {
-                "version": champion.version,
-                "data_version": champion.data_version,
-                "run_id": champion.run_id,
-                "digest": champion.digest,
-                "classes": list(recipe.classes),
-                "clip": recipe.clip.to_dict(),
-                "temperature": recipe.temperature,
-                "metrics": champion.metrics,
-                "since": served.since,
-                "decision": decided.decision if decided else None,
-                "reasons": list(decided.reasons) if decided else None,
-                "created": decided.created if decided else None,
-                "problem": problem,
-            }
+        return CardAnswer(
+            version=champion.version,
+            data_version=champion.data_version,
+            run_id=champion.run_id,
+            digest=champion.digest,
+            classes=recipe.classes,
+            clip=recipe.clip.to_dict(),
+            temperature=recipe.temperature,
+            metrics=dict(champion.metrics),
+            since=served.since,
+            decision=decided.decision if decided else None,
+            reasons=decided.reasons if decided else None,
+            created=decided.created if decided else None,
+            problem=problem,
         )

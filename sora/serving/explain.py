@@ -10,74 +10,56 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, Field
 
+from sora.core.answers import ExplainAnswer
 from sora.serving import forms
 from sora.serving.problems import Problem
 
 if TYPE_CHECKING:
     from sora.runtime.predictor import Predictor
-    from sora.serving.service import Service
+    from sora.serving.context import Context
 
 METHOD = "Grad-CAM (Selvaraju et al. 2017) on every level of both networks, of the class's log-odds"
 GRID = 16  # rows and columns of the heat maps in an answer, at most
 
 
-class ExplainAnswer(BaseModel):
-    """What decided for a class, in the clip of the video that speaks most for it."""
-
-    filename: str
-    label: str = Field(description="the class that is explained: the answer, or the one asked for")
-    probabilities: dict[str, float]
-    version: int
-    data_version: str
-    method: str
-    clips: int
-    clip: int = Field(description="the clip that is explained, from 0: the one most probably of the class")
-    log_odds: float = Field(description="of the class in that clip: log(p / (1 - p)), calibrated")
-    weights: list[float] = Field(description="each frame's share of the evidence; their sum is 1, or 0")
-    heat: list[list[list[float]]] = Field(description="frame, row, column: evidence from 0 to 1, the clip's hottest")
-    strip: str = Field(description="PNG in base64: frames, the same with heat maps, bars of the frames' weights")
-    strip_frames: list[int] = Field(description="the frames in the strip, from 0")
-    seconds: dict[str, float] = Field(description="by stage: upload, wait, decode, queue, model, explain")
-
-
-def add_routes(app: FastAPI, service: Service, responses: dict[int | str, dict[str, Any]]) -> None:
+def add_routes(app: FastAPI, context: Context, responses: dict[int | str, dict[str, Any]]) -> None:
     """Adds the route. `responses`: the problems that it may answer with, in OpenAPI's words."""
 
     @app.post(
         "/v1/explain",
         response_model=ExplainAnswer,
+        response_class=JSONResponse,
         openapi_extra=forms.body({"label": {"type": "string", "description": "the class to explain"}}, ()),
         responses={**responses, 200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}},
         summary="Which moments and regions of one video decided; a PNG alone with `Accept: image/png`",
     )
-    async def explain(request: Request) -> Response:
-        image, answer = await _explain(service, request)
+    async def explain(request: Request) -> ExplainAnswer | Response:
+        image, answer = await _explain(context, request)
         if _wants_image(request.headers.get("accept", "")):
             return Response(image, media_type="image/png")
-        return JSONResponse(answer)
+        return answer
 
 
-async def _explain(service: Service, request: Request) -> tuple[bytes, dict[str, Any]]:
-    service.served()  # fail before the upload is read
+async def _explain(context: Context, request: Request) -> tuple[bytes, ExplainAnswer]:
+    context.served()  # fail before the upload is read
     start = time.perf_counter()
-    async with forms.received(service, request, ("label",)) as form:
+    async with forms.received(context, request, ("label",)) as form:
         uploaded = time.perf_counter() - start
-        served = service.served()
+        served = context.served()
         predictor = served.predictor
         asked = form.fields.get("label")
         if asked is not None and asked not in predictor.classes:
             raise unknown_class(asked, predictor)
-        decoded = await service.decoded(form.upload, predictor.recipe.clip, form.stage)
-        answered = await service.batcher.answer(predictor, decoded.clips)
+        decoded = await context.decoded(form.upload, predictor.recipe.clip, form.stage)
+        answered = await context.batcher.answer(predictor, decoded.clips)
         prediction = predictor.answer(answered.probabilities)
         label = predictor.classes.index(asked if asked is not None else prediction.label)
         which = int(answered.probabilities[:, label].argmax())
         clip = decoded.clips[which]
         attribute = await asyncio.to_thread(predictor.attribution)  # the first time it is made; not in the model thread
         start = time.perf_counter()
-        evidence, odds = await service.batcher.between(lambda: attribute(clip, label))
+        evidence, odds = await context.batcher.between(lambda: attribute(clip, label))
         explained = time.perf_counter() - start
         image, shown, heat, weights = await asyncio.to_thread(_drawn, clip, evidence)
     seconds = {
@@ -88,24 +70,24 @@ async def _explain(service: Service, request: Request) -> tuple[bytes, dict[str,
         "model": answered.seconds,
         "explain": explained,
     }
-    service.metrics.stage.labels("explain").observe(explained)
+    context.metrics.stage.labels("explain").observe(explained)
     request.state.log = {"version": prediction.version, "bytes": form.upload.bytes, "clips": len(decoded.clips)}
-    return image, {
-        "filename": form.upload.name,
-        "label": predictor.classes[label],
-        "probabilities": prediction.probabilities,
-        "version": prediction.version,
-        "data_version": served.champion.data_version,
-        "method": METHOD,
-        "clips": len(decoded.clips),
-        "clip": which,
-        "log_odds": round(odds, 4),
-        "weights": weights,
-        "heat": heat,
-        "strip": base64.b64encode(image).decode("ascii"),
-        "strip_frames": shown,
-        "seconds": {name: round(value, 6) for name, value in seconds.items()},
-    }
+    return image, ExplainAnswer(
+        filename=form.upload.name,
+        label=predictor.classes[label],
+        probabilities=prediction.probabilities,
+        version=prediction.version,
+        data_version=served.champion.data_version,
+        method=METHOD,
+        clips=len(decoded.clips),
+        clip=which,
+        log_odds=round(odds, 4),
+        weights=weights,
+        heat=heat,
+        strip=base64.b64encode(image).decode("ascii"),
+        strip_frames=shown,
+        seconds={name: round(value, 6) for name, value in seconds.items()},
+    )
 
 
 def weighed(evidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -76,7 +76,7 @@ class Follower:
         self._poll_seconds = poll_seconds
         self._on_change = on_change
         self._on_refusal = on_refusal
-        self._task: asyncio.Task | None = None
+        self._task: asyncio.Task[None] | None = None
         self._asking: asyncio.Future[ChampionRef | None] | None = None
         self._notes = _Notes(source.refused)
         self.current: Served | None = None

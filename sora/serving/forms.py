@@ -15,11 +15,11 @@ from python_multipart.multipart import MultipartParser
 from starlette.requests import Request
 
 from sora.serving import uploads
+from sora.serving.context import Stage, while_connected
 from sora.serving.problems import Problem
-from sora.serving.service import Stage, while_connected
 
 if TYPE_CHECKING:
-    from sora.serving.service import Service
+    from sora.serving.context import Context
 
 MAX_FIELD = 1000  # bytes of a text field
 
@@ -40,7 +40,7 @@ class Received(Form):
 
 
 @asynccontextmanager
-async def received(service: Service, request: Request, fields: Collection[str]) -> AsyncIterator[Received]:
+async def received(context: Context, request: Request, fields: Collection[str]) -> AsyncIterator[Received]:
     """One request's form, while it holds one of the server's `serve.queue` places. The block is cancelled at the
     request's deadline and when the client hangs up; the form's file is removed at the end.
 
@@ -50,12 +50,12 @@ async def received(service: Service, request: Request, fields: Collection[str]) 
     Raises:
         Problem: 429 no place is free, 408 the upload took too long, 503 or 504 the time is over, and those of `read`.
     """
-    settings, deadline = service.settings, service.deadline()
-    with service.place():
+    settings, deadline = context.settings, context.deadline()
+    with context.place():
         async with uploads.within(min(settings.upload_timeout, settings.request_timeout)):
-            form = await read(request, service.folder, settings.max_bytes, fields)
+            form = await read(request, context.folder, settings.max_bytes, fields)
         try:
-            async with while_connected(request), service.until(deadline) as stage:
+            async with while_connected(request), context.until(deadline) as stage:
                 yield Received(form.upload, form.fields, stage)
         finally:
             form.upload.remove()

@@ -5,7 +5,6 @@ Plain ASGI: Starlette's `BaseHTTPMiddleware` would put a task and a queue around
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import logging
 import re
@@ -16,6 +15,7 @@ from collections.abc import Callable, Collection
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sora.core.addresses import is_loopback
 from sora.serving.problems import Problem
 from sora.serving.tokens import Tokens
 
@@ -159,22 +159,10 @@ def names_this_machine(host: str) -> bool:
     return is_loopback(bracketed[1] if bracketed else re.sub(r":[0-9]{1,5}$", "", host))
 
 
-def is_loopback(address: str) -> bool:
-    """Whether an address, or `localhost`, is of the loopback interface: nobody on another machine reaches it."""
-    if address.lower() == "localhost":
-        return True
-    try:
-        found = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    mapped = getattr(found, "ipv4_mapped", None)  # ::ffff:127.0.0.1
-    return (mapped or found).is_loopback
-
-
 def _parts(origin: str) -> tuple[str, str, int] | None:
     """Scheme, host and port, the port also where it is the scheme's own; None where it is no origin (`null`)."""
-    found = re.fullmatch(r"(https?)://([A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?", origin)
-    if found is None:
+    matched = re.fullmatch(r"(https?)://([A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?", origin)
+    if matched is None:
         return None
-    scheme, host, port = found.groups()
+    scheme, host, port = matched.groups()
     return scheme, host.lower(), int(port) if port else {"http": 80, "https": 443}[scheme]

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
-from pydantic import BaseModel, Field
 
 from sora.core import labels
+from sora.core.answers import Accepted, Correction, Corrections, Rejected, Sender, Waiting
 from sora.core.errors import DiskFull, InputError
 from sora.dataset.corrections import MEDIA_TYPES, NEXT, Entry, Inbox, InboxFull, NoEntry
 from sora.serving import forms
@@ -25,64 +26,16 @@ from sora.serving.problems import Problem
 
 if TYPE_CHECKING:
     from sora.runtime.predictor import Predictor
-    from sora.serving.service import Service
+    from sora.serving.context import Context
 
 T = TypeVar("T")
 _TEXT = {"type": "string", "minLength": 1, "description": "a class; several of a multi-label model joined by |"}
 _FIELDS = {"label": _TEXT, "predicted": _TEXT, "version": {"type": "integer", "minimum": 1}}
 
 
-class Sender(BaseModel):
-    """Who sent a correction, and how the reviews of theirs went."""
-
-    name: str = Field(description="a token's name; `address …` of one that came without a token")
-    accepted: int
-    refused: int = Field(description="rejected, or accepted under another label than they said")
-    often_refused: bool
-
-
-class Correction(BaseModel):
-    """A clip that waits for review."""
-
-    id: str = Field(description="sha256 of the clip")
-    filename: str
-    label: str = Field(description="what it is, by the last who said so")
-    said: dict[str, int] = Field(description="label → how often it was said")
-    predicted: str
-    version: int
-    bytes: int
-    received: str
-
-
-class Waiting(Correction):
-    """A clip as its reviewer sees it."""
-
-    sent_by: list[Sender]
-
-
-class Corrections(BaseModel):
-    """The inbox, the newest last, and its quota."""
-
-    entries: list[Waiting]
-    max_files: int
-    max_bytes: int
-
-
-class Accepted(BaseModel):
-    """`path` is below data/; `next` says what makes it count."""
-
-    id: str
-    path: str
-    next: str
-
-
-class Rejected(BaseModel):
-    id: str
-
-
 def add_routes(
     app: FastAPI,
-    service: Service,
+    context: Context,
     inbox: Inbox,
     responses: dict[int | str, dict[str, Any]],
     reviewed: dict[int | str, dict[str, Any]],
@@ -93,20 +46,19 @@ def add_routes(
     @app.post(
         "/v1/corrections",
         status_code=201,
-        response_model=Correction,
+        response_class=JSONResponse,
         openapi_extra=forms.body(_FIELDS, tuple(_FIELDS)),
         responses=responses,
         summary="This video was answered wrongly: it is …",
     )
-    async def correct(request: Request) -> Response:
-        return JSONResponse(_shown(await _correct(service, inbox, request)), status_code=201)
+    async def correct(request: Request) -> Correction:
+        return Correction(**_shown(await _correct(context, inbox, request)))
 
-    @app.get("/v1/corrections", response_model=Corrections, responses=reviewed, summary="What waits for review")
-    async def listed(request: Request) -> Response:
+    @app.get("/v1/corrections", response_class=JSONResponse, responses=reviewed, summary="What waits for review")
+    async def listed(request: Request) -> Corrections:
         _check_right(request)
         waiting = await asyncio.to_thread(_waiting, inbox)
-        limits = {"max_files": inbox.max_files, "max_bytes": inbox.max_bytes}
-        return JSONResponse({"entries": waiting, **limits})
+        return Corrections(entries=waiting, max_files=inbox.max_files, max_bytes=inbox.max_bytes)
 
     @app.get(
         "/v1/corrections/{ident}/video",
@@ -122,33 +74,33 @@ def add_routes(
 
     @app.post(
         "/v1/corrections/{ident}/accept",
-        response_model=Accepted,
+        response_class=JSONResponse,
         responses=reviewed,
         summary="Into data/, under its label or another",
     )
-    async def accept(request: Request, ident: str, label: str | None = None) -> Response:
+    async def accept(request: Request, ident: str, label: str | None = None) -> Accepted:
         _check_right(request)
         entry = await _in_inbox(lambda: inbox.find(ident))
         path = await _in_inbox(lambda: inbox.accept(entry.id, label))
-        return JSONResponse({"id": entry.id, "path": path.as_posix(), "next": NEXT})
+        return Accepted(id=entry.id, path=path.as_posix(), next=NEXT)
 
     @app.post(
         "/v1/corrections/{ident}/reject",
-        response_model=Rejected,
+        response_class=JSONResponse,
         responses=reviewed,
         summary="Out of the inbox, for good",
     )
-    async def reject(request: Request, ident: str) -> Response:
+    async def reject(request: Request, ident: str) -> Rejected:
         _check_right(request)
-        return JSONResponse({"id": (await _in_inbox(lambda: inbox.reject(ident))).id})
+        return Rejected(id=(await _in_inbox(lambda: inbox.reject(ident))).id)
 
 
-async def _correct(service: Service, inbox: Inbox, request: Request) -> Entry:
-    service.served()  # fail before the upload is read
-    async with forms.received(service, request, tuple(_FIELDS)) as form:
-        predictor = service.served().predictor
+async def _correct(context: Context, inbox: Inbox, request: Request) -> Entry:
+    context.served()  # fail before the upload is read
+    async with forms.received(context, request, tuple(_FIELDS)) as form:
+        predictor = context.served().predictor
         label, predicted, version = _checked(form.fields, predictor)
-        await service.decoded(form.upload, predictor.recipe.clip, form.stage)  # nobody reviews what can't be played
+        await context.decoded(form.upload, predictor.recipe.clip, form.stage)  # nobody reviews what can't be played
         entry = await _in_inbox(
             lambda: inbox.add(
                 form.upload.path,
@@ -184,12 +136,17 @@ def _source(request: Request) -> str:
         return "address unknown"
 
 
-def _waiting(inbox: Inbox) -> list[dict[str, Any]]:
+def _waiting(inbox: Inbox) -> tuple[Waiting, ...]:
     known = inbox.sources()
-    return [
-        {**_shown(entry), "sent_by": [one.to_dict() for one in inbox.sent_by(entry, known)]}
+    return tuple(
+        Waiting(
+            **_shown(entry),
+            sent_by=tuple(
+                Sender(one.name, one.accepted, one.refused, one.often_refused) for one in inbox.sent_by(entry, known)
+            ),
+        )
         for entry in inbox.entries()
-    ]
+    )
 
 
 def _checked(fields: dict[str, str], predictor: Predictor) -> tuple[str, str, int]:
@@ -198,9 +155,9 @@ def _checked(fields: dict[str, str], predictor: Predictor) -> tuple[str, str, in
         raise Problem(422, f"the form lacks {', '.join(missing)}", fix="send file, label, predicted and version")
     multilabel = predictor.recipe.multilabel
     given = {name: labels.names(fields[name], multilabel) for name in ("label", "predicted")}
-    for name, found in given.items():
-        unknown = [one for one in found if one not in predictor.classes]
-        if unknown or (name == "label" and not found):
+    for name, said in given.items():
+        unknown = [one for one in said if one not in predictor.classes]
+        if unknown or (name == "label" and not said):
             raise unknown_class(unknown[0] if unknown else fields[name], predictor)
     version = fields["version"]
     if not (version.isascii() and version.isdigit() and len(version) <= 9 and int(version) > 0):
@@ -227,4 +184,5 @@ async def _in_inbox(function: Callable[[], T]) -> T:
 
 
 def _shown(entry: Entry) -> dict[str, Any]:
-    return {name: value for name, value in entry.to_dict().items() if name in Correction.model_fields}
+    """The fields of a `Correction`: neither who sent it nor how its file is called here."""
+    return {one.name: getattr(entry, one.name) for one in fields(Correction)}

@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from sora.core.answers import FileProblem
 from sora.core.errors import ServiceError, VideoError
 
 MEDIA_TYPE = "application/problem+json"
@@ -73,6 +74,12 @@ class Problem(Exception):
             "fix": self.fix,
             **self.more,
         }
+
+    def of_file(self, filename: str) -> FileProblem:
+        """The same for one file of several."""
+        document = self.document()
+        known = {name: document[name] for name in ("type", "title", "status", "detail", "fix")}
+        return FileProblem(**known, rule=self.more.get("rule"), stage=self.more.get("stage"), filename=filename)
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.document(), status_code=self.status, headers=self.headers, media_type=MEDIA_TYPE)

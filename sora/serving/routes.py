@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 
+from sora.core.answers import Alive, ModelAnswer, PredictAnswer, PredictAnswers, Ready
+from sora.serving.context import Context, Wanted
 from sora.serving.metrics import CONTENT_TYPE
 from sora.serving.problems import Problem
-from sora.serving.schemas import (
-    UPLOAD_BODY,
-    Alive,
-    ModelAnswer,
-    PredictAnswer,
-    PredictAnswers,
-    Ready,
-    problem_answers,
-)
-from sora.serving.service import Service, Wanted
+from sora.serving.schemas import UPLOAD_BODY, problem_answers
 
 PAGE = Path(__file__).parent / "page"
 _PAGE_FILES = {"page.css": "text/css", "icon.svg": "image/svg+xml"} | dict.fromkeys(
@@ -27,10 +20,12 @@ _PAGE_FILES = {"page.css": "text/css", "icon.svg": "image/svg+xml"} | dict.fromk
 )
 
 
-def add_routes(app: FastAPI, service: Service) -> None:
+def add_routes(app: FastAPI, context: Context) -> None:
     @app.post(
         "/v1/predict",
         response_model=PredictAnswer | PredictAnswers,
+        response_model_exclude_defaults=True,
+        response_class=JSONResponse,
         openapi_extra={"requestBody": UPLOAD_BODY},
         responses=problem_answers(400, 401, 403, 408, 413, 415, 422, 429, 503, 504, 507),
         summary="The answer for one video file, or for each of several",
@@ -39,22 +34,22 @@ def add_routes(app: FastAPI, service: Service) -> None:
         request: Request,
         timeline: Annotated[bool, Query(description="the answer by clip, also of a video that is one clip")] = False,
         embedding: Annotated[bool, Query(description="the video's vector too, as `sora embed` has it")] = False,
-    ) -> Response:
-        return JSONResponse(await service.predict(request, Wanted(timeline, embedding)))
+    ) -> PredictAnswer | PredictAnswers:
+        return await context.predict(request, Wanted(timeline, embedding))
 
-    @app.get("/v1/model", response_model=ModelAnswer, responses=problem_answers(401, 403), summary="What serves now")
-    async def model() -> Response:
-        return JSONResponse(service.model())
+    @app.get("/v1/model", response_class=JSONResponse, responses=problem_answers(401, 403), summary="What serves now")
+    async def model() -> ModelAnswer:
+        return context.model()
 
-    @app.get("/healthz", response_model=Alive, responses=problem_answers(403), summary="Is the process alive?")
-    async def healthz() -> dict[str, str]:
-        return {"status": "alive"}
+    @app.get("/healthz", responses=problem_answers(403), summary="Is the process alive?")
+    async def healthz() -> Alive:
+        return Alive(status="alive")
 
-    @app.get("/readyz", response_model=Ready, responses=problem_answers(403, 503), summary="Can it predict?")
-    async def readyz() -> dict[str, Any]:
-        if service.stopping:
+    @app.get("/readyz", responses=problem_answers(403, 503), summary="Can it predict?")
+    async def readyz() -> Ready:
+        if context.stopping:
             raise Problem(503, "this server is about to stop", fix="ask another one", kind="stopping")
-        return {"status": "ready", "version": service.served().champion.version}
+        return Ready(status="ready", version=context.served().champion.version)
 
     @app.get(
         "/metrics",
@@ -63,7 +58,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         summary="For Prometheus",
     )
     async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+        return Response(context.metrics.text(), media_type=CONTENT_TYPE)
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:

@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from sora.core.answers import Window
 from sora.core.records import THRESHOLD
 
 
 def timeline(
     spans: Sequence[tuple[float, float]], classes: Sequence[str], probabilities: np.ndarray
-) -> list[dict[str, Any]]:
-    """One entry a clip: `{"start", "end", "label", "probabilities"}`.
+) -> tuple[Window, ...]:
+    """One window a clip.
 
     Arguments:
         spans: seconds, one a clip. A long video's clips lie apart: what is between them was not looked at.
         probabilities: `(clips, classes)`.
     """
-    return [
-        {
-            "start": start,
-            "end": end,
-            "label": classes[int(row.argmax())],
-            "probabilities": {name: float(value) for name, value in zip(classes, row, strict=True)},
-        }
+    return tuple(
+        Window(
+            start,
+            end,
+            label=classes[int(row.argmax())],
+            probabilities={name: float(value) for name, value in zip(classes, row, strict=True)},
+        )
         for (start, end), row in zip(spans, probabilities, strict=True)
-    ]
+    )
 
 
 def deciding(probabilities: np.ndarray, label: int, multilabel: bool = False) -> tuple[int, int]:
     """The run of clips that speaks most for class `label`: first and last, both included.
 
-    A clip speaks with its margin, the probability of the label less that of the best other class, so one that sees
-    something else speaks against; of a multi-label model, whose classes don't exclude each other, that of `THRESHOLD`.
-    The run with the largest sum is found in one pass (Bentley, "Programming pearls:
-    algorithm design techniques", 1984); of equals the first, and the shortest. There is always one: where no clip
+    A clip speaks with its margin: the probability of the label less that of the best other class. So a clip that sees
+    something else speaks against it. The classes of a multi-label model don't exclude each other: there `THRESHOLD`
+    takes the place of the other class. The run with the largest sum is found in one pass (Bentley, "Programming pearls:
+    algorithm design techniques", 1984). Of equal runs it is the first and shortest. There is always one: where no clip
     speaks for the label, it is the clip that speaks least against it.
     """
     others = np.delete(probabilities, label, axis=1)

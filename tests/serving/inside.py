@@ -15,16 +15,16 @@ from sora.serving.source import ModelCache
 
 @asynccontextmanager
 async def running(folder: Path, *, tokens=(), headers=None, **settings):
-    """(client, service) of an application over FOLDER/registry and FOLDER/cache."""
+    """(client, context) of an application over FOLDER/registry and FOLDER/cache."""
     options = {"poll_seconds": 0.05, "decode_workers": 1, **settings}
     app = create_app(Serve(**options), ModelCache(folder / "registry"), ModelCache(folder / "cache"), tokens=tokens)
-    service = app.state.service
+    context = app.state.context
     transport = httpx.ASGITransport(app)
     async with (
-        service.running(),
+        context.running(),
         httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60, headers=headers) as client,
     ):
-        yield client, service
+        yield client, context
 
 
 async def until(condition, seconds=60.0):

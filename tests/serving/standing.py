@@ -28,7 +28,7 @@ def main() -> None:
     import logging
 
     from sora.serving.app import create_app
-    from sora.serving.server import listen, serve
+    from sora.serving.listener import listen, serve_until_stopped
     from sora.serving.tokens import TokenFile, Tokens
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO)
@@ -39,7 +39,7 @@ def main() -> None:
     inbox = Inbox(project, settings.inbox_files, settings.inbox_bytes) if project.params_file.is_file() else None
     registry, cache = ModelCache(folder / "registry"), ModelCache(folder / "cache")
     app = create_app(settings, registry, cache, tokens=tokens, inbox=inbox)
-    serve(app, listen("127.0.0.1", settings.port))
+    serve_until_stopped(app, listen("127.0.0.1", settings.port))
 
 
 def free_port() -> int:
@@ -103,7 +103,7 @@ class Standing:
         return (self.folder / "server.log").read_text(encoding="utf-8", errors="replace")[-3000:]
 
     def leftovers(self) -> list[Path]:
-        return list((self.folder / "tmp").glob("sora-uploads-*/*"))
+        return list((self.folder / "tmp").glob("sora-tmp-uploads-*/*"))
 
 
 if __name__ == "__main__":

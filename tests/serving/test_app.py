@@ -22,7 +22,7 @@ from sora.runtime.predictor import Predictor
 from sora.serving import follow, uploads
 from sora.serving.app import create_app
 from sora.serving.batcher import Batcher
-from sora.serving.decoding import DecodePool
+from sora.serving.decode_pool import DecodePool
 from sora.serving.source import ModelCache
 from tests.serving.conftest import SPEC, other_golden
 from tests.serving.inside import ready, running, send, true, until
@@ -30,8 +30,8 @@ from tests.serving.inside import ready, running, send, true, until
 
 def test_no_champion_yet_and_then_the_first(models, video, tmp_path):
     async def story():
-        async with running(tmp_path) as (client, service):
-            await until(true(lambda: service.follower.none))
+        async with running(tmp_path) as (client, context):
+            await until(true(lambda: context.follower.none))
             for answer in (await client.get("/readyz"), await send(client, video)):
                 assert answer.status_code == 503 and answer.headers["retry-after"]
                 assert "sora run" in answer.json()["fix"]
@@ -41,7 +41,7 @@ def test_no_champion_yet_and_then_the_first(models, video, tmp_path):
             models[0].promote(ModelCache(tmp_path / "registry"))
             await until(ready(client))
             assert (await send(client, video)).json()["version"] == 1
-        assert not service.folder.exists()
+        assert not context.folder.exists()
 
     asyncio.run(story())
 
@@ -52,18 +52,18 @@ def test_without_a_registry_the_cache_serves_also_after_a_restart(models, video,
     models[0].put(ModelCache(tmp_path / "cache"))  # as `RegistrySource` leaves it there
 
     async def first():
-        async with running(tmp_path) as (client, service):
+        async with running(tmp_path) as (client, context):
             await until(ready(client))
             (registry.folder / "champion.json").write_text("{broken", encoding="utf-8")
-            await until(true(lambda: service.follower.problem))
+            await until(true(lambda: context.follower.problem))
             assert (await send(client, video)).status_code == 200
             following = (await client.get("/v1/model")).json()["following"]
             assert following["registry"] == "unreachable" and "broken" not in following["problem"][:20]
 
     async def second():
-        async with running(tmp_path) as (client, service):
+        async with running(tmp_path) as (client, context):
             await until(ready(client, 1))
-            assert service.follower.problem
+            assert context.follower.problem
             models[1].promote(registry)  # it is back, with another champion
             await until(ready(client, 2))
 
@@ -76,8 +76,8 @@ def test_nothing_in_the_cache_and_no_registry(tmp_path):
     (tmp_path / "registry" / "champion.json").write_text("[]", encoding="utf-8")
 
     async def story():
-        async with running(tmp_path) as (client, service):
-            await until(true(lambda: service.follower.problem))
+        async with running(tmp_path) as (client, context):
+            await until(true(lambda: context.follower.problem))
             answer = await client.get("/readyz")
             assert answer.status_code == 503 and "champion.json" in answer.json()["detail"]
 
@@ -91,10 +91,10 @@ def test_a_refused_champion_at_the_start_leaves_the_last_good_one(models, video,
     registry.remember(models[1].champion)
 
     async def story():
-        async with running(tmp_path) as (client, service):
+        async with running(tmp_path) as (client, context):
             await until(ready(client))
             assert (await send(client, video)).json()["version"] == 1
-            assert service.follower.refused.champion.version == 2
+            assert context.follower.refused.champion.version == 2
         assert cache.champion().version == 1
 
     asyncio.run(story())
@@ -121,15 +121,15 @@ def test_a_refusal_is_written_down_with_the_version(models, tmp_path, monkeypatc
 
     async def story():
         nonlocal tried, failures
-        async with running(tmp_path) as (_, service):
+        async with running(tmp_path) as (_, context):
             await until(true(note.exists))
             text = note.read_text()
             assert "differs" in text and socket.gethostname() in text
             await asyncio.sleep(0.3)
-            assert tried == 3 and service.follower.current.champion.version == 1
+            assert tried == 3 and context.follower.current.champion.version == 1
             tried, failures = 0, 100
             models[0].promote(registry)
-            await until(true(lambda: service.follower.refused is None))
+            await until(true(lambda: context.follower.refused is None))
             registry.remember(models[1].champion)
             await until(true(lambda: tried == follow.NOTE_ATTEMPTS))
             await asyncio.sleep(0.3)
@@ -147,8 +147,8 @@ def test_a_damaged_cache_is_refused(models, tmp_path):
     (tmp_path / "registry" / "champion.json").write_text("no", encoding="utf-8")
 
     async def story():
-        async with running(tmp_path) as (client, service):
-            await until(true(lambda: service.follower.refused))
+        async with running(tmp_path) as (client, context):
+            await until(true(lambda: context.follower.refused))
             answer = await client.get("/readyz")
             assert answer.status_code == 503 and "sha256" in answer.json()["detail"]
 
@@ -171,10 +171,10 @@ def test_a_registry_that_hangs_does_not_hold_the_start_up(models, tmp_path, monk
     async def story():
         source = Hanging(tmp_path / "registry")
         app = create_app(Serve(poll_seconds=0.05, decode_workers=1), source, ModelCache(tmp_path / "cache"))
-        service = app.state.service
-        async with service.running():
-            await until(true(lambda: service.follower.current))
-            assert "has not answered" in service.follower.problem and source.asked == 1
+        context = app.state.context
+        async with context.running():
+            await until(true(lambda: context.follower.current))
+            assert "has not answered" in context.follower.problem and source.asked == 1
             release.set()
 
     asyncio.run(story())
@@ -184,13 +184,13 @@ def test_beyond_the_queue_is_429(models, video, tmp_path):
     models[0].promote(ModelCache(tmp_path / "registry"))
 
     async def story():
-        async with running(tmp_path, queue=2, decode_timeout=2) as (client, service):
+        async with running(tmp_path, queue=2, decode_timeout=2) as (client, context):
             await until(ready(client))
             assert (await send(client, video)).status_code == 200
-            (stopped,) = service.pool.pids
+            (stopped,) = context.pool.pids
             os.kill(stopped, signal.SIGSTOP)
             under_way = [asyncio.create_task(send(client, video)) for _ in range(2)]
-            await until(true(lambda: service.active == 2))
+            await until(true(lambda: context.active == 2))
             answer = await send(client, video)
             assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
             assert answer.json()["type"].endswith("queue-full")
@@ -272,13 +272,13 @@ def test_a_full_disk_says_so_and_leaves_nothing(models, video, tmp_path, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     async def story():
-        async with running(tmp_path) as (client, service):
+        async with running(tmp_path) as (client, context):
             await until(ready(client))
             with monkeypatch.context() as patch:
                 patch.setattr(uploads._Reader, "flush", full)
                 answer = await send(client, video)
             assert answer.status_code == 507 and answer.headers["retry-after"]
-            assert not list(service.folder.iterdir())
+            assert not list(context.folder.iterdir())
             assert (await send(client, video)).status_code == 200
 
     asyncio.run(story())
@@ -338,11 +338,11 @@ def test_an_unexpected_failure_is_a_problem_without_insides(models, video, tmp_p
     models[0].promote(ModelCache(tmp_path / "registry"))
 
     async def story():
-        async with running(tmp_path) as (client, service):
+        async with running(tmp_path) as (client, context):
             await until(ready(client))
-            monkeypatch.setattr(service.batcher, "answer", None)
+            monkeypatch.setattr(context.batcher, "answer", None)
             with pytest.raises(TypeError):  # ASGITransport raises what Starlette raises again for the server's log
                 await send(client, video)
-            assert service.active == 0 and not list(service.folder.iterdir())
+            assert context.active == 0 and not list(context.folder.iterdir())
 
     asyncio.run(story())

@@ -26,7 +26,7 @@ def test_it_is_too_large_and_said_at_once(name, models, video, tmp_path):
     models[0].promote(ModelCache(tmp_path / "registry"))
 
     async def story():
-        async with running(tmp_path) as (client, service):
+        async with running(tmp_path) as (client, context):
             await until(ready(client))
             assert (await send(client, video)).status_code == 200
             began = time.monotonic()
@@ -35,7 +35,7 @@ def test_it_is_too_large_and_said_at_once(name, models, video, tmp_path):
             problem = answer.json()
             assert answer.status_code == 413 and problem["rule"] == "too_large" and words in problem["detail"]
             assert (await send(client, video)).status_code == 200
-            assert service.pool.replaced == 0
+            assert context.pool.replaced == 0
 
     asyncio.run(story())
 

@@ -42,17 +42,17 @@ def test_time_that_the_video_took_is_504_and_time_behind_others_503(models, vide
     models[0].promote(ModelCache(tmp_path / "registry"))
 
     async def story():
-        async with running(tmp_path, request_timeout=1.5) as (client, service):
+        async with running(tmp_path, request_timeout=1.5) as (client, context):
             await until(ready(client))
             await send(client, video)  # the decoder is up
-            (stopped,) = service.pool.pids
+            (stopped,) = context.pool.pids
             os.kill(stopped, signal.SIGSTOP)
             one, two = await asyncio.gather(send(client, video), send(client, video))
             assert _problem(one, 504, "deadline")["stage"] == "decode" and "retry-after" not in one.headers
             assert _problem(two, 503, "deadline")["stage"] == "wait" and two.headers["retry-after"]
-            assert service.active == 0 and not list(service.folder.iterdir())
+            assert context.active == 0 and not list(context.folder.iterdir())
             await until(answered(client, video))  # by another decoder
-            assert stopped not in service.pool.pids
+            assert stopped not in context.pool.pids
 
     asyncio.run(story())
 
@@ -62,17 +62,17 @@ def test_time_spent_waiting_for_the_model_is_503(models, video, tmp_path):
     gate = threading.Event()
 
     async def story():
-        async with running(tmp_path, request_timeout=1) as (client, service):
+        async with running(tmp_path, request_timeout=1) as (client, context):
             await until(ready(client))
             await send(client, video)
-            service.batcher._thread.submit(gate.wait)  # the model is at something long
+            context.batcher._thread.submit(gate.wait)  # the model is at something long
             try:
                 answers = await asyncio.gather(*(send(client, video) for _ in range(3)))
             finally:
                 gate.set()
             for answer in answers:
                 assert _problem(answer, 503, "deadline")["stage"] == "queue" and answer.headers["retry-after"]
-            assert len(service.batcher) == 0
+            assert len(context.batcher) == 0
             assert (await send(client, video)).status_code == 200
 
     asyncio.run(story())
@@ -86,12 +86,12 @@ def test_the_upload_counts(models, tmp_path):
         await asyncio.sleep(30)
 
     async def story():
-        async with running(tmp_path, request_timeout=0.3) as (client, service):
+        async with running(tmp_path, request_timeout=0.3) as (client, context):
             await until(ready(client))
             headers = {"content-type": "multipart/form-data; boundary=b"}
             answer = await client.post("/v1/predict", content=slowly(), headers=headers)
             assert "0.3 s" in _problem(answer, 408, "the-upload-took-too-long")["detail"]
-            assert service.active == 0 and not list(service.folder.iterdir())
+            assert context.active == 0 and not list(context.folder.iterdir())
 
     asyncio.run(story())
 
@@ -105,7 +105,7 @@ def test_several_files_get_an_answer_or_a_problem_each(models, video, tmp_path):
     other = make_video(tmp_path / "other.mp4", seed=7).read_bytes()
 
     async def story():
-        async with running(tmp_path, max_files=4) as (client, service):
+        async with running(tmp_path, max_files=4) as (client, context):
             await until(ready(client))
             alone = {name: (await client.post("/v1/predict", files=_files((name, data)))).json()
                      for name, data in (("a.mp4", content), ("d.mp4", other))}  # fmt: skip
@@ -122,7 +122,7 @@ def test_several_files_get_an_answer_or_a_problem_each(models, video, tmp_path):
                 assert one["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-4)
             assert [one["rule"] for one in found[1:3]] == ["not_a_video", "not_a_video"]
             assert all(one["status"] == 422 and one["fix"] for one in found[1:3])
-            assert service.active == 0 and not list(service.folder.iterdir())
+            assert context.active == 0 and not list(context.folder.iterdir())
 
     asyncio.run(story())
 
@@ -133,21 +133,21 @@ def test_the_deadline_of_a_call_leaves_the_answers_that_were_ready(models, video
     slow = make_video(tmp_path / "slow.mp4", frames=900, fps=25, size=(640, 480)).read_bytes()
 
     async def story():
-        async with running(tmp_path, request_timeout=1.5) as (client, service):
+        async with running(tmp_path, request_timeout=1.5) as (client, context):
             await until(ready(client))
             await send(client, video)
-            (pid,) = service.pool.pids
+            (pid,) = context.pool.pids
             asked = asyncio.create_task(
                 client.post("/v1/predict", files=_files(("a", content), ("slow", slow), ("b", content)))
             )
-            metric = service.metrics.registry.get_sample_value
+            metric = context.metrics.registry.get_sample_value
             await until(true(lambda: metric("sora_batch_clips_count") == 2))  # the first one is with the model
             os.kill(pid, signal.SIGSTOP)
             first, second, third = (await asked).json()["answers"]
             assert first["label"]
             assert second["status"] == 504 and second["filename"] == "slow"
             assert third["status"] == 503 and third["filename"] == "b"
-            assert service.active == 0 and not list(service.folder.iterdir())
+            assert context.active == 0 and not list(context.folder.iterdir())
 
     asyncio.run(story())
 
@@ -157,14 +157,14 @@ def test_files_and_bytes_of_a_call_are_bounded(models, video, tmp_path):
     content = video.read_bytes()
 
     async def story():
-        async with running(tmp_path, max_files=2, max_bytes=len(content) + 100) as (client, service):
+        async with running(tmp_path, max_files=2, max_bytes=len(content) + 100) as (client, context):
             await until(ready(client))
             assert (await send(client, video)).status_code == 200
             many = await client.post("/v1/predict", files=_files(("a", b""), ("b", b""), ("c", b"")))
             assert "2 files" in _problem(many, 400, "many-files")["detail"]
             both = await client.post("/v1/predict", files=_files(("a", content), ("b", content)))
             assert _problem(both, 413, "too-large")["max_bytes"] == len(content) + 100
-            assert service.active == 0 and not list(service.folder.iterdir())
+            assert context.active == 0 and not list(context.folder.iterdir())
             assert (await client.get("/v1/model")).json()["limits"]["files"] == 2
 
     asyncio.run(story())
@@ -175,12 +175,12 @@ def test_a_failure_of_the_server_fails_the_whole_call(models, video, tmp_path, m
     content = video.read_bytes()
 
     async def story():
-        async with running(tmp_path) as (client, service):
+        async with running(tmp_path) as (client, context):
             await until(ready(client))
-            monkeypatch.setattr(service.batcher, "answer", None)
+            monkeypatch.setattr(context.batcher, "answer", None)
             with pytest.raises(TypeError):  # ASGITransport raises what Starlette raises again for the server's log
                 await client.post("/v1/predict", files=_files(("a", content), ("b", content)))
-            assert service.active == 0 and not list(service.folder.iterdir())
+            assert context.active == 0 and not list(context.folder.iterdir())
 
     asyncio.run(story())
 

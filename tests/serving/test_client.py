@@ -188,6 +188,15 @@ def test_a_busy_server_is_asked_again_with_the_whole_file(tmp_path):
     assert len({size for _, size in server.seen}) == 1 and server.seen[0][1] > 200_000
 
 
+@pytest.mark.parametrize("word", ["fix", "mend"])
+def test_the_fix_of_this_server_and_of_an_older_one(word: str) -> None:
+    """Servers called it `mend` before; the client reads both."""
+    refused = (422, {}, json.dumps({"detail": "no video", word: "send a video"}).encode())
+    with told(refused) as (address, _), Client(address) as client, pytest.raises(ApiProblem) as problem:
+        client.predict(io.BytesIO(b"x"))
+    assert problem.value.fix == "send a video"
+
+
 @pytest.mark.parametrize("labels", [["a", "b"], []])
 def test_several_labels_of_one_answer(labels):
     answer = (200, {}, json.dumps({**ANSWER, "labels": labels}).encode())

@@ -19,13 +19,13 @@ def test_an_embedding_comes_where_it_is_asked_for(models, video, tmp_path):
     expected = predictor.embeddings(clips_of(video, models[0].recipe)).mean(axis=0)
 
     async def story():
-        async with running(tmp_path) as (client, service):
+        async with running(tmp_path) as (client, context):
             await until(ready(client))
             files = [("file", ("a.mp4", video.read_bytes())), ("file", ("b.mp4", video.read_bytes()))]
             plain = (await client.post("/v1/predict", files=files[:1])).json()
             one = (await client.post("/v1/predict?embedding=1", files=files[:1])).json()
             two = (await client.post("/v1/predict?embedding=1", files=files)).json()["answers"]
-            assert service.active == 0
+            assert context.active == 0
             return plain, one, *two
 
     plain, *asked = asyncio.run(story())

@@ -180,13 +180,13 @@ def test_coarse_maps_keep_the_mean():
 async def running(folder: Path, **settings):
     options = {"poll_seconds": 0.05, "decode_workers": 1, **settings}
     app = create_app(Serve(**options), ModelCache(folder / "registry"), ModelCache(folder / "cache"))
-    service = app.state.service
+    context = app.state.context
     transport = httpx.ASGITransport(app)
     async with (
-        service.running(),
+        context.running(),
         httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60) as client,
     ):
-        yield client, service
+        yield client, context
 
 
 async def _ready(client):
@@ -203,7 +203,7 @@ def test_the_route(models, video, tmp_path):
     models[0].promote(ModelCache(tmp_path / "registry"))
 
     async def story():
-        async with running(tmp_path) as (client, service):
+        async with running(tmp_path) as (client, context):
             assert (await client.post("/v1/explain", **_sent(video))).status_code in (200, 503)
             await _ready(client)
             predicted = (await client.post("/v1/predict", **_sent(video))).json()
@@ -236,7 +236,7 @@ def test_the_route(models, video, tmp_path):
             for fields in ({"path": "/etc/passwd"}, {"label": "x" * 2000}):
                 refused = await client.post("/v1/explain", **_sent(video, **fields))
                 assert refused.status_code == 400, refused.text
-            assert service.active == 0 and not list(service.folder.iterdir())
+            assert context.active == 0 and not list(context.folder.iterdir())
             assert 'sora_predict_stage_seconds_count{stage="explain"}' in (await client.get("/metrics")).text
 
     asyncio.run(story())
@@ -281,12 +281,12 @@ def test_beyond_the_queue_is_429(models, video, tmp_path):
     models[0].promote(ModelCache(tmp_path / "registry"))
 
     async def story():
-        async with running(tmp_path, queue=1) as (client, service):
+        async with running(tmp_path, queue=1) as (client, context):
             await _ready(client)
-            service.active = 1
+            context.active = 1
             answer = await client.post("/v1/explain", **_sent(video))
             assert answer.status_code == 429 and answer.headers["retry-after"]
-            service.active = 0
+            context.active = 0
             assert (await client.post("/v1/explain", **_sent(video))).status_code == 200
 
     asyncio.run(story())

@@ -45,13 +45,13 @@ async def running(project: Project, models, *, tokens=(), files: int = 5, **sett
     )
     transport = httpx.ASGITransport(app)
     async with (
-        app.state.service.running(),
+        app.state.context.running(),
         httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60) as client,
     ):
         async with asyncio.timeout(60):
             while (await client.get("/readyz")).status_code != 200:
                 await asyncio.sleep(0.02)
-        yield client, app.state.service
+        yield client, app.state.context
 
 
 async def correct(client, video: Path, **fields):
@@ -61,7 +61,7 @@ async def correct(client, video: Path, **fields):
 
 def test_a_correction_from_sending_to_data(project, models, video):
     async def story():
-        async with running(project, models) as (client, service):
+        async with running(project, models) as (client, context):
             answer = await correct(client, video)
             assert answer.status_code == 201, answer.text
             entry = answer.json()
@@ -80,7 +80,7 @@ def test_a_correction_from_sending_to_data(project, models, video):
             assert accepted.status_code == 200 and "sora run" in accepted.json()["next"]
             assert (project.data / accepted.json()["path"]).read_bytes() == video.read_bytes()
             assert (await client.post(f"{address}/accept")).status_code == 404
-            assert service.active == 0 and not list(service.folder.iterdir())
+            assert context.active == 0 and not list(context.folder.iterdir())
 
     asyncio.run(story())
 

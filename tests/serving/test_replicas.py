@@ -52,7 +52,7 @@ def test_two_replicas_follow_one_champion_and_one_file_of_tokens(api, models, vi
             assert other.process.wait(30) == 0
             assert not client.ready()
         assert api.client.get("/readyz").status_code == 200
-    assert len(list((api.folder / "tmp").glob("sora-uploads-*"))) <= 1
+    assert len(list((api.folder / "tmp").glob("sora-tmp-uploads-*"))) <= 1
 
 
 def test_a_stop_is_shown_before_it_is_done(models, video, tmp_path):

@@ -16,16 +16,18 @@ import httpx
 import psutil
 import pytest
 
+from sora.cli import supervisor
 from sora.config import Project
+from sora.core.addresses import is_loopback
 from sora.core.errors import InputError, ServiceError
 from sora.core.processes import start_child
 from sora.core.records import EvalReport
 from sora.operations import servers as services
 from sora.registry import Registry
 from sora.runtime import lifecycle
-from sora.serving.guard import is_loopback, names_this_machine
-from sora.serving.run import read_tokens, run
-from sora.serving.server import listen
+from sora.serving.guard import names_this_machine
+from sora.serving.launch import read_tokens, serve
+from sora.serving.listener import listen
 from sora.serving.tokens import TokenFile
 from tests.serving.conftest import CLASSES, Made, other_golden
 from tests.serving.standing import Standing
@@ -118,7 +120,7 @@ def test_it_follows_the_champion_of_a_real_registry(models, video, tmp_path, cap
         it.process.send_signal(signal.SIGTERM)
         assert it.process.wait(30) == 0
         assert not [child for child in children if child.is_running()]
-        assert not services.running(project) and not list(project.state.glob("sora-uploads-*"))
+        assert not services.running(project) and not list(project.state.glob("sora-tmp-uploads-*"))
     with serving(project, MLFLOW_TRACKING_URI="http://127.0.0.1:9") as it:  # a registry that is away
         it.until(serves(it, 2))
         assert it.send(video).json()["version"] == 2
@@ -138,7 +140,7 @@ def test_strangers_need_a_token(tmp_path, monkeypatch):
     monkeypatch.delenv("SORA_API_TOKEN", raising=False)
     for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
         with pytest.raises(InputError, match="token"):
-            run(Project(tmp_path), host, 0)
+            serve(Project(tmp_path), host, 0)
     with pytest.raises(InputError, match="16"):
         read_tokens("short")
     assert read_tokens("a" * 16 + "," + "b" * 20) == ["a" * 16, "b" * 20]
@@ -146,13 +148,13 @@ def test_strangers_need_a_token(tmp_path, monkeypatch):
     tokens.add("phone")
     tokens.revoke("phone")
     with pytest.raises(InputError, match="token add"):  # a file of tokens that holds none
-        run(Project(tmp_path), "0.0.0.0", 0)
+        serve(Project(tmp_path), "0.0.0.0", 0)
     tokens.add("phone")
     with pytest.raises(ServiceError, match="can't listen"):  # with one it goes on, to an address of another machine
-        run(Project(tmp_path), "192.0.2.1", 0)
+        serve(Project(tmp_path), "192.0.2.1", 0)
     Project(tmp_path).tokens.write_text("{")
     with pytest.raises(ServiceError, match="can't be read"):
-        run(Project(tmp_path), "0.0.0.0", 0)
+        serve(Project(tmp_path), "0.0.0.0", 0)
 
 
 def test_loopback_in_all_its_spellings_needs_none(tmp_path, monkeypatch):
@@ -165,7 +167,7 @@ def test_loopback_in_all_its_spellings_needs_none(tmp_path, monkeypatch):
         taken.listen()
         for host in ("::1", "127.0.0.1", "127.0.0.2", "localhost", "LOCALHOST", "::ffff:127.0.0.1"):
             with pytest.raises(ServiceError, match="can't listen"):  # it is past the question for tokens
-                run(Project(tmp_path), host, taken.getsockname()[1])
+                serve(Project(tmp_path), host, taken.getsockname()[1])
     for host in ("127.0.0.1.example.org", "::2", "::ffff:10.0.0.1", "0.0.0.0", "localhost.example.org"):
         assert not is_loopback(host) and not names_this_machine(host)
     for header in ("[::1]", "[::1]:8000", "127.0.0.2:80", "localhost:1", "[::ffff:127.0.0.1]:8000", "127.0.0.1"):
@@ -190,7 +192,7 @@ def test_a_taken_port_says_so(tmp_path, monkeypatch):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(ServiceError, match="can't listen"):
-            run(Project(tmp_path), None, taken.getsockname()[1])
+            serve(Project(tmp_path), None, taken.getsockname()[1])
 
 
 def test_answers_do_not_wait_for_acknowledgements():
@@ -199,3 +201,30 @@ def test_answers_do_not_wait_for_acknowledgements():
         accepted, _ = listener.accept()
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_a_temporary_folder_that_can_not_be_written_is_an_error_and_no_traceback(tmp_path):
+    (tmp_path / "params.yaml").write_text("name: tested\n", encoding="utf-8")
+    code = (
+        "import sys, tempfile\nfrom sora.cli import main\n"
+        f"tempfile.tempdir = {str(tmp_path / 'absent')!r}\nmain(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "serve", "--project", str(tmp_path), "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"},
+    )
+    assert done.returncode == 3, done.stderr
+    assert "can't write" in done.stderr and "absent" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_serve_and_up_agree_on_what_is_loopback(tmp_path, monkeypatch):
+    for name in supervisor._SECRETS:
+        monkeypatch.delenv(name, raising=False)
+    for host in ("127.0.0.1", "127.0.0.2", "::1", "localhost", "LOCALHOST"):
+        assert supervisor._secrets(Project(tmp_path), host) == {}
+    for host in ("0.0.0.0", "::", "192.0.2.1"):
+        with pytest.raises(InputError, match="can be reached by others"):
+            supervisor._secrets(Project(tmp_path), host)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,9 +15,9 @@ def _of(*first: float) -> np.ndarray:
 
 
 def test_one_entry_a_clip():
-    found = timeline([(0.0, 2.0), (5.0, 7.0)], ("a", "b"), _of(0.9, 0.2))
-    assert found[0] == {"start": 0.0, "end": 2.0, "label": "a", "probabilities": {"a": 0.9, "b": 1 - 0.9}}
-    assert found[1]["label"] == "b"
+    windows = timeline([(0.0, 2.0), (5.0, 7.0)], ("a", "b"), _of(0.9, 0.2))
+    assert asdict(windows[0]) == {"start": 0.0, "end": 2.0, "label": "a", "probabilities": {"a": 0.9, "b": 1 - 0.9}}
+    assert windows[1].label == "b"
 
 
 def test_the_run_that_speaks_most_for_the_label():

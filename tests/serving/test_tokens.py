@@ -132,7 +132,7 @@ def test_a_running_server_follows_them(models, video, tmp_path, file, lines):
     models[0].promote(ModelCache(tmp_path / "registry"))
 
     async def story():
-        async with running(tmp_path, tokens=Tokens((), file)) as (client, service):
+        async with running(tmp_path, tokens=Tokens((), file)) as (client, context):
             await until(ready(client))
             assert (await send(client, video)).status_code == 200  # none yet: this machine may
             token = file.add("phone")
@@ -140,7 +140,7 @@ def test_a_running_server_follows_them(models, video, tmp_path, file, lines):
             client.headers["authorization"] = f"Bearer {token}"
             assert (await send(client, video)).status_code == 200
             assert json.loads(lines.messages[-1])["token"] == "phone" and token not in "".join(lines.messages)
-            sample = service.metrics.registry.get_sample_value
+            sample = context.metrics.registry.get_sample_value
             labels = {"route": "/v1/predict", "method": "POST", "status": "200", "token": "phone"}
             assert sample("sora_requests_total", labels) == 1
             # By its token a caller may name the server as it likes: a proxy does.

@@ -1,4 +1,4 @@
-"""What the routes share: one model reference, one pool of decoders, one batcher, one folder for uploads; and the way of
+"""What the routes share: one model reference, one pool of decoders, one batcher, one folder for uploads. And the way of
 a prediction through them."""
 
 from __future__ import annotations
@@ -7,27 +7,27 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
 from sora.config import Serve
+from sora.core.answers import FileProblem, ModelAnswer, PredictAnswer, PredictAnswers, Span, Window
 from sora.core.errors import ServiceError, VideoError
+from sora.core.files import temporary_folder
 from sora.core.records import ClipSpec
 from sora.serving import problems, uploads
 from sora.serving import timeline as timelines
 from sora.serving.batcher import Batcher
-from sora.serving.decoding import Decoded, DecodePool
+from sora.serving.decode_pool import Decoded, DecodePool
 from sora.serving.follow import Follower, Refusal, Served
 from sora.serving.metrics import Metrics
 from sora.serving.problems import Problem
 from sora.serving.source import ModelCache, ModelSource
-from sora.serving.workplace import workplace
 
 
-class Service:
+class Context:
     """The state behind the routes.
 
     Arguments:
@@ -50,7 +50,12 @@ class Service:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        with workplace() as self.folder:
+        """Everything that answers, for the length of the block.
+
+        Raises:
+            DiskFull, ServiceError: the temporary folder can't be written.
+        """
+        with temporary_folder("uploads") as self.folder:
             self.pool = pool = DecodePool(self.settings)
             self.metrics.watch("sora_predictions_active", "Predictions under way", lambda: self.active)
             self.metrics.watch(
@@ -94,8 +99,8 @@ class Service:
             detail, fix = "the model is being loaded", "ask again in a few seconds"
         raise Problem(503, detail, fix=fix, kind="no-model", headers={"Retry-After": "5"})
 
-    async def predict(self, request: Request, wanted: Wanted) -> dict[str, Any]:
-        """One call, from its bytes to its answer: of the one file that it brings, or `{"answers": […]}` of several.
+    async def predict(self, request: Request, wanted: Wanted) -> PredictAnswer | PredictAnswers:
+        """One call, from its bytes to its answer: for the one file that it brings, or for each of several.
 
         Raises:
             Problem: see `problems`.
@@ -109,6 +114,7 @@ class Service:
                 received = await self._receive(request)
                 uploaded = round(time.perf_counter() - start, 6)
                 served = self.served()  # one version for all of the call, whatever changes meanwhile
+                answers: list[PredictAnswer | FileProblem]
                 async with while_connected(request):
                     if len(received) == 1:
                         answers = [await self._one(received[0], served, deadline, wanted)]
@@ -117,24 +123,29 @@ class Service:
             finally:
                 for upload in received:
                     upload.remove()
-        for answer in answers:
-            if "label" in answer:
-                self._count(answer, uploaded)
+        answers = [
+            replace(answer, seconds={"upload": uploaded, **answer.seconds})
+            if isinstance(answer, PredictAnswer)
+            else answer
+            for answer in answers
+        ]
+        good = [answer for answer in answers if isinstance(answer, PredictAnswer)]
+        for answer in good:
+            self._count(answer)
         request.state.log = {
             "version": served.champion.version,
             "bytes": sum(upload.bytes for upload in received),
-            "clips": sum(answer.get("clips", 0) for answer in answers),
+            "clips": sum(answer.clips for answer in good),
         }
         if len(received) == 1:
-            return answers[0]
-        request.state.log |= {"files": len(received), "refused": sum("label" not in answer for answer in answers)}
-        return {"answers": answers}
+            return good[0]
+        request.state.log |= {"files": len(received), "refused": len(answers) - len(good)}
+        return PredictAnswers(answers=tuple(answers))
 
-    def _count(self, answer: dict[str, Any], uploaded: float) -> None:
-        answer["seconds"] = {"upload": uploaded, **answer["seconds"]}
-        for stage, seconds in answer["seconds"].items():
+    def _count(self, answer: PredictAnswer) -> None:
+        for stage, seconds in answer.seconds.items():
             self.metrics.stage.labels(stage).observe(seconds)
-        self.metrics.predictions.labels(str(answer["version"])).inc()
+        self.metrics.predictions.labels(str(answer.version)).inc()
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -171,19 +182,19 @@ class Service:
 
     async def _each(
         self, received: Sequence[uploads.Upload], served: Served, deadline: float, wanted: Wanted
-    ) -> list[dict[str, Any]]:
-        """An answer or a problem document for each file. As many at a time as there are decoders: a call with many
+    ) -> list[PredictAnswer | FileProblem]:
+        """An answer or a problem for each file. As many at a time as there are decoders: a call with many
         files takes its turns among the others."""
         turns = asyncio.Semaphore(self.settings.decode_workers)
 
-        async def one(upload: uploads.Upload) -> dict[str, Any]:
+        async def one(upload: uploads.Upload) -> PredictAnswer | FileProblem:
             async with turns:
                 try:
                     return await self._one(upload, served, deadline, wanted)
                 except Problem as problem:
-                    return {**problem.document(), "filename": upload.name}
+                    return problem.of_file(upload.name)
                 except ServiceError as error:
-                    return {**problems.of_service(error).document(), "filename": upload.name}
+                    return problems.of_service(error).of_file(upload.name)
                 finally:
                     upload.remove()
 
@@ -194,7 +205,7 @@ class Service:
             raise failed.exceptions[0] from failed
         return [task.result() for task in tasks]
 
-    async def _one(self, upload: uploads.Upload, served: Served, deadline: float, wanted: Wanted) -> dict[str, Any]:
+    async def _one(self, upload: uploads.Upload, served: Served, deadline: float, wanted: Wanted) -> PredictAnswer:
         async with self.until(deadline) as stage:
             return await self._answer(upload, served, wanted, stage)
 
@@ -225,68 +236,77 @@ class Service:
         """
         assert self.pool is not None
         try:
-            found = await self.pool.decode(upload.path, spec, on_taken=lambda: stage.enter("decode"))
+            clips = await self.pool.decode(upload.path, spec, on_taken=lambda: stage.enter("decode"))
             stage.enter("queue")
-            return found
+            return clips
         except VideoError as error:
             error.message = error.message.replace(str(upload.path), upload.name).replace(upload.path.name, upload.name)
             raise problems.of_video(error, upload.name) from error
 
-    async def _answer(self, upload: uploads.Upload, served: Served, wanted: Wanted, stage: Stage) -> dict[str, Any]:
+    async def _answer(self, upload: uploads.Upload, served: Served, wanted: Wanted, stage: Stage) -> PredictAnswer:
         predictor = served.predictor
         decoded = await self.decoded(upload, predictor.recipe.clip, stage)
         answered = await self.batcher.answer(predictor, decoded.clips)
         prediction = predictor.answer(answered.probabilities)
-        answer: dict[str, Any] = {
-            "filename": upload.name,
-            **prediction.to_dict(),
-            "data_version": served.champion.data_version,
-            "clips": len(decoded.clips),
-            "seconds": {
+        embedding: tuple[float, ...] = ()
+        if wanted.embedding:
+            await asyncio.to_thread(predictor.prepare_embeddings)  # the first time it is made; not in the model thread
+            vectors = await self.batcher.embeddings(predictor, decoded.clips)
+            embedding = tuple(round(float(value), 6) for value in vectors.mean(axis=0))
+        timeline: tuple[Window, ...] = ()
+        span: Span | None = None
+        if decoded.spans is not None and (wanted.timeline or len(decoded.spans) > 1):
+            rows = answered.probabilities
+            label = predictor.classes.index(prediction.label)
+            first, last = timelines.deciding(rows, label, predictor.recipe.multilabel)
+            timeline = timelines.timeline(decoded.spans, predictor.classes, rows)
+            span = Span(decoded.spans[first][0], decoded.spans[last][1])
+        return PredictAnswer(
+            filename=upload.name,
+            label=prediction.label,
+            probabilities=prediction.probabilities,
+            version=prediction.version,
+            unsure=prediction.unsure,
+            labels=prediction.labels,
+            data_version=served.champion.data_version,
+            clips=len(decoded.clips),
+            seconds={
                 "wait": round(decoded.waited, 6),
                 "decode": round(decoded.seconds, 6),
                 "queue": round(answered.queued, 6),
                 "model": round(answered.seconds, 6),
             },
-        }
-        if wanted.embedding:
-            await asyncio.to_thread(predictor.prepare_embeddings)  # the first time it is made; not in the model thread
-            vectors = await self.batcher.embeddings(predictor, decoded.clips)
-            answer["embedding"] = [round(float(value), 6) for value in vectors.mean(axis=0)]
-        if decoded.spans is not None and (wanted.timeline or len(decoded.spans) > 1):
-            rows = answered.probabilities
-            label = predictor.classes.index(prediction.label)
-            first, last = timelines.deciding(rows, label, predictor.recipe.multilabel)
-            answer["timeline"] = timelines.timeline(decoded.spans, predictor.classes, rows)
-            answer["span"] = {"start": decoded.spans[first][0], "end": decoded.spans[last][1]}
-        return answer
+            embedding=embedding,
+            timeline=timeline,
+            span=span,
+        )
 
-    def model(self) -> dict[str, Any]:
-        """The body of `/v1/model`; it answers before a model is loaded too, since it says why there is none."""
+    def model(self) -> ModelAnswer:
+        """What `/v1/model` answers, also before a model is loaded, since it says why there is none."""
         current = self.follower.current
         champion = current.champion if current else None
         recipe = current.predictor.recipe if current else None
         limits = self.settings
-        return {
-            "version": champion.version if champion else None,
-            "classes": list(recipe.classes) if recipe else [],
-            "clip": recipe.clip.to_dict() if recipe else None,
-            "data_version": champion.data_version if champion else None,
-            "run_id": champion.run_id if champion else None,
-            "digest": champion.digest if champion else None,
-            "temperature": recipe.temperature if recipe else None,
-            "multilabel": recipe.multilabel if recipe else False,
-            "metrics": champion.metrics if champion else {},
-            "since": current.since if current else None,
-            "following": self.follower.state(),
-            "limits": {
+        return ModelAnswer(
+            version=champion.version if champion else None,
+            classes=recipe.classes if recipe else (),
+            clip=recipe.clip.to_dict() if recipe else None,
+            data_version=champion.data_version if champion else None,
+            run_id=champion.run_id if champion else None,
+            digest=champion.digest if champion else None,
+            temperature=recipe.temperature if recipe else None,
+            multilabel=recipe.multilabel if recipe else False,
+            metrics=dict(champion.metrics) if champion else {},
+            since=current.since if current else None,
+            following=self.follower.state(),
+            limits={
                 "bytes": limits.max_bytes,
                 "files": limits.max_files,
                 "seconds": limits.max_seconds,
                 "pixels": limits.max_pixels,
                 "frames": limits.max_frames,
             },
-        }
+        )
 
 
 @dataclass(frozen=True, slots=True)

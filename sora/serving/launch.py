@@ -1,4 +1,4 @@
-"""`sora serve`: the application, a socket, logs, and an MLflow server to follow where nobody else keeps one up."""
+"""`sora serve`: the application on a socket, logs, and an MLflow server to follow where nobody else keeps one up."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 from sora.config import Project, Serve
 from sora.config.credentials import Login
+from sora.core.addresses import is_loopback
 from sora.core.errors import InputError, ServiceError, SoraError
 from sora.core.progress import say
 from sora.dataset.corrections import Inbox
-from sora.operations import servers as services
+from sora.operations import servers
 from sora.serving.app import create_app
-from sora.serving.guard import is_loopback
-from sora.serving.server import listen, serve
+from sora.serving.listener import listen, serve_until_stopped
 from sora.serving.source import ModelCache, RegistrySource
 from sora.serving.tokens import ENVIRONMENT, TokenFile, Tokens
 
@@ -27,12 +27,13 @@ MIN_TOKEN = 16  # characters
 THREADS = "TF_NUM_INTRAOP_THREADS"  # TensorFlow reads it when it is imported
 
 
-def run(project: Project, host: str | None = None, port: int | None = None) -> None:
-    """Serves until SIGTERM or Ctrl-C; requests under way are answered first.
+def serve(project: Project, host: str | None = None, port: int | None = None) -> None:
+    """Serves the project's champion until SIGTERM or Ctrl-C; requests under way are answered first.
 
     Raises:
         InputError: an address other than loopback without tokens, or a token that is too short.
-        ServiceError: the address is taken or not of this machine, or the file of tokens is damaged.
+        ServiceError: the address is taken or not of this machine, the file of tokens is damaged, or the temporary
+            folder can't be written.
     """
     settings = project.settings()
     host = host or settings.serve.host
@@ -56,19 +57,19 @@ def run(project: Project, host: str | None = None, port: int | None = None) -> N
         inbox=Inbox(project, settings.serve.inbox_files, settings.serve.inbox_bytes),
     )
     listener = listen(host, settings.serve.port if port is None else port)
-    follower = app.state.service.follower
+    follower = app.state.context.follower
     mlflow.start(lambda: follower.current is not None or _champion_of(cache) is None)
     address = f"http://{_written(listener)}/"
     say(f"Sora answers at {address} once the model is loaded; Ctrl-C ends it")
     try:
-        serve(app, listener)
+        serve_until_stopped(app, listener)
     finally:
         mlflow.close()
 
 
 def model_threads(settings: Serve) -> int:
-    """Threads that share one operation of the model: as many as the decoders leave processors. More of them wait for
-    each other while a decoder has one's processor."""
+    """Threads that share one operation of the model: as many as the decoders leave processors. More threads would wait
+    for each other while a decoder has the processor of one of them."""
     return max(1, (os.cpu_count() or 1) - settings.decode_workers)
 
 
@@ -76,7 +77,7 @@ def read_tokens(text: str) -> list[str]:
     """SORA_API_TOKEN: one token or several, separated by spaces or commas.
 
     Raises:
-        InputError: one is so short that it can be guessed, or a header can't carry it.
+        InputError: a token is so short that it can be guessed, or a header can't carry it.
     """
     tokens = text.replace(",", " ").split()
     if any(len(token) < MIN_TOKEN or not token.isascii() for token in tokens):
@@ -104,15 +105,15 @@ class Mlflow:
         self._thread: threading.Thread | None = None
 
     def address(self) -> str | None:
-        """As `services.mlflow_address`, None where that raises."""
+        """The same as `servers.mlflow_address`, but None where that raises."""
         if self._configured:
             return self._configured
-        entry = services.running(self._project).get("mlflow")
+        entry = servers.running(self._project).get("mlflow")
         return entry.url if entry else self._given
 
     def login(self) -> Login | None:
-        """What the server at `address` asks for; None where the environment says it."""
-        return None if self._configured else services.own_login(self._project, "mlflow")
+        """What the server at `address` asks for. None where the environment says it."""
+        return None if self._configured else servers.own_login(self._project, "mlflow")
 
     def start(self, may_start: Callable[[], bool]) -> None:
         """`may_start()` turns true when nothing that should be quick would have to share the processors with it."""
@@ -130,11 +131,11 @@ class Mlflow:
         while not may_start() and time.monotonic() < latest and not self._ended.wait(0.2):
             pass
         while not self._ended.wait(1):
-            if "mlflow" in services.running(self._project):
+            if "mlflow" in servers.running(self._project):
                 continue
             try:
-                with services.servers(self._project, prefect=False, owner="serve", standing=True):
-                    while "mlflow" in services.running(self._project) and not self._ended.wait(1):
+                with servers.servers(self._project, prefect=False, owner="serve", standing=True):
+                    while "mlflow" in servers.running(self._project) and not self._ended.wait(1):
                         pass
             except (SoraError, OSError) as error:
                 log.warning("MLflow can't be started: %s", error)
@@ -155,13 +156,14 @@ def _written(listener: socket.socket) -> str:
 
 def _log_to_stderr() -> None:
     """One line an event on standard error: `sora.serving.access` writes JSON, the rest words."""
-    # Facts that no line shows, asked of the system for each.
+    # No line shows these facts, and each costs a question to the system.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     plain = logging.StreamHandler()
     plain.setFormatter(logging.Formatter("%(message)s"))
     for name, own, level in (
+        ("sora.core", handler, logging.INFO),
         ("sora.serving", handler, logging.INFO),
         ("sora.serving.access", plain, logging.INFO),
         ("uvicorn.error", handler, logging.WARNING),

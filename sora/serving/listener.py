@@ -1,4 +1,4 @@
-"""The application on a socket, until SIGTERM or Ctrl-C."""
+"""A socket, and the application that answers on it until SIGTERM or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import signal
 import socket
 import threading
+from contextlib import AsyncExitStack
 from types import FrameType
 from typing import cast
 
@@ -14,7 +15,7 @@ from fastapi import FastAPI
 
 from sora.core.errors import ServiceError
 from sora.serving.connections import Connections
-from sora.serving.service import Service
+from sora.serving.context import Context
 
 FINISH_SECONDS = 30  # that requests under way get when the server stops
 
@@ -42,20 +43,23 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(app: FastAPI, listener: socket.socket) -> None:
+def serve_until_stopped(app: FastAPI, listener: socket.socket) -> None:
     """Serves an application of `create_app` until SIGTERM or Ctrl-C; requests under way are answered first.
 
     SIGTERM is first shown to proxies for `serve.drain_seconds`: `/readyz` says 503, everything else goes on. Without
     that a proxy would send a call on a connection that closes at that moment. A second signal stops at once.
+
+    Raises:
+        DiskFull, ServiceError: the temporary folder can't be written.
     """
-    service: Service = app.state.service
-    settings = service.settings
+    context: Context = app.state.context
+    settings = context.settings
     connections = Connections(
         most=settings.queue * 4 + 256,  # predictions have their own bound
         most_a_peer=settings.max_connections_per_peer,
         header_timeout=settings.header_timeout,
         body_timeout=settings.upload_timeout,
-        on_closed=lambda reason: service.metrics.closed.labels(reason).inc(),
+        on_closed=lambda reason: context.metrics.closed.labels(reason).inc(),
     )
     config = uvicorn.Config(
         app,
@@ -64,6 +68,7 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
         loop="asyncio",
         http=cast("type[asyncio.Protocol]", connections.protocol),
         ws="none",  # there are none; an upgrade would take a connection out of the count
+        lifespan="off",  # see `_Server.startup`
         log_config=None,
         access_log=False,
         server_header=False,
@@ -73,23 +78,36 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
     # uvicorn raises the signal again after its shutdown; a stop that was asked for is no failure.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        _Server(config, service).run(sockets=[listener])
+        _Server(config, context).run(sockets=[listener])
     finally:
         signal.signal(signal.SIGTERM, before)
         listener.close()
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, context: Context) -> None:
         super().__init__(config)
-        self._service = service
+        self._context = context
+        self._running = AsyncExitStack()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts the context first. As the application's lifespan its failure would be a traceback in uvicorn's log,
+        and the server would end as if somebody had asked it to."""
+        async with AsyncExitStack() as started:
+            await started.enter_async_context(self._context.running())
+            await super().startup(sockets)
+            self._running = started.pop_all()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        async with self._running:
+            await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        seconds = self._service.settings.drain_seconds
-        if sig != signal.SIGTERM or not seconds or self._service.stopping:
+        seconds = self._context.settings.drain_seconds
+        if sig != signal.SIGTERM or not seconds or self._context.stopping:
             super().handle_exit(sig, frame)
             return
-        self._service.stopping = True
+        self._context.stopping = True
         timer = threading.Timer(seconds, super().handle_exit, (sig, None))
         timer.daemon = True
         timer.start()
