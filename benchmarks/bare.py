@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from flows.training import job_for
+from flows.steps import job_for
 from sora.config import Project
 from sora.dataset import manifest, splits, table
 from sora.judging import evaluation
