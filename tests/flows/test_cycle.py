@@ -26,6 +26,7 @@ from tests.registry.conftest import answers, fails, recipe, report
 from tests.registry.fake import FakeRegistry
 
 FACTS = SplitFacts(6, 1, 3, 1, 1, {"a": 3, "b": 2}, "digest", "ab12")
+LEDGER = f"sha256,split,group\n{1:064x},train,\n"
 FITTED = TrainResult("model.keras", 1, 2, [{"loss": 1.0}], 3.0, 4.0, 5, 0)
 
 
@@ -47,11 +48,15 @@ class Played:
 
     def assign(self, night: Night, target: Path, recorded: Recorded | None) -> SplitFacts:
         self._call("assign")
+        night.project.splits_file.write_text(LEDGER)
         return self.facts
 
     def open_run(self, night: Night, case: Case) -> str:
         self._call("open_run")
-        return night.registry.runs.start_run(tags={**case.key.to_tags(), "test_digest": case.facts.test_digest})
+        runs = night.registry.runs
+        run_id = runs.start_run(tags={**case.key.to_tags(), "test_digest": case.facts.test_digest})
+        runs.log_state(run_id, {"splits.csv": LEDGER})
+        return run_id
 
     def fit(self, night: Night, run_id: str, work: Work) -> TrainResult:
         self._call("fit")
