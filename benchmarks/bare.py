@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flows.training import job_for
+from flows.steps import job_for
 from sora.config import Project
 from sora.dataset import manifest, quarantine, splits, table
 from sora.judging import evaluation

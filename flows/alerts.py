@@ -22,9 +22,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from sora.config import Project, find_project
@@ -32,11 +33,31 @@ from sora.core.errors import SoraError
 from sora.core.progress import say
 from sora.operations import nightly_log
 
+if TYPE_CHECKING:
+    from prefect import Flow
+    from prefect.client.schemas.objects import FlowRun, State
+
 _log = logging.getLogger(__name__)
 ENVIRONMENT = "SORA_ALERT_WEBHOOK"
 _TIMEOUT = 10.0  # seconds, each try
 _PAUSES = (1.0, 4.0)  # seconds before the second and the third try
 _LONGEST_REASON = 4000  # characters; a training's log tail would be refused by most chat services
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """What the webhook gets, as JSON; fields that are None are left out. A new field of the payload belongs here."""
+
+    event: Literal["nightly_failed", "nightly_missed", "backup_failed"]
+    project: str  # its folder
+    flow_run: str | None = None  # nightly_failed: its name in Prefect
+    reason: str | None = None  # of a failure
+    fix: str | None = None  # of a failure: "" where none is known
+    expected: str | None = None  # nightly_missed: when it should have begun; ISO 8601
+    last: str | None = None  # nightly_missed: when the last good one ended; ISO 8601
+
+    def to_dict(self) -> dict[str, str]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -56,8 +77,8 @@ def redacted(url: str) -> str:
     return f"{parts.scheme}://{parts.hostname or '?'}{port}/…"
 
 
-def send(webhook: str | None, event: dict[str, Any]) -> bool:
-    """POSTs the event as JSON: three tries, then a log line. Never raises. Whether it was delivered.
+def send(webhook: str | None, alert: Alert) -> bool:
+    """POSTs the alert as JSON: three tries, then a log line. Never raises. Whether it was delivered.
 
     Tried again: no connection, no answer, 429 and 5xx. Any other refusal stays one.
     """
@@ -70,7 +91,7 @@ def send(webhook: str | None, event: dict[str, Any]) -> bool:
             raise _Inside
         request = urllib.request.Request(
             webhook,
-            data=json.dumps(event, default=str).encode(),
+            data=json.dumps(alert.to_dict()).encode(),
             headers={"Content-Type": "application/json", "User-Agent": "sora"},
             method="POST",
         )
@@ -90,9 +111,9 @@ def send(webhook: str | None, event: dict[str, Any]) -> bool:
             time.sleep(pause)
     except _Inside:
         reason = "its name stands for this machine or its link: write the address itself if that is meant"
-    except Exception as error:  # a webhook that is no address, an event that is no JSON
+    except Exception as error:  # a webhook that is not an address
         reason = type(error).__name__
-    _log.warning("alert %s was not delivered to %s: %s", event.get("event"), redacted(webhook), reason)
+    _log.warning("alert %s was not delivered to %s: %s", alert.event, redacted(webhook), reason)
     return False
 
 
@@ -111,43 +132,33 @@ def _leads_inside(webhook: str) -> bool:
     if name == "localhost":
         return False
     try:
-        found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(name, None)}
+        texts = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(name, None)}
     except OSError:
         return False  # the call says so itself, and tries again
-    every = [ipaddress.ip_address(text) for text in found]
+    every = [ipaddress.ip_address(text) for text in texts]
     addresses = [getattr(address, "ipv4_mapped", None) or address for address in every]
     return any(address.is_loopback or address.is_link_local or address.is_unspecified for address in addresses)
 
 
 def nightly_failed(project: Project, *, flow_run: str, reason: str, fix: str = "") -> bool:
     """Sends `nightly_failed`. The webhook is what environment and params.yaml say now."""
-    event = {
-        "event": "nightly_failed",
-        "project": str(project.root),
-        "flow_run": flow_run,
-        "reason": reason[-_LONGEST_REASON:],
-        "fix": fix,
-    }
-    return send(_webhook(project), event)
+    root = str(project.root)
+    alert = Alert("nightly_failed", root, flow_run=flow_run, reason=reason[-_LONGEST_REASON:], fix=fix)
+    return send(_webhook(project), alert)
 
 
 def backup_failed(project: Project, *, reason: str, fix: str = "") -> bool:
     """Sends `backup_failed`: the nightly itself may have ended well."""
-    event = {
-        "event": "backup_failed",
-        "project": str(project.root),
-        "reason": reason[-_LONGEST_REASON:],
-        "fix": fix,
-    }
-    return send(_webhook(project), event)
+    alert = Alert("backup_failed", str(project.root), reason=reason[-_LONGEST_REASON:], fix=fix)
+    return send(_webhook(project), alert)
 
 
-def on_failure(flow: Any, flow_run: Any, state: Any) -> None:
+def on_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State) -> None:
     """Hook for the nightly flow's `on_failure` and `on_crashed`; its parameter `project` says which project."""
     root = (flow_run.parameters or {}).get("project")
     if not root:
         return
-    reason, fix = state.message or state.name, ""
+    reason, fix = state.message or state.name or "", ""
     error = _error_of(state)
     if isinstance(error, SoraError):
         reason, fix = error.message, error.fix
@@ -157,7 +168,7 @@ def on_failure(flow: Any, flow_run: Any, state: Any) -> None:
 on_crashed = on_failure
 
 
-def _error_of(state: Any) -> BaseException | None:
+def _error_of(state: State) -> BaseException | None:
     """The exception behind a failed state; None where it stayed in another process (a crash)."""
     try:
         result = state.result(raise_on_failure=False)
@@ -179,20 +190,15 @@ def check_missed(project: Project, now: datetime | None = None) -> datetime | No
     memory = project.alerted
     stamp = expected.isoformat()
     if _remembered(memory) != stamp:
-        event = {
-            "event": "nightly_missed",
-            "project": str(project.root),
-            "expected": stamp,
-            "last": last.finished.isoformat(),
-        }
-        if send(os.environ.get(ENVIRONMENT) or settings.alert.webhook, event):
+        alert = Alert("nightly_missed", str(project.root), expected=stamp, last=last.finished.isoformat())
+        if send(os.environ.get(ENVIRONMENT) or settings.alert.webhook, alert):
             memory.write_text(json.dumps({"expected": stamp}), encoding="utf-8")
     return expected
 
 
 def _remembered(memory: Path) -> str | None:
     try:
-        return json.loads(memory.read_text(encoding="utf-8"))["expected"]
+        return str(json.loads(memory.read_text(encoding="utf-8"))["expected"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -41,7 +41,7 @@ def run_here(project: Project, *, force: bool = False) -> dict[str, Any]:
         state: Any = nightly(str(project.root), force=force, return_state=True)
         APILogHandler().flush()  # while the server that takes the lines is up
         if state.is_completed():
-            result: dict[str, Any] = state.result()
+            result: dict[str, Any] = state.result().to_dict()
             if not standing:  # nobody answers at that address any more
                 result["pages"] = [page for page in result.get("pages", []) if not page.startswith("MLflow")]
             return result

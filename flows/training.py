@@ -27,10 +27,14 @@ from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.client import prefect_client
+from flows.records import Night
+from flows.steps import job_for, live
 from sora.config import Project, Settings, parse
 from sora.core import provenance
 from sora.core.errors import InputError, ServiceError
 from sora.core.progress import Bar, bar, say
+from sora.learning.training import Emit, TrainResult
+from sora.registry import Registry, RunsPort
 
 HANDOVER = PurePosixPath("handover/table.parquet")  # artifacts of the run: to the worker …
 HANDBACK = "handback"  # … and back: model.keras, result.json
@@ -42,22 +46,6 @@ NO_WORKER_SECONDS = 60.0  # that a pool may be without a worker, which may just 
 OUTAGE_SECONDS = 900.0  # that the Prefect server may be away
 QUEUE_SECONDS = 12 * 3600.0  # that a run may wait for a worker that is busy
 _POLL_SECONDS = 2.0
-
-
-def job_for(shards: Path, table: Path, settings: Settings, out: Path) -> Any:
-    """The training of a project's shards and table; `out` keeps what a resumed training goes on from."""
-    from sora.learning.training import TrainJob
-
-    values = settings.to_dict()
-    return TrainJob(
-        shards=str(shards),
-        table=str(table),
-        classes=list(settings.classes),
-        model=values["model"],
-        train=values["train"],
-        clip=settings.clip.spec().to_dict(),
-        out=str(out),
-    )
 
 
 # --- the worker's side ----------------------------------------------------------------------------------------------
@@ -74,9 +62,7 @@ def train(run_id: str, mlflow: str, state: dict[str, str], table_sha256: str, co
         table_sha256: of the table of splits, which is an artifact of the run.
         code: `provenance.LEARNING` of the nightly's machine: a model of another version might not even load.
     """
-    from flows import show
     from flows.slots import device_slot
-    from sora.registry import Registry
 
     clone = own_clone()
     if code != provenance.LEARNING:
@@ -85,19 +71,19 @@ def train(run_id: str, mlflow: str, state: dict[str, str], table_sha256: str, co
             fix=f"bring {clone.root} to the nightly's commit, install it, and restart the worker",
         )
     if not re.fullmatch(r"[0-9a-f]{32}", run_id):
-        raise InputError(f"{run_id!r} is no MLflow run id")
+        raise InputError(f"{run_id!r} is not the id of an MLflow run")
     settings = parse(state["params.yaml"], "the nightly's params.yaml")
-    registry = Registry(os.environ.get("MLFLOW_TRACKING_URI") or mlflow, settings.name)
+    runs = Registry(os.environ.get("MLFLOW_TRACKING_URI") or mlflow, settings.name).runs
     work = clone.training / run_id
     with beating() as beat:
         beat(0, 0, "fetching shards")
-        prepared = _fetch(clone, registry, run_id, state, table_sha256, work)
+        prepared = _fetch(clone, runs, run_id, state, table_sha256, work)
         beat(0, settings.train.epochs, "waiting for a device")
-        with device_slot() as environment, registry.system_metrics(run_id):
+        with device_slot() as environment, runs.system_metrics(run_id):
             get_run_logger().info("training on CUDA_VISIBLE_DEVICES=%s", environment["CUDA_VISIBLE_DEVICES"])
-            done = _fit(prepared, settings, work, show.live(registry, run_id, beat), environment)
-        beat(done["epochs"], done["epochs"], "handing the model back")
-        _hand_back(registry, run_id, done, work)
+            done = _fit(prepared, settings, work, live(runs, run_id, beat), environment)
+        beat(done.epochs, done.epochs, "handing the model back")
+        _hand_back(runs, run_id, done)
     shutil.rmtree(work, ignore_errors=True)
 
 
@@ -117,7 +103,9 @@ def own_clone() -> Project:
 
 
 @task(name="fetch shards", cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=5)
-def _fetch(clone: Project, registry: Any, run_id: str, state: dict[str, str], table_sha256: str, work: Path) -> Project:
+def _fetch(
+    clone: Project, runs: RunsPort, run_id: str, state: dict[str, str], table_sha256: str, work: Path
+) -> Project:
     """Lays the nightly's state out in a folder of its own; the clone's files stay as they are."""
     from sora.dataset import versioning
 
@@ -131,7 +119,7 @@ def _fetch(clone: Project, registry: Any, run_id: str, state: dict[str, str], ta
             f"the shards did not arrive: {error.message}",
             fix="give project and clone a DVC remote that both reach (dvc remote add --default NAME URL)",
         ) from error
-    if registry.fetch_file(run_id, str(HANDOVER), work / "table.parquet") != table_sha256:
+    if runs.fetch_file(run_id, str(HANDOVER), work / "table.parquet") != table_sha256:
         raise ServiceError("the table of splits did not arrive whole", fix="run the nightly again")
     return prepared
 
@@ -141,24 +129,24 @@ def _fit(
     prepared: Project,
     settings: Settings,
     work: Path,
-    on_event: Callable[[dict[str, Any]], None],
+    on_event: Emit,
     environment: dict[str, str],
-) -> dict[str, Any]:
+) -> TrainResult:
     from sora.learning import training
 
     job = job_for(prepared.shards, work / "table.parquet", settings, work / "fit")
-    return training.run(job, on_event, log=work / "training.log", env=environment).to_dict()
+    return training.run(job, on_event, log=work / "training.log", env=environment)
 
 
 @task(name="hand back", cache_policy=NO_CACHE, persist_result=False, retries=4, retry_delay_seconds=15)
-def _hand_back(registry: Any, run_id: str, done: dict[str, Any], work: Path) -> None:
+def _hand_back(runs: RunsPort, run_id: str, done: TrainResult) -> None:
     """Sends the model, and after it the result, which says that the model is there whole."""
-    model = Path(done["model"])
+    model = Path(done.model)
     with model.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    registry.flush(run_id)
-    registry.log_path(run_id, model, HANDBACK)
-    registry.log_text(run_id, f"{HANDBACK}/result.json", json.dumps({**done, "model_sha256": sha256}))
+    runs.flush(run_id)
+    runs.log_path(run_id, model, HANDBACK)
+    runs.log_text(run_id, f"{HANDBACK}/result.json", json.dumps({**done.to_dict(), "model_sha256": sha256}))
 
 
 @contextmanager
@@ -203,9 +191,7 @@ def beating() -> Iterator[Bar]:
 # --- the nightly's side ---------------------------------------------------------------------------------------------
 
 
-def request_training(
-    project: Project, settings: Settings, registry: Any, run_id: str, work: Path, progress: Bar | None = None
-) -> dict[str, Any]:
+def request_training(night: Night, run_id: str, work: Path, progress: Bar | None = None) -> TrainResult:
     """Trains in the work pool `train.work_pool` and returns the result as `training.run` would, the model beside it.
 
     `work` is the run's folder and holds `table.parquet`; the model arrives as `work/fit/model.keras`. When the caller
@@ -219,17 +205,18 @@ def request_training(
 
     from sora.dataset import versioning
 
+    project, settings, runs = night.project, night.settings, night.registry.runs
     pool = settings.train.work_pool
     assert pool is not None
-    versioning.push(project, list(versioning.STAGES))
+    version.push(project, list(version.STAGES))
     table = work / "table.parquet"
-    registry.log_path(run_id, table, HANDOVER.parent.as_posix())
+    runs.log_path(run_id, table, HANDOVER.parent.as_posix())
     texts = versioning.state(project)
     run: Any = run_deployment(
         f"train/{settings.name}",
         parameters={
             "run_id": run_id,
-            "mlflow": registry.tracking_uri,
+            "mlflow": night.registry.tracking_uri,
             "state": {name: texts[name] for name in STATE if name in texts},
             "table_sha256": hashlib.sha256(table.read_bytes()).hexdigest(),
             "code": provenance.LEARNING,
@@ -243,7 +230,7 @@ def request_training(
     except BaseException:
         _cancel(run.id)
         raise
-    return _fetch_back(registry, run_id, work / "fit")
+    return _fetch_back(runs, run_id, work / "fit")
 
 
 def _wait(flow_run: UUID, pool: str, progress: Bar) -> None:
@@ -321,8 +308,8 @@ class _Watch:
         now = self._answered = self._clock()
         if (look.state, look.beat) != self._last or (look.state == "SCHEDULED" and look.workers):
             self._last, self._moved = (look.state, look.beat), now
-            if found := re.fullmatch(r"\d+ (\d+)/(\d+) ?(.*)", look.beat or ""):
-                progress(int(found[1]), int(found[2]), found[3])
+            if shown := re.fullmatch(r"\d+ (\d+)/(\d+) ?(.*)", look.beat or ""):
+                progress(int(shown[1]), int(shown[2]), shown[3])
         still = now - self._moved
         start = f"SORA_PROJECT=$PWD prefect worker start --pool {self._pool} --type process"
         if look.state == "SCHEDULED" and still > NO_WORKER_SECONDS:
@@ -352,14 +339,14 @@ def _cancel(flow_run: UUID) -> None:
             client.set_flow_run_state(flow_run, State(type=StateType.CANCELLING), force=True)
 
 
-def _fetch_back(registry: Any, run_id: str, target: Path) -> dict[str, Any]:
+def _fetch_back(runs: RunsPort, run_id: str, target: Path) -> TrainResult:
     """The result of the worker, its model verified and in `target`."""
     target.mkdir(parents=True, exist_ok=True)
-    registry.fetch_file(run_id, f"{HANDBACK}/result.json", target / "result.json")
+    runs.fetch_file(run_id, f"{HANDBACK}/result.json", target / "result.json")
     result: dict[str, Any] = json.loads((target / "result.json").read_text(encoding="utf-8"))
     model = target / "model.keras"
-    found = registry.fetch_file(run_id, f"{HANDBACK}/{model.name}", model)
-    if found != result.pop("model_sha256"):
+    arrived = runs.fetch_file(run_id, f"{HANDBACK}/{model.name}", model)
+    if arrived != result.pop("model_sha256"):
         model.unlink()
         raise ServiceError("the model of the GPU worker did not arrive whole", fix="run again: it is fetched again")
-    return {**result, "model": str(model)}
+    return TrainResult(**{**result, "model": str(model)})

@@ -1,180 +1,162 @@
-"""The champion moves: promotion, rollback, and what puts things right after a crash in between."""
+"""The registry as its callers see it: the runs, versions and champion of one project over one connection to MLflow."""
 
 from __future__ import annotations
 
-import json
-import socket
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from sora.core.errors import PromotionFailed
-from sora.core.records import Recipe
-from sora.registry.history import Move, line, moves
-from sora.registry.rest import NotFound
-from sora.registry.runs import tags_of, user
-from sora.registry.versions import CHAMPION, PREVIOUS, ChampionRef, Versions, iso_now
+from sora.config.credentials import Login
+from sora.core import ledger
+from sora.core.records import EvalReport, ModelVersion, Recipe
+from sora.registry.champion import Champion, Smoke
+from sora.registry.history import Move
+from sora.registry.judged import JudgedRun, JudgedRuns
+from sora.registry.model import RegisteredModel
+from sora.registry.rest import Rest
+from sora.registry.runs import Runs
+from sora.registry.versions import ChampionRef, Versions
 
-_MOVING = "sora.moving"  # on the registered model while the alias moves: what to put back after a crash
 
-Smoke = Callable[[Path, Recipe], object]
-
-
-class Registry(Versions):
+class Registry:
     """All that Sora keeps in MLflow. Cheap to make: nothing is asked before the first call.
+
+    `runs` is the experiment. What concerns versions and the champion is asked of the registry itself; each method hands
+    the call to the part that does it, where the details stand.
 
     Moves of the champion must not cross: the caller holds a lock of the project around `promote`, `rollback` and
     `recover`.
+
+    Args:
+        tracking_uri: http address of the MLflow server.
+        name: of the experiment and of the registered model.
+        login: what the server asks for; without one, what the environment or the address says.
+
+    Raises (every method):
+        ServiceError: MLflow does not answer, or refuses.
     """
+
+    def __init__(self, tracking_uri: str, name: str, login: Login | None = None) -> None:
+        self.name = name
+        self._rest = Rest(tracking_uri, login)
+        self.tracking_uri = self._rest.uri
+        self.runs = Runs(self._rest, name)
+        self._judged = JudgedRuns(self.runs)
+        self._model = RegisteredModel(self._rest, name)
+        self._versions = Versions(self._rest, self._model, self.runs)
+        self._champion = Champion(self._model, self._versions)
+
+    def close(self) -> None:
+        self._rest.close()
+
+    # -- versions: sora/registry/versions.py --
+
+    def register(
+        self,
+        run_id: str,
+        model_file: Path,
+        recipe: Recipe,
+        reports: EvalReport | Mapping[str, EvalReport],
+        data_version: str,
+    ) -> int:
+        """Registers the model file as a new version; see `Versions.register`."""
+        return self._versions.register(run_id, model_file, recipe, reports, data_version)
+
+    def set_decision(self, version: int, decision: str, reasons: Sequence[str]) -> None:
+        """Stores what was decided and why; see `Versions.set_decision`."""
+        self._versions.set_decision(version, decision, reasons)
+
+    def note_refusal(self, version: int, reason: str) -> None:
+        """Stores why a server could not serve the version; see `Versions.note_refusal`."""
+        self._versions.note_refusal(version, reason)
+
+    def versions(self) -> list[ModelVersion]:
+        """Every version, the newest first."""
+        return self._versions.all()
+
+    def get(self, version: int) -> ModelVersion:
+        """One version; see `Versions.get`."""
+        return self._versions.get(version)
+
+    def fetch(self, version: int, cache: Path) -> tuple[Path, Recipe]:
+        """The verified model file and recipe of a version; see `Versions.fetch`."""
+        return self._versions.fetch(version, cache)
+
+    def digests(self) -> dict[int, str]:
+        """Version → sha256 of its model file, by which caches name it."""
+        return self._versions.digests()
+
+    def delete_version(self, version: int) -> None:
+        """Takes a version out of MLflow's lists; see `Versions.delete`."""
+        self._versions.delete(version)
+
+    def was_rolled_back(self, version: int) -> bool:
+        """Whether these bytes were rolled back and not promoted since; see `Versions.was_rolled_back`."""
+        return self._versions.was_rolled_back(version)
+
+    def restore_state(self, version: int) -> dict[str, Any]:
+        """What `Runs.log_state` stored with a version's run.
+
+        Raises:
+            InputError: no such version, or its run has none.
+        """
+        return self.runs.run_state(self._versions.run_of(version))
+
+    # -- the champion: sora/registry/champion.py --
+
+    def champion(self) -> int | None:
+        """The version that is served, or None before the first promotion."""
+        return self._champion.version()
+
+    def previous(self) -> int | None:
+        """The version that the last move left."""
+        return self._champion.previous()
+
+    def champion_ref(self) -> ChampionRef | None:
+        """The champion and what a server says about it, in one request."""
+        return self._versions.champion_ref()
 
     def history(self) -> list[Move]:
         """Every move of the champion, oldest first."""
-        return moves(tags_of(self._model()))
+        return self._champion.history()
 
     def promote(
         self, version: int, *, cache: Path, smoke: Smoke, reason: str = "", by: str = ""
     ) -> dict[str, int | None]:
-        """Makes `version` the champion, tries it, and puts the old champion back if it fails.
-
-        The decision of a version that no gate promoted becomes `manual`. A promoted version is no longer marked as
-        rolled back. Promoting the champion changes nothing.
-
-        Args:
-            cache: folder of fetched models.
-            smoke: gets the fetched model file and the recipe, and raises if they do not answer as they should.
-
-        Returns:
-            {"champion", "previous"} as they are now.
-
-        Raises:
-            InputError: there is no such version.
-            PromotionFailed: the smoke test failed; the old champion is back.
-        """
-        self.recover()
-        tags = tags_of(self._version(version))
-        if self.champion() != version:
-            self._move("promote", version, cache, smoke, reason, by)
-            if tags.get("sora.decision") != "promoted":
-                self.set_decision(version, "manual", [reason] if reason else [])
-            if "sora.rolled_back" in tags:
-                self._untag_version(version, "sora.rolled_back")
-        return self._who()
+        """Makes `version` the champion if it passes `smoke`; see `Champion.promote`."""
+        return self._champion.promote(version, cache=cache, smoke=smoke, reason=reason, by=by)
 
     def rollback(
         self, to: int | None = None, *, cache: Path, smoke: Smoke, reason: str = "", by: str = ""
     ) -> dict[str, int | None]:
-        """Goes back to the champion before, or to an earlier one. A second rollback goes further back.
-
-        Raises:
-            InputError: there is no such version.
-            PromotionFailed: nothing to go back to, `to` was not champion before, or the smoke test failed.
-        """
-        self.recover()
-        if to is not None:
-            self._version(to)
-        champions = self._line()
-        there = {int(item["version"]) for item in self._search()}
-        earlier = [version for version in champions[:-1] if version in there and version != champions[-1]]
-        if not earlier:
-            raise PromotionFailed("there is no earlier champion to go back to", fix="`sora models` lists all versions")
-        if to is not None and to not in earlier:
-            raise PromotionFailed(
-                f"version {to} was not champion before version {champions[-1]}; these were: {earlier}",
-                fix=f"`sora promote {to}` makes it champion all the same",
-            )
-        self._move("rollback", earlier[-1] if to is None else to, cache, smoke, reason, by)
-        return self._who()
+        """Makes an earlier champion the champion again; see `Champion.rollback`."""
+        return self._champion.rollback(to, cache=cache, smoke=smoke, reason=reason, by=by)
 
     def recover(self) -> bool:
-        """Ends a move that a crash interrupted: completes it if it is in the history, else puts the old champion back.
+        """Ends a move that a crash interrupted; see `Champion.recover`."""
+        return self._champion.recover()
 
-        `promote` and `rollback` do this first. True if there was something to do.
+    # -- judged runs: sora/registry/judged.py --
+
+    def last_judged(self) -> JudgedRun | None:
+        """The last run that was promoted or refused."""
+        return self._judged.last()
+
+    def judged_ledger(self) -> ledger.Recorded | None:
+        """The split ledger of the last judged run that has a whole one; see `JudgedRuns.ledger`."""
+        return self._judged.ledger()
+
+    def version_ledger(self, version: int) -> ledger.Recorded:
+        """The split ledger that a version's run stored.
+
+        Raises:
+            InputError: there is no such version, or no whole ledger with it.
         """
-        tags = tags_of(self._model())
-        if _MOVING not in tags:
-            return False
-        moving = json.loads(tags[_MOVING])
-        move = Move(**moving["move"])
-        if move.key in tags:
-            self._complete(move, moving["passed"])
-        else:
-            self._restore(move.left, moving["previous"])
-        return True
+        return self._judged.ledger_of(self._versions.run_of(version), version)
 
-    def _move(
-        self, kind: Literal["promote", "rollback"], version: int, cache: Path, smoke: Smoke, why: str, by: str
-    ) -> None:
-        # First stored is what would be put back; the history entry comes after the smoke test. From the two,
-        # `recover` tells a move that was complete from one that was not.
-        file, recipe = self.fetch(version, cache)
-        aliases, known, champions = self._aliases(), self.history(), self._line()
-        left, previous = aliases.get(CHAMPION), aliases.get(PREVIOUS)
-        passed: list[int] = []
-        if kind == "rollback":
-            back = max(place for place, champion in enumerate(champions[:-1]) if champion == version)
-            passed = sorted(set(champions[back + 1 :]) - {version})
-        move = Move(
-            seq=known[-1].seq + 1 if known else 1,
-            kind=kind,
-            version=version,
-            left=left,
-            at=iso_now(),
-            by=by or f"{user()}@{socket.gethostname()}",
-            why=why[:2000],
-        )
-        self._tag_model(_MOVING, json.dumps({"move": asdict(move), "previous": previous, "passed": passed}))
-        try:
-            self._set_alias(CHAMPION, version)
-            smoke(file, recipe)
-        except BaseException as error:
-            self._restore(left, previous)
-            if not isinstance(error, Exception):
-                raise
-            now = f"version {left} is champion again" if left else "there is no champion"
-            raise PromotionFailed(
-                f"version {version} failed its smoke test, {now}: {error}",
-                fix="look at the version in MLflow; `sora models` lists what else there is",
-            ) from error
-        self._tag_model(move.key, move.to_json())
-        self._complete(move, passed)
-
-    def _complete(self, move: Move, passed: list[int]) -> None:
-        if move.left is not None:
-            self._set_alias(PREVIOUS, move.left)
-        for version in passed:
-            self._tag_version(version, "sora.rolled_back", move.at)
-            self.set_decision(version, "rolled_back", [move.why or f"rolled back to version {move.version}"])
-        self._untag_model(_MOVING)
-
-    def _restore(self, champion: int | None, previous: int | None) -> None:
-        self._set_alias(CHAMPION, champion)
-        self._set_alias(PREVIOUS, previous)
-        self._untag_model(_MOVING)
-
-    def _line(self) -> list[int]:
-        """Champions that a rollback can return to; the last is the champion, also when it was set by hand."""
-        champions, champion = line(self.history()), self.champion()
-        return champions if champion is None or champions[-1:] == [champion] else [*champions, champion]
-
-    def _who(self) -> dict[str, int | None]:
-        aliases = self._aliases()
-        return {CHAMPION: aliases.get(CHAMPION), PREVIOUS: aliases.get(PREVIOUS)}
-
-    def _set_alias(self, alias: str, version: int | None) -> None:
-        if version is None:
-            with suppress(NotFound):
-                self._rest.delete("registered-models/alias", {"name": self.name, "alias": alias})
-        else:
-            body = {"name": self.name, "alias": alias, "version": str(version)}
-            self._rest.post("registered-models/alias", body)
-
-    def _tag_model(self, key: str, value: str) -> None:
-        self._rest.post("registered-models/set-tag", {"name": self.name, "key": key, "value": value})
-
-    def _untag_model(self, key: str) -> None:
-        self._rest.delete("registered-models/delete-tag", {"name": self.name, "key": key})
+    def times_judged(self, test_digest: str) -> int:
+        """How many runs were judged on the test split with this digest; see `JudgedRuns.times`."""
+        return self._judged.times(test_digest)
 
 
 def champion_over_rest(tracking_uri: str, name: str) -> ChampionRef | None:

@@ -15,7 +15,6 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, Literal
 
-from sora.config.credentials import Login
 from sora.core.errors import InputError, ServiceError
 from sora.core.files import temporary_folder
 from sora.registry.live import MetricBuffer, system_metrics
@@ -27,6 +26,7 @@ _FACTS = "state.json"  # what of the state is no file: git commit, dirty
 _PARAMS = 100  # that MLflow takes in one request
 _PARAM_CHARS = 6000
 _TAG_CHARS = 8000
+_OWN = "sora."  # before the names of Sora's own tags
 _OWN_NAMES = {"git_commit": "mlflow.source.git.commit"}  # that MLflow has a name of its own for
 _NOT_IN_NAMES = re.compile(r"[^\w.\- /:]")  # MLflow refuses these in names of metrics and parameters
 
@@ -37,30 +37,26 @@ class Runs:
     Tags without a dot in their name are Sora's and stored as `sora.<name>`.
 
     Args:
-        tracking_uri: http address of the MLflow server.
-        name: of the experiment (and of the registered model).
-        login: what the server asks for; without one, what the environment or the address says.
+        rest: the MLflow server.
+        name: of the experiment.
 
     Raises (every method):
         ServiceError: MLflow does not answer, or refuses. `log_metrics` keeps what it could not send.
     """
 
-    def __init__(self, tracking_uri: str, name: str, login: Login | None = None) -> None:
+    def __init__(self, rest: Rest, name: str) -> None:
         self.name = name
-        self._rest = Rest(tracking_uri, login)
-        self.tracking_uri = self._rest.uri
-        self._metrics = MetricBuffer(self._rest)
+        self._rest = rest
+        self._metrics = MetricBuffer(rest)
         self._experiment: str | None = None
         self._roots: dict[str, str] = {}  # run → its artifact root
-
-    def close(self) -> None:
-        self._rest.close()
 
     def experiment_id(self) -> str:
         """MLflow's number of the experiment; made if there is none."""
         if self._experiment is None:
-            found = self._find_experiment()
-            self._experiment = found or self._rest.post("experiments/create", {"name": self.name})["experiment_id"]
+            existing = self._find_experiment()
+            created = existing or self._rest.post("experiments/create", {"name": self.name})["experiment_id"]
+            self._experiment = str(created)
         return self._experiment
 
     def start_run(
@@ -81,7 +77,7 @@ class Runs:
         return run_id
 
     def resume(self, run_id: str) -> None:
-        """Goes on with a run that was interrupted.
+        """Marks a run that was interrupted as running again.
 
         Raises:
             InputError: MLflow has no such run.
@@ -213,19 +209,23 @@ class Runs:
                 return
             yield run
 
+    def own_tags(self, limit: int) -> list[dict[str, str]]:
+        """Sora's tags (their names without `sora.`) of so many runs, the newest first."""
+        return [own_tags(run) for run in self.search_runs(limit=limit)]
+
     def _find_experiment(self) -> str | None:
         if self._experiment is not None:
             return self._experiment
         try:
-            found = self._rest.get("experiments/get-by-name", experiment_name=self.name)["experiment"]
+            experiment = self._rest.get("experiments/get-by-name", experiment_name=self.name)["experiment"]
         except NotFound:
             return None
-        if found.get("lifecycle_stage") == "deleted":
+        if experiment.get("lifecycle_stage") == "deleted":
             raise ServiceError(
                 f"MLflow's experiment {self.name!r} was deleted",
-                fix=f"restore it: mlflow experiments restore -x {found['experiment_id']}",
+                fix=f"restore it: mlflow experiments restore -x {experiment['experiment_id']}",
             )
-        self._experiment = str(found["experiment_id"])
+        self._experiment = str(experiment["experiment_id"])
         return self._experiment
 
     def _root(self, run_id: str) -> str:
@@ -237,6 +237,12 @@ class Runs:
 def tags_of(item: Mapping[str, Any]) -> dict[str, str]:
     """MLflow's list of {key, value} under "tags" as a dictionary."""
     return {tag["key"]: tag.get("value", "") for tag in item.get("tags", [])}
+
+
+def own_tags(run: Mapping[str, Any]) -> dict[str, str]:
+    """Sora's tags of a run as MLflow describes it; their names without `sora.`."""
+    tags = tags_of(run["data"])
+    return {key.removeprefix(_OWN): value for key, value in tags.items() if key.startswith(_OWN)}
 
 
 def _now() -> int:
@@ -252,7 +258,7 @@ def user() -> str:
 
 
 def _tags(tags: Mapping[str, str]) -> list[dict[str, str]]:
-    named = {_OWN_NAMES.get(key, key if "." in key else f"sora.{key}"): value for key, value in tags.items()}
+    named = {_OWN_NAMES.get(key, key if "." in key else f"{_OWN}{key}"): value for key, value in tags.items()}
     return [{"key": key, "value": str(value)[:_TAG_CHARS]} for key, value in named.items()]
 
 
@@ -280,7 +286,7 @@ def _is_file(key: str, value: Any) -> bool:
 
 
 def _environment() -> dict[str, Any]:
-    packages = {found.metadata["Name"]: found.version for found in distributions() if found.metadata["Name"]}
+    packages = {one.metadata["Name"]: one.version for one in distributions() if one.metadata["Name"]}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

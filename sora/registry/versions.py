@@ -6,28 +6,24 @@ import errno
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from sora.core import ledger
 from sora.core.errors import AnswerIsNo, DiskFull, InputError, ServiceError
 from sora.core.files import temporary_folder
 from sora.core.records import EvalReport, ModelVersion, Recipe
 from sora.registry import folder
-from sora.registry.rest import AlreadyExists, NotFound
+from sora.registry.model import CHAMPION, RegisteredModel
+from sora.registry.rest import NotFound, Rest
 from sora.registry.runs import Runs, tags_of
 
-CHAMPION = "champion"
-PREVIOUS = "previous"
 JUDGED = ("promoted", "refused")
 REFUSED_BY_SERVER = "serving/refused"  # tag of a version
 _REASON_CHARS = 2000  # a tag holds 5000
 _NOTE_SECONDS = 5.0
-_LEDGERS = 20  # judged runs whose stored ledger is tried
 _LARGEST = 2**31 - 1  # version that a database column of MLflow's takes
 
 
@@ -42,8 +38,18 @@ class ChampionRef:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-class Versions(Runs):
-    """The versions of one registered model, beside the runs of the experiment of the same name."""
+class Versions:
+    """The versions of one registered model.
+
+    Args:
+        runs: the experiment whose runs the versions come from.
+    """
+
+    def __init__(self, rest: Rest, model: RegisteredModel, runs: Runs) -> None:
+        self.name = model.name
+        self._rest = rest
+        self._model = model
+        self._runs = runs
 
     def register(
         self,
@@ -65,21 +71,20 @@ class Versions(Runs):
         Raises:
             InputError: the recipe names another model file's digest.
         """
-        found = folder.digest(model_file)
-        if recipe.model_sha256 not in ("", found):
+        digest = folder.digest(model_file)
+        if recipe.model_sha256 not in ("", digest):
             raise InputError(
-                f"the recipe is for a model with sha256 {recipe.model_sha256}, {model_file} has {found}",
+                f"the recipe is for a model with sha256 {recipe.model_sha256}, {model_file} has {digest}",
                 fix="evaluate this model file, and register it with that recipe",
             )
-        recipe = replace(recipe, model_sha256=found)
+        recipe = replace(recipe, model_sha256=digest)
         for there in self._search(f"run_id='{run_id}'"):
-            if tags_of(there).get("sora.model_sha256") == found:
+            if tags_of(there).get("sora.model_sha256") == digest:
                 return int(there["version"])
         model_id = self._log_model(run_id, model_file, recipe)
-        with suppress(AlreadyExists):
-            self._rest.post("registered-models/create", {"name": self.name})
+        self._model.create()
         tags = {
-            "sora.model_sha256": found,
+            "sora.model_sha256": digest,
             "sora.recipe_sha256": sha256(folder.recipe_bytes(recipe)).hexdigest(),
             "sora.data_version": data_version,
             "sora.metrics": json.dumps(_metrics(reports)),
@@ -93,38 +98,38 @@ class Versions(Runs):
             "tags": [{"key": key, "value": value} for key, value in tags.items()],
         }
         version = int(self._rest.post("model-versions/create", body)["model_version"]["version"])
-        self.set_tags(run_id, {"version": str(version)})
+        self._runs.set_tags(run_id, {"version": str(version)})
         return version
 
     def set_decision(self, version: int, decision: str, reasons: Sequence[str]) -> None:
         """Stores what was decided and why. A run whose version was promoted or refused counts as judged."""
-        found = self._version(version)
+        run_id = self.described(version).get("run_id")
         values = {
             "sora.decision": decision,
             "sora.reasons": json.dumps(list(reasons), ensure_ascii=False),
             "sora.decided": iso_now(),
         }
         for key, value in values.items():
-            self._tag_version(version, key, value)
-        if decision in JUDGED and found.get("run_id"):
-            self.set_tags(found["run_id"], {"decision": decision, "judged": "true"})
+            self.tag(version, key, value)
+        if decision in JUDGED and run_id:
+            self._runs.set_tags(run_id, {"decision": decision, "judged": "true"})
 
     def note_refusal(self, version: int, reason: str) -> None:
-        """Writes with the version that a server could not serve it, and why: its tag `serving/refused`, which
-        `versions` and `get` show as its last reason.
+        """Writes with the version that a server could not serve it, and why. `all` and `get` show it as the last
+        reason.
 
-        Asked once and briefly, since a server calls it beside its requests.
+        MLflow is asked once and briefly, since a server calls this beside its requests.
 
         Raises:
             ServiceError: MLflow does not take it.
         """
-        self._tag_version(version, REFUSED_BY_SERVER, reason[:_REASON_CHARS], timeout=_NOTE_SECONDS)
+        self.tag(version, REFUSED_BY_SERVER, reason[:_REASON_CHARS], timeout=_NOTE_SECONDS)
 
-    def versions(self) -> list[ModelVersion]:
+    def all(self) -> list[ModelVersion]:
         """Every version, the newest first."""
-        aliases = self._aliases()
-        found = [_model_version(item, aliases) for item in self._search()]
-        return sorted(found, key=lambda item: item.version, reverse=True)
+        aliases = self._model.aliases()
+        every = [_model_version(item, aliases) for item in self._search()]
+        return sorted(every, key=lambda item: item.version, reverse=True)
 
     def get(self, version: int) -> ModelVersion:
         """One version.
@@ -132,32 +137,24 @@ class Versions(Runs):
         Raises:
             InputError: there is no such version.
         """
-        return _model_version(self._version(version), self._aliases())
-
-    def champion(self) -> int | None:
-        """The version that is served, or None before the first promotion."""
-        return self._aliases().get(CHAMPION)
-
-    def previous(self) -> int | None:
-        """The version that the last move left."""
-        return self._aliases().get(PREVIOUS)
+        return _model_version(self.described(version), self._model.aliases())
 
     def champion_ref(self) -> ChampionRef | None:
         """The champion and what a server says about it, in one request."""
         try:
-            found = self._rest.get("registered-models/alias", name=self.name, alias=CHAMPION)["model_version"]
+            champion = self._rest.get("registered-models/alias", name=self.name, alias=CHAMPION)["model_version"]
         except NotFound:
             return None
         except ServiceError as error:
             if "alias" in error.message and "not found" in error.message:  # to MLflow an invalid parameter, not a 404
                 return None
             raise
-        tags = tags_of(found)
+        tags = tags_of(champion)
         return ChampionRef(
-            version=int(found["version"]),
+            version=int(champion["version"]),
             digest=tags.get("sora.model_sha256", ""),
             data_version=tags.get("sora.data_version", ""),
-            run_id=str(found.get("run_id", "")),
+            run_id=str(champion.get("run_id", "")),
             metrics=json.loads(tags.get("sora.metrics", "{}")),
         )
 
@@ -172,7 +169,7 @@ class Versions(Runs):
             ServiceError: what MLflow holds is not what was registered.
             DiskFull: no room in the cache.
         """
-        tags = tags_of(self._version(version))
+        tags = self.tags(version)
         wanted, wanted_recipe = tags.get("sora.model_sha256", ""), tags.get("sora.recipe_sha256", "")
         if not _is_digest(wanted) or not _is_digest(wanted_recipe):
             raise ServiceError(
@@ -203,84 +200,69 @@ class Versions(Runs):
         """Version → sha256 of its model file, by which caches name it."""
         return {int(item["version"]): tags_of(item).get("sora.model_sha256", "") for item in self._search()}
 
-    def restore_state(self, version: int) -> dict[str, Any]:
-        """What `log_state` stored with a version's run.
+    def numbers(self) -> set[int]:
+        """The versions that are there."""
+        return {int(item["version"]) for item in self._search()}
+
+    def run_of(self, version: int) -> str:
+        """The id of the run that made a version; "" where MLflow knows none.
 
         Raises:
-            InputError: no such version, or its run has none.
+            InputError: there is no such version.
         """
-        return self.run_state(str(self._version(version).get("run_id", "")))
+        return str(self.described(version).get("run_id", ""))
 
-    def delete_version(self, version: int) -> None:
+    def delete(self, version: int) -> None:
         """Takes a version, its model and its run out of MLflow's lists (`mlflow gc` then frees the disk).
 
         Raises:
             AnswerIsNo: it is the champion or the one before.
         """
-        found = self._version(version)
-        if version in self._aliases().values():
+        item = self.described(version)
+        if version in self._model.aliases().values():
             raise AnswerIsNo(f"version {version} is champion or previous", fix="promote another one first")
         self._rest.delete("model-versions/delete", {"name": self.name, "version": str(version)})
-        if str(found.get("source", "")).startswith("models:/"):
-            self._rest.delete(f"logged-models/{found['source'].removeprefix('models:/')}", {})
-        if found.get("run_id"):
-            self._rest.post("runs/delete", {"run_id": found["run_id"]})
-
-    def last_judged(self) -> dict[str, Any] | None:
-        """The last run that was promoted or refused: Sora's tags on it (without `sora.`), and beside them `run_id`,
-        `version` as a number, and `metrics` on the test split."""
-        for run in self.search_runs("tags.`sora.judged` = 'true'", limit=1):
-            tags = tags_of(run["data"])
-            own = {key.removeprefix("sora."): value for key, value in tags.items() if key.startswith("sora.")}
-            metrics = {
-                item["key"]: float(item["value"])
-                for item in run["data"].get("metrics", [])
-                if item["key"].startswith("test/")
-            }
-            version = int(own["version"]) if own.get("version") else None
-            return {**own, "run_id": str(run["info"]["run_id"]), "version": version, "metrics": metrics}
-        return None
-
-    def judged_ledger(self) -> ledger.Recorded | None:
-        """The split ledger that the last judged run stored, of the last few the first that is whole; or None."""
-        for run in self.search_runs("tags.`sora.judged` = 'true'", limit=_LEDGERS):
-            number = tags_of(run["data"]).get("sora.version")
-            with suppress(InputError, NotFound):
-                return self._ledger_of(str(run["info"]["run_id"]), int(number) if number else None)
-        return None
-
-    def version_ledger(self, version: int) -> ledger.Recorded:
-        """The split ledger that a version's run stored.
-
-        Raises:
-            InputError: there is no such version, or no whole ledger with it.
-        """
-        return self._ledger_of(str(self._version(version).get("run_id", "")), version)
-
-    def _ledger_of(self, run_id: str, version: int | None) -> ledger.Recorded:
-        found = self.run_state(run_id, only="splits.csv").get("splits.csv")
-        if found is None:
-            raise InputError(f"run {run_id} has no stored splits.csv", fix="choose another version: --from VERSION")
-        return ledger.Recorded(run_id, version, tuple(ledger.parse(found.encode(), f"splits.csv of run {run_id}")))
-
-    def times_judged(self, test_digest: str) -> int:
-        """How many runs were judged on the test split with this digest (their tag `test_digest`)."""
-        if not test_digest.isalnum():
-            raise InputError(f"{test_digest!r} is no digest", fix="pass what splits.digest gives")
-        wanted = f"tags.`sora.judged` = 'true' AND tags.`sora.test_digest` = '{test_digest}'"
-        return sum(1 for _ in self.search_runs(wanted))
+        if str(item.get("source", "")).startswith("models:/"):
+            self._rest.delete(f"logged-models/{item['source'].removeprefix('models:/')}", {})
+        if item.get("run_id"):
+            self._rest.post("runs/delete", {"run_id": item["run_id"]})
 
     def was_rolled_back(self, version: int) -> bool:
         """Whether this version, or another with the same bytes, was rolled back and not promoted since."""
-        wanted = tags_of(self._version(version)).get("sora.model_sha256")
-        found = (tags_of(item) for item in self._search())
-        return any("sora.rolled_back" in tags and tags.get("sora.model_sha256") == wanted for tags in found)
+        wanted = self.tags(version).get("sora.model_sha256")
+        every = (tags_of(item) for item in self._search())
+        return any("sora.rolled_back" in tags and tags.get("sora.model_sha256") == wanted for tags in every)
+
+    def described(self, version: int) -> dict[str, Any]:
+        """A version as MLflow describes it.
+
+        Raises:
+            InputError: there is no such version.
+        """
+        unknown = InputError(f"there is no version {version} of {self.name}", fix="`sora models` lists the versions")
+        if not 0 < version <= _LARGEST:
+            raise unknown
+        try:
+            return dict(self._rest.get("model-versions/get", name=self.name, version=str(version))["model_version"])
+        except NotFound as error:
+            raise unknown from error
+
+    def tags(self, version: int) -> dict[str, str]:
+        """The tags of a version; raises as `described`."""
+        return tags_of(self.described(version))
+
+    def tag(self, version: int, key: str, value: str, *, timeout: float | None = None) -> None:
+        body = {"name": self.name, "version": str(version), "key": key, "value": value}
+        self._rest.post("model-versions/set-tag", body, timeout=timeout)
+
+    def untag(self, version: int, key: str) -> None:
+        self._rest.delete("model-versions/delete-tag", {"name": self.name, "version": str(version), "key": key})
 
     # -- MLflow's words for it --
 
     def _log_model(self, run_id: str, model_file: Path, recipe: Recipe) -> str:
         body = {
-            "experiment_id": self.experiment_id(),
+            "experiment_id": self._runs.experiment_id(),
             "name": "model",
             "source_run_id": run_id,
             "model_type": "keras",
@@ -308,10 +290,10 @@ class Versions(Runs):
             raise kind(f"can't make {target.parent}: {error}", fix=fix) from error
         part = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.part")
         try:
-            found = self._rest.download(root, name, part)
-            if found != wanted:
+            arrived = self._rest.download(root, name, part)
+            if arrived != wanted:
                 raise ServiceError(
-                    f"{name} of version {version} has sha256 {found}, registered was {wanted}: it was altered",
+                    f"{name} of version {version} has sha256 {arrived}, registered was {wanted}: it was altered",
                     fix="don't use this version; `sora rollback` or `sora promote` another one",
                 )
             os.replace(part, target)
@@ -322,31 +304,6 @@ class Versions(Runs):
         wanted = f"name='{self.name}'" + (f" AND {more}" if more else "")
         query = {"filter": wanted, "max_results": 200}
         return self._rest.pages("GET", "model-versions/search", "model_versions", query)
-
-    def _version(self, version: int) -> dict[str, Any]:
-        unknown = InputError(f"there is no version {version} of {self.name}", fix="`sora models` lists the versions")
-        if not 0 < version <= _LARGEST:
-            raise unknown
-        try:
-            return dict(self._rest.get("model-versions/get", name=self.name, version=str(version))["model_version"])
-        except NotFound as error:
-            raise unknown from error
-
-    def _model(self) -> dict[str, Any]:
-        try:
-            return dict(self._rest.get("registered-models/get", name=self.name)["registered_model"])
-        except NotFound:
-            return {}
-
-    def _aliases(self) -> dict[str, int]:
-        return {item["alias"]: int(item["version"]) for item in self._model().get("aliases", [])}
-
-    def _tag_version(self, version: int, key: str, value: str, *, timeout: float | None = None) -> None:
-        body = {"name": self.name, "version": str(version), "key": key, "value": value}
-        self._rest.post("model-versions/set-tag", body, timeout=timeout)
-
-    def _untag_version(self, version: int, key: str) -> None:
-        self._rest.delete("model-versions/delete-tag", {"name": self.name, "version": str(version), "key": key})
 
 
 def iso_now() -> str:

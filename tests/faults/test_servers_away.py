@@ -69,7 +69,7 @@ def test_all_is_well_after(behind: tuple[Case, dict[str, Proxy]]) -> None:
 
         with open_registry(Project(case.root)) as registry:
             assert registry.champion() is not None
-            assert "RUNNING" not in {run["info"]["status"] for run in registry.search_runs()}
+            assert "RUNNING" not in {run["info"]["status"] for run in registry.runs.search_runs()}
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):

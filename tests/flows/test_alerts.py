@@ -16,6 +16,7 @@ from sora.core.errors import NotTrainable
 from sora.operations import nightly_log
 
 SECRET = "T0KEN-in-the-path"
+ALERT = alerts.Alert("nightly_failed", "/p")
 
 
 class Receiver:
@@ -75,13 +76,13 @@ def _project(root: Path, webhook: str | None, more: str = "") -> Project:
 
 
 def test_an_event_arrives_as_json(receiver: Receiver) -> None:
-    assert alerts.send(receiver.url, {"event": "nightly_failed", "reason": "Größe"})
-    assert receiver.received == [{"event": "nightly_failed", "reason": "Größe"}]
+    assert alerts.send(receiver.url, alerts.Alert("nightly_failed", "/p", reason="Größe"))
+    assert receiver.received == [{"event": "nightly_failed", "project": "/p", "reason": "Größe"}]
 
 
 def test_a_server_that_is_busy_is_asked_again(receiver: Receiver) -> None:
     receiver.codes = [503, 429, 200]
-    assert alerts.send(receiver.url, {"event": "x"})
+    assert alerts.send(receiver.url, ALERT)
     assert len(receiver.methods) == 3
 
 
@@ -91,7 +92,7 @@ def test_a_refusal_is_logged_without_the_secret(
 ) -> None:
     receiver.codes = [code]
     with caplog.at_level(logging.DEBUG):
-        assert not alerts.send(receiver.url, {"event": "x"})
+        assert not alerts.send(receiver.url, ALERT)
     assert receiver.methods == ["POST"] * tries  # a redirect is not followed as a GET
     assert str(code) in caplog.text and "127.0.0.1" in caplog.text
     assert SECRET not in caplog.text
@@ -113,7 +114,7 @@ def test_an_address_that_leads_nowhere_never_raises(
 ) -> None:
     monkeypatch.setattr(alerts, "_PAUSES", (0.01, 0.01))
     with caplog.at_level(logging.DEBUG):
-        assert not alerts.send(url, {"event": "x"})
+        assert not alerts.send(url, ALERT)
     assert "not delivered" in caplog.text
     assert SECRET not in caplog.text
 
@@ -125,7 +126,7 @@ def test_a_redirect_is_not_followed(receiver: Receiver, caplog: pytest.LogCaptur
     receiver.codes, receiver.location = [code], inside.url
     try:
         with caplog.at_level(logging.DEBUG):
-            assert not alerts.send(receiver.url, {"event": "x"})
+            assert not alerts.send(receiver.url, ALERT)
         assert receiver.methods == ["POST"] and inside.methods == []
         assert f"it answered {code}" in caplog.text and SECRET not in caplog.text
     finally:
@@ -136,10 +137,10 @@ def test_a_redirect_is_not_followed(receiver: Receiver, caplog: pytest.LogCaptur
 def test_a_name_that_stands_for_this_machine_is_not_called(
     receiver: Receiver, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    assert not alerts.send(receiver.url.replace("127.0.0.1", name), {"event": "x"})
+    assert not alerts.send(receiver.url.replace("127.0.0.1", name), ALERT)
     assert receiver.methods == []
     assert "write the address itself" in caplog.text and SECRET not in caplog.text
-    assert alerts.send(receiver.url.replace("127.0.0.1", "localhost"), {"event": "x"})  # as plain as the address
+    assert alerts.send(receiver.url.replace("127.0.0.1", "localhost"), ALERT)  # as plain as the address
 
 
 def test_the_environment_goes_before_the_file(
@@ -158,7 +159,7 @@ def test_a_server_that_never_answers_is_given_up(
 ) -> None:
     monkeypatch.setattr(alerts, "_TIMEOUT", 0.1)
     receiver.delay = 0.5
-    assert not alerts.send(receiver.url, {"event": "x"})
+    assert not alerts.send(receiver.url, ALERT)
     assert "imeout" in caplog.text
 
 

@@ -18,12 +18,15 @@ from typing import Any
 import pytest
 
 from flows import deployments, training
+from flows.records import Night
 from flows.training import _Look, _Watch
 from sora.config import Project
 from sora.config.credentials import secret
 from sora.core.errors import ServiceError
 from sora.core.processes import quiet_environment
 from sora.core.progress import bar
+from sora.learning.training import TrainResult
+from sora.registry import Registry
 from tests.videos import make_folder
 
 POOL = "gpu-test"
@@ -58,7 +61,10 @@ class Site:
 
     project: Project
     clone: Path
-    registry: Any
+    registry: Registry
+
+    def night(self) -> Night:
+        return Night(self.project, self.project.settings(), self.registry)
 
     def run(self, work: Path) -> tuple[str, Path]:
         """A new MLflow run and its work folder with a table of splits."""
@@ -68,7 +74,7 @@ class Site:
         rows["split"] = ["val" if index % 4 == 3 else "train" for index in range(len(rows))]
         work.mkdir(parents=True)
         rows[["sha256", "path", "label", "split"]].to_parquet(work / "table.parquet", index=False)
-        return self.registry.start_run(tags={}), work
+        return self.registry.runs.start_run(tags={}), work
 
     def worker(self, home: Path) -> subprocess.Popen[bytes]:
         """As someone would start it on the GPU machine."""
@@ -122,7 +128,6 @@ def site(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     from sora.dataset import versioning
     from sora.operations import project as projects
     from sora.operations.servers import servers
-    from sora.registry import Registry
 
     place = tmp_path_factory.mktemp("site")
     footage = make_folder(place / "footage", groups=6, frames=12, size=(48, 32))
@@ -147,9 +152,7 @@ def test_a_worker_with_its_own_clone_trains_and_hands_the_model_back(site: Site,
     worker = site.worker(tmp_path / "gpu1")
     try:
         result = training.request_training(
-            site.project,
-            site.project.settings(),
-            site.registry,
+            site.night(),
             run_id,
             work,
             lambda done, total, note="": notes.append((done, total, note)),
@@ -159,10 +162,10 @@ def test_a_worker_with_its_own_clone_trains_and_hands_the_model_back(site: Site,
         raise
     finally:
         _stop(worker)
-    model = Path(result["model"])
+    model = Path(result.model)
     assert model == work / "fit" / "model.keras"
     assert model.read_bytes()[:2] == b"PK"
-    assert result["epochs"] == 2 and len(result["history"]) == 2
+    assert result.epochs == 2 and len(result.history) == 2
     # What the nightly saw while it went, live in MLflow
     answer = site.registry._rest.get("metrics/get-history", run_id=run_id, metric_key="val_loss")
     assert [metric["step"] for metric in answer["metrics"]] == [1, 2]
@@ -183,7 +186,7 @@ def test_without_a_worker_the_error_says_how_to_start_one_and_nothing_stays_queu
     monkeypatch.setattr(training, "NO_WORKER_SECONDS", 3.0)
     run_id, work = site.run(tmp_path / "work")
     with pytest.raises(ServiceError, match=f"no worker polls the work pool {POOL}") as caught:
-        training.request_training(site.project, site.project.settings(), site.registry, run_id, work)
+        training.request_training(site.night(), run_id, work)
     assert f"prefect worker start --pool {POOL}" in caught.value.fix
     with get_client(sync_client=True) as client:
         (newest, *_) = sorted(client.read_flow_runs(), key=lambda run: run.created, reverse=True)
@@ -199,15 +202,15 @@ def _without_workers(look: Any) -> Any:
 
 @pytest.mark.slow
 def test_a_model_that_arrives_damaged_is_refused(site: Site, tmp_path: Path) -> None:
-    run_id = site.registry.start_run(tags={})
+    run_id = site.registry.runs.start_run(tags={})
     model = tmp_path / "model.keras"
     model.write_bytes(b"half a model")
-    site.registry.log_path(run_id, model, training.HANDBACK)
+    site.registry.runs.log_path(run_id, model, training.HANDBACK)
     whole = hashlib.sha256(b"a whole model").hexdigest()
     result = {"model": "/theirs/model.keras", "history": [], "model_sha256": whole}
-    site.registry.log_text(run_id, f"{training.HANDBACK}/result.json", json.dumps(result))
+    site.registry.runs.log_text(run_id, f"{training.HANDBACK}/result.json", json.dumps(result))
     with pytest.raises(ServiceError, match="did not arrive whole"):
-        training._fetch_back(site.registry, run_id, tmp_path / "fit")
+        training._fetch_back(site.registry.runs, run_id, tmp_path / "fit")
     assert not (tmp_path / "fit" / "model.keras").exists()
 
 
@@ -220,13 +223,11 @@ def test_a_killed_worker_is_noticed_and_a_second_one_goes_on_where_it_was(
     text = site.project.params_file.read_text()
     run_id, work = site.run(tmp_path / "work")
     checkpoint = site.clone / ".sora" / "training" / run_id / "fit" / "checkpoint.npz"
-    answers: list[dict[str, Any] | ServiceError] = []
+    answers: list[TrainResult | ServiceError] = []
 
     def ask() -> None:
         try:
-            answers.append(
-                training.request_training(site.project, site.project.settings(), site.registry, run_id, work)
-            )
+            answers.append(training.request_training(site.night(), run_id, work))
         except ServiceError as error:
             answers.append(error)
 
@@ -247,9 +248,9 @@ def test_a_killed_worker_is_noticed_and_a_second_one_goes_on_where_it_was(
         worker = site.worker(tmp_path / "gpu3")
         ask()
         result = answers[1]
-        assert isinstance(result, dict), (result, (tmp_path / "gpu3" / "worker.log").read_text()[-3000:])
-        assert result["epochs"] == 150 and 1 <= result["resumed_from"] < 150
-        assert [epoch["epoch"] for epoch in result["history"]] == list(range(1, 151))
+        assert isinstance(result, TrainResult), (result, (tmp_path / "gpu3" / "worker.log").read_text()[-3000:])
+        assert result.epochs == 150 and 1 <= result.resumed_from < 150
+        assert [epoch["epoch"] for epoch in result.history] == list(range(1, 151))
     finally:
         site.project.params_file.write_text(text)
         _stop(worker, signal.SIGKILL) if worker.poll() is None else None

@@ -579,16 +579,16 @@ def test_old_ones_go_when_the_new_one_is_complete(project: Project, out: Path) -
 def test_a_failed_one_is_told_and_fails_nothing_else(
     project: Project, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows import alerts, nightly
+    from flows import alerts, nightly, steps
     from sora.operations import servers as services
 
     nightly_settings(project, keep=1, folder=str(out / "not mounted"))
-    told: list[dict[str, Any]] = []
-    monkeypatch.setattr(alerts, "send", lambda webhook, event: told.append(event))
-    monkeypatch.setattr(nightly, "_write_backup", nightly._write_backup.fn)  # a flow gives it its run
+    told: list[alerts.Alert] = []
+    monkeypatch.setattr(alerts, "send", lambda webhook, alert: told.append(alert))
+    monkeypatch.setattr(nightly, "_write_backup", steps.back_up)  # a flow gives it its run
     monkeypatch.setattr(services, "mlflow_address", lambda project: "http://127.0.0.1:9")
     nightly._back_up(project)
-    assert [event["event"] for event in told] == ["backup_failed"] and "not mounted" in told[0]["reason"]
+    assert [alert.event for alert in told] == ["backup_failed"] and "not mounted" in str(told[0].reason)
     check = next(check for check in doctor(project)["checks"] if check["name"] == "backup")
     assert not check["ok"] and "not mounted" in check["detail"]
     assert not (out / "not mounted").exists()
@@ -611,9 +611,9 @@ def test_doctor_knows_the_age(project: Project, out: Path) -> None:
 
 
 def test_the_setting() -> None:
-    from flows.nightly import ELSEWHERE
+    from sora.config.settings import NOT_OF_LEARNING
 
     with pytest.raises(SettingsError, match=r"backup\.folder"):
         parse("backup: {keep: 3}")
     assert parse("").backup.keep == 0 and parse("backup: {keep: 3, folder: /mnt/x}").backup.folder == "/mnt/x"
-    assert "backup" in ELSEWHERE  # it makes no model another one
+    assert "backup" in NOT_OF_LEARNING  # it makes no model another one

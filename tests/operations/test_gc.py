@@ -154,7 +154,7 @@ def test_the_whole_with_a_real_mlflow(
             states[number] = versioning.state(project)
             made = add_version(registry, tmp_path, f"model {number}".encode() * 1000)
             assert made == number
-            registry.log_state(registry.get(number).run_id, states[number])
+            registry.runs.log_state(registry.get(number).run_id, states[number])
             registry.set_decision(number, "refused", [])
             registry.fetch(number, project.state / "cache" / "models")
 

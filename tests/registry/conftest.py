@@ -50,9 +50,9 @@ def add_version(registry: Registry, folder: Path, content: bytes, accuracy: floa
     """A registered version whose model file holds `content` (no test here needs it to be a network)."""
     file = folder / "model.keras"
     file.write_bytes(content)
-    run_id = registry.start_run(tags={"data_version": data})
+    run_id = registry.runs.start_run(tags={"data_version": data})
     version = registry.register(run_id, file, recipe(), report(accuracy), data)
-    registry.finish(run_id)
+    registry.runs.finish(run_id)
     return version
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flows import nightly
+from flows import cycle
+from flows.records import Night
 from sora.config import Project
 from sora.core.errors import AnswerIsNo, InputError, SplitsLost
 from sora.core.ledger import Row
@@ -23,7 +24,7 @@ def judge(registry: Registry, folder: Path, rows: list[Row] | str, content: byte
     """A judged version whose run stored a ledger."""
     version = add_version(registry, folder, content)
     text = rows if isinstance(rows, str) else ledger.text(rows)
-    registry.log_state(registry.get(version).run_id, {"splits.csv": text, "git_commit": None})
+    registry.runs.log_state(registry.get(version).run_id, {"splits.csv": text, "git_commit": None})
     registry.set_decision(version, "refused", ["a test"])
     return version
 
@@ -58,7 +59,7 @@ def test_a_run_stops_before_anything_is_dealt(
         project.splits_file.write_text(now if isinstance(now, str) else ledger.text(now))
     before = project.splits_file.read_bytes() if now is not None else None
     with pytest.raises(SplitsLost) as caught:
-        nightly._cycle(project, project.settings(), force)
+        cycle.run(Night(project, project.settings(), registry), force=force)
     assert caught.value.exit_code == 1 and "sora splits restore" in caught.value.fix
     assert (project.splits_file.read_bytes() if project.splits_file.exists() else None) == before
     check = next(one for one in doctor(project)["checks"] if one["name"] == "splits")
@@ -82,20 +83,20 @@ def test_restore_from_a_version_and_from_nothing(registry: Registry, project: Pr
 
 
 def test_a_ledger_beside_an_empty_registry_is_said(registry: Registry, project: Project, tmp_path: Path) -> None:
-    assert nightly._doubts(registry, None, None, 0) == ()  # a new project
-    (doubt,) = nightly._doubts(registry, None, None, 4)
+    assert cycle.doubts_of(registry, None, None, 0) == ()  # a new project
+    (doubt,) = cycle.doubts_of(registry, None, None, 4)
     assert "4 videos" in doubt and "sora restore" in doubt
     project.splits_file.write_text(ledger.text(ROWS))
     check = next(one for one in doctor(project)["checks"] if one["name"] == "splits")
     assert not check["ok"] and "registry is empty" in check["detail"]
-    run_id = registry.start_run()  # the very first run was interrupted: it dealt these itself
-    assert nightly._doubts(registry, None, None, 4) == ()
-    registry.set_tags(run_id, {nightly.NO_HISTORY: "true"})  # it had found them: whoever goes on says so as well
-    assert len(nightly._doubts(registry, None, None, 4)) == 1
+    run_id = registry.runs.start_run()  # the very first run was interrupted: it dealt these itself
+    assert cycle.doubts_of(registry, None, None, 4) == ()
+    registry.runs.set_tags(run_id, {cycle.NO_HISTORY: "true"})  # it had found them: whoever goes on says so as well
+    assert len(cycle.doubts_of(registry, None, None, 4)) == 1
 
 
 def test_judged_runs_without_their_ledgers_are_said(registry: Registry, tmp_path: Path) -> None:
     version = add_version(registry, tmp_path, b"1")
     registry.set_decision(version, "promoted", [])
-    (doubt,) = nightly._doubts(registry, registry.last_judged(), registry.judged_ledger(), 4)
+    (doubt,) = cycle.doubts_of(registry, registry.last_judged(), registry.judged_ledger(), 4)
     assert "not compared" in doubt

@@ -161,7 +161,7 @@ def test_deleted_versions_are_no_way_back(registry: Registry, tmp_path: Path) ->
 def test_an_alias_moved_by_hand_can_be_rolled_back(registry: Registry, tmp_path: Path) -> None:
     promoted(registry, tmp_path, 1)
     by_hand = add_version(registry, tmp_path, b"set in the page")
-    registry._set_alias("champion", by_hand)
+    registry._model.set_alias("champion", by_hand)
     assert registry.rollback(cache=tmp_path / "cache", smoke=answers) == {"champion": 1, "previous": by_hand}
     assert registry.was_rolled_back(by_hand)
 
@@ -173,7 +173,7 @@ def _promote_and_die(uri: str, name: str, version: int, cache: str, moment: str)
         os.kill(os.getpid(), signal.SIGKILL)
 
     if moment == "history":  # recorded, but the rest is not done
-        registry._complete = die  # type: ignore[method-assign]
+        registry._champion._complete = die  # type: ignore[method-assign]
         registry.promote(version, cache=Path(cache), smoke=answers)
     registry.promote(version, cache=Path(cache), smoke=die)
 

@@ -81,17 +81,17 @@ def test_a_run_holds_what_was_logged(registry: Registry, tmp_path: Path) -> None
     (tmp_path / "plots" / "deep").mkdir(parents=True)
     (tmp_path / "plots" / "größe 1.txt").write_text("plot")
     (tmp_path / "plots" / "deep" / "page.html").write_text("<p>")
-    run_id = registry.start_run(
+    run_id = registry.runs.start_run(
         "nightly",
         params={"train": {"epochs": 3, "flip": True}, "classes": ["läuft"], "nothing": "", "long": "x" * 9000},
         tags={"data_version": "d1", "git_commit": "c0ffee", "mlflow.note.content": "note"},
     )
-    registry.log_metrics(run_id, {"loss": 1.5, "recall/läuft (schnell)": 0.5, "bad": float("nan")}, step=1)
-    registry.log_metrics(run_id, {"loss": 0.5}, step=2)
-    registry.log_path(run_id, tmp_path / "plots", "evaluation")
-    registry.log_path(run_id, tmp_path / "plots" / "größe 1.txt", "single")
-    registry.log_dataset(run_id, data_version="a" * 32, counts={"läuft": 2, "steht": 3}, source="data.dvc")
-    registry.finish(run_id)
+    registry.runs.log_metrics(run_id, {"loss": 1.5, "recall/läuft (schnell)": 0.5, "bad": float("nan")}, step=1)
+    registry.runs.log_metrics(run_id, {"loss": 0.5}, step=2)
+    registry.runs.log_path(run_id, tmp_path / "plots", "evaluation")
+    registry.runs.log_path(run_id, tmp_path / "plots" / "größe 1.txt", "single")
+    registry.runs.log_dataset(run_id, data_version="a" * 32, counts={"läuft": 2, "steht": 3}, source="data.dvc")
+    registry.runs.finish(run_id)
 
     run = run_of(registry, run_id)
     params = {item["key"]: item["value"] for item in run["data"]["params"]}
@@ -115,53 +115,53 @@ def test_a_run_holds_what_was_logged(registry: Registry, tmp_path: Path) -> None
     assert registry._rest.text(root, "single/größe 1.txt") == "plot"
     environment = json.loads(registry._rest.text(root, "environment.json"))
     assert environment["packages"]["mlflow"]
-    assert registry.run_page(run_id).endswith(f"/runs/{run_id}")
+    assert registry.runs.run_page(run_id).endswith(f"/runs/{run_id}")
 
 
 def test_the_state_comes_back_as_it_was(registry: Registry) -> None:
     state = {"data.dvc": "outs:\n- md5: a.dir\n", "params.yaml": "name: ä\n", "git_commit": "c0ffee", "dirty": True}
-    run_id = registry.start_run()
-    registry.log_state(run_id, state)
-    assert registry.run_state(run_id) == state
+    run_id = registry.runs.start_run()
+    registry.runs.log_state(run_id, state)
+    assert registry.runs.run_state(run_id) == state
 
 
 def test_a_run_without_state_says_so(registry: Registry) -> None:
     with pytest.raises(InputError, match="no stored state"):
-        registry.run_state(registry.start_run())
+        registry.runs.run_state(registry.runs.start_run())
 
 
 def test_resume(registry: Registry) -> None:
-    run_id = registry.start_run()
-    registry.finish(run_id, "FAILED")
+    run_id = registry.runs.start_run()
+    registry.runs.finish(run_id, "FAILED")
     assert run_of(registry, run_id)["info"]["status"] == "FAILED"
-    registry.resume(run_id)
+    registry.runs.resume(run_id)
     assert run_of(registry, run_id)["info"]["status"] == "RUNNING"
     with pytest.raises(InputError, match="no run"):
-        registry.resume("0" * 32)
+        registry.runs.resume("0" * 32)
 
 
 def test_more_metrics_and_parameters_than_one_request_takes(registry: Registry) -> None:
-    run_id = registry.start_run(params={f"p{i}": i for i in range(130)})
-    registry.log_metrics(run_id, {f"m{i}": i for i in range(1200)})
-    registry.finish(run_id)
+    run_id = registry.runs.start_run(params={f"p{i}": i for i in range(130)})
+    registry.runs.log_metrics(run_id, {f"m{i}": i for i in range(1200)})
+    registry.runs.finish(run_id)
     data = run_of(registry, run_id)["data"]
     assert (len(data["params"]), len(data["metrics"])) == (130, 1200)
 
 
 def test_metrics_survive_a_server_that_goes_and_comes_back(line: Line, registry: Registry) -> None:
     live = Registry(line.uri, registry.name)
-    run_id = live.start_run()
-    live.log_metrics(run_id, {"loss": 3.0}, step=1)
+    run_id = live.runs.start_run()
+    live.runs.log_metrics(run_id, {"loss": 3.0}, step=1)
     line.cut()
     begin = time.monotonic()
     for step in (2, 3, 4):
-        live.log_metrics(run_id, {"loss": 3.0 - step / 2}, step=step)
+        live.runs.log_metrics(run_id, {"loss": 3.0 - step / 2}, step=step)
     assert time.monotonic() - begin < 5  # training is not held up
     with pytest.raises(ServiceError, match="could not be stored") as failure:
-        live.finish(run_id)
+        live.runs.finish(run_id)
     assert "kept" in failure.value.fix
     line.join()
-    live.finish(run_id)
+    live.runs.finish(run_id)
     history = registry._rest.get("metrics/get-history", run_id=run_id, metric_key="loss")["metrics"]
     assert [(item["step"], item["value"]) for item in history] == [(1, 3.0), (2, 2.0), (3, 1.5), (4, 1.0)]
     live.close()
@@ -171,25 +171,25 @@ def test_a_server_that_hangs_holds_training_up_for_seconds_once(
     server: SimpleNamespace, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sora.registry.live._LIVE_TIMEOUT", 0.5)
-    run_id = registry.start_run()
+    run_id = registry.runs.start_run()
     os.kill(server.pid, signal.SIGSTOP)
     try:
         begin = time.monotonic()
         for step in range(20):
-            registry.log_metrics(run_id, {"loss": 1.0}, step=step)
+            registry.runs.log_metrics(run_id, {"loss": 1.0}, step=step)
         assert time.monotonic() - begin < 3
     finally:
         os.kill(server.pid, signal.SIGCONT)
-    registry.finish(run_id)
+    registry.runs.finish(run_id)
     history = registry._rest.get("metrics/get-history", run_id=run_id, metric_key="loss")["metrics"]
     assert sorted({item["step"] for item in history}) == list(range(20))
 
 
 def test_system_metrics(registry: Registry) -> None:
-    run_id = registry.start_run()
-    with registry.system_metrics(run_id, interval=0.05):
+    run_id = registry.runs.start_run()
+    with registry.runs.system_metrics(run_id, interval=0.05):
         time.sleep(0.5)
-    registry.finish(run_id)
+    registry.runs.finish(run_id)
     names = {item["key"] for item in run_of(registry, run_id)["data"]["metrics"]}
     assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= names
 

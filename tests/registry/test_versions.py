@@ -51,7 +51,7 @@ def test_a_servers_refusal_is_kept_with_the_version(
 def test_register_again_returns_the_same_version(registry: Registry, tmp_path: Path) -> None:
     file = tmp_path / "model.keras"
     file.write_bytes(b"once")
-    run_id = registry.start_run()
+    run_id = registry.runs.start_run()
     first = registry.register(run_id, file, recipe(), report(), "d")
     assert registry.register(run_id, file, recipe(), report(), "d") == first
     assert len(registry.versions()) == 1
@@ -118,7 +118,7 @@ def test_a_full_disk_leaves_no_half_a_model(registry: Registry, tmp_path: Path) 
 
 def test_a_version_that_sora_did_not_register_is_refused(registry: Registry, tmp_path: Path) -> None:
     add_version(registry, tmp_path, b"ours")
-    run_id = registry.start_run()
+    run_id = registry.runs.start_run()
     source = registry._rest.get("runs/get", run_id=run_id)["run"]["info"]["artifact_uri"]
     registry._rest.post("model-versions/create", {"name": registry.name, "source": source, "run_id": run_id})
     with pytest.raises(ServiceError, match="no recorded digest"):
@@ -139,14 +139,14 @@ def test_decisions_mark_runs_as_judged(registry: Registry, tmp_path: Path) -> No
     add_version(registry, tmp_path, b"1")
     second = add_version(registry, tmp_path, b"2", 0.8, data="d2")
     assert registry.last_judged() is None
-    registry.set_tags(registry.get(second).run_id, {"test_digest": "ab12"})
-    registry.log_metrics(registry.get(second).run_id, {"test/accuracy": 0.8, "train/loss": 1.0})
+    registry.runs.set_tags(registry.get(second).run_id, {"test_digest": "ab12"})
+    registry.runs.log_metrics(registry.get(second).run_id, {"test/accuracy": 0.8, "train/loss": 1.0})
     registry.set_decision(second, "refused", ["Genauigkeit 2 points lower"])
     judged = registry.last_judged()
     assert judged is not None
-    assert (judged["version"], judged["data_version"], judged["decision"]) == (second, "d2", "refused")
-    assert judged["metrics"] == {"test/accuracy": 0.8}
-    assert judged["run_id"] == registry.get(second).run_id
+    assert (judged.version, judged.data_version, judged.decision) == (second, "d2", "refused")
+    assert judged.metrics == {"test/accuracy": 0.8}
+    assert judged.run_id == registry.get(second).run_id
     assert registry.get(second).reasons == ("Genauigkeit 2 points lower",)
     assert registry.times_judged("ab12") == 1
     assert registry.times_judged("cd34") == 0

@@ -52,10 +52,10 @@ def promote(project: Project, uri: str, seed: int, frames: int | None = None) ->
     file = project.root.parent / "model.keras"
     classifier.build(Model(**SMALL), spec, len(settings.classes)).save(file)
     registry = Registry(uri, settings.name)
-    run_id = registry.start_run()
-    registry.log_state(run_id, versioning.state(project))
+    run_id = registry.runs.start_run()
+    registry.runs.log_state(run_id, versioning.state(project))
     number = registry.register(run_id, file, Recipe(spec, settings.classes), report(), "d")
-    registry.finish(run_id)
+    registry.runs.finish(run_id)
     registry.promote(number, cache=model_cache(project), smoke=answers, reason="test")
     registry.close()
     return number

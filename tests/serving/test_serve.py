@@ -60,10 +60,10 @@ def serving(project: Project, *options: str, **env: str) -> Iterator[Standing]:
 
 
 def register(registry: Registry, made: Made) -> int:
-    run_id = registry.start_run("nightly")
+    run_id = registry.runs.start_run("nightly")
     report = EvalReport("test", CLASSES, {"accuracy": 0.5}, {}, [], [], [], 1.5)
     version = registry.register(run_id, made.file, made.recipe, report, f"data{made.version}")
-    registry.finish(run_id, "FINISHED")
+    registry.runs.finish(run_id, "FINISHED")
     return version
 
 

@@ -68,7 +68,7 @@ def splits(project: Project) -> Check:
 
 def _registry_has_runs(project: Project, registry: Registry | None) -> bool:
     if registry is not None:
-        return any(True for _ in registry.search_runs(limit=1))
+        return any(True for _ in registry.runs.search_runs(limit=1))
     return databases.file_of(project, "mlflow").exists() or bool(project.settings().services.mlflow_tracking_uri)
 
 

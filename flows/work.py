@@ -1,0 +1,130 @@
+"""The work folder of one run: the results of the steps that are done, so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from sora.core.progress import say
+from sora.core.records import Decision
+from sora.learning.training import TrainResult
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Step(Generic[T]):
+    """One step of a run: the name of its result in `steps.json`, and how the result becomes JSON and comes back.
+
+    `read` raises KeyError, TypeError or ValueError for what is no such result.
+    """
+
+    name: str
+    write: Callable[[T], Any]
+    read: Callable[[Any], T]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """Against which champion the candidate was evaluated."""
+
+    champion_version: int | None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a text")
+    return value
+
+
+def _number(value: Any) -> int:
+    if not isinstance(value, int):
+        raise TypeError(f"{value!r} is not a number")
+    return value
+
+
+def _same(value: T) -> T:
+    return value
+
+
+DOUBTS: Step[tuple[str, ...]] = Step("doubts", list, lambda value: tuple(_text(one) for one in value))
+SPLITS: Step[str] = Step("splits", _same, _text)
+RUN: Step[str] = Step("run", _same, _text)
+FIT: Step[TrainResult] = Step("fit", TrainResult.to_dict, lambda value: TrainResult(**value))
+EVALUATED: Step[Evaluated] = Step("evaluated", asdict, lambda value: Evaluated(value["champion_version"]))
+REGISTER: Step[int] = Step("register", _same, _number)
+JUDGE: Step[Decision] = Step(
+    "judge",
+    lambda decision: {**asdict(decision), "reasons": list(decision.reasons)},
+    lambda value: Decision(value["promote"], tuple(value["reasons"]), value["evidence"]),
+)
+STEPS: tuple[Step[Any], ...] = (DOUBTS, SPLITS, RUN, FIT, EVALUATED, REGISTER, JUDGE)
+
+
+class Work:
+    """The folder and its `steps.json`, which is replaced as a whole after each step.
+
+    Where what an earlier try wrote can't be read, that is said and all steps run anew. Training still resumes from its
+    checkpoint in this folder, which has a check of its own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file = folder / "steps.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._results: dict[str, Any] = self._stored()
+
+    @property
+    def table(self) -> Path:
+        """The table of splits, for training and evaluation."""
+        return self.folder / "table.parquet"
+
+    @property
+    def fit(self) -> Path:
+        """The folder of the training: its checkpoint and its model."""
+        return self.folder / "fit"
+
+    @property
+    def evaluation(self) -> Path:
+        """The folder of the evaluation: reports and the page. The result is in the JSON file beside it."""
+        return self.folder / "evaluation"
+
+    def get(self, step: Step[T]) -> T | None:
+        """The result of a step that is done, or None."""
+        stored = self._results.get(step.name)
+        return None if stored is None else step.read(stored)
+
+    def once(self, step: Step[T], body: Callable[[], T]) -> T:
+        """The result of `body`, which runs only if no earlier try of this run finished it."""
+        done = self.get(step)
+        return done if done is not None else self.note(step, body())
+
+    def note(self, step: Step[T], result: T) -> T:
+        """Stores a result and returns it."""
+        self._results[step.name] = step.write(result)
+        draft = self._file.with_suffix(".partial")
+        draft.write_text(json.dumps(self._results), encoding="utf-8")
+        draft.replace(self._file)
+        return result
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _stored(self) -> dict[str, Any]:
+        try:
+            results = json.loads(self._file.read_text(encoding="utf-8"))
+            if not isinstance(results, dict):
+                raise TypeError("it holds no results by name")
+            for step in STEPS:
+                if results.get(step.name) is not None:
+                    step.read(results[step.name])
+        except FileNotFoundError:
+            return {}
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            say(f"warning: {self._file} of an interrupted run can't be read ({error!r}): its steps run anew")
+            return {}
+        return results
