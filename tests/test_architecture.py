@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 ROOM = re.compile(r"(\d) +(\S+) {2,}\S")  # a line of the table in docs/architecture.md
 # library → modules that may import it
 OWNERS = {
-    "av": ("sora.media.video.decode",),
+    "av": ("sora.media.video.ffmpeg",),
     "cv2": ("sora.media.video", "sora.judging.report"),
     "great_expectations": ("sora.dataset.quality.expectations", "sora.dataset.quality.docs"),
     "mlflow": ("sora.registry",),

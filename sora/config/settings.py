@@ -59,7 +59,7 @@ class Validate(_Section):
     decode_memory: int = Field(3_000_000_000, ge=100_000_000)  # bytes, of each process that decodes
 
     def file_limits(self) -> dict[str, Any]:
-        """The fields of `sora.media.video.decode.Limits`."""
+        """The fields of `sora.media.video.ffmpeg.Limits`."""
         return {name: getattr(self, name) for name in ("max_bytes", "max_seconds", "max_pixels", "max_frames")}
 
     def decoding(self) -> dict[str, Any]:
@@ -274,7 +274,7 @@ class Serve(_Section):
         return value
 
     def file_limits(self) -> dict[str, Any]:
-        """The fields of `sora.media.video.decode.Limits`."""
+        """The fields of `sora.media.video.ffmpeg.Limits`."""
         return {name: getattr(self, name) for name in ("max_bytes", "max_seconds", "max_pixels", "max_frames")}
 
 

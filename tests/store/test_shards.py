@@ -61,7 +61,7 @@ def test_clips_are_those_of_the_videos(data, table, whole):
     assert found.spec == SPEC
     paths = table.set_index("sha256")["path"]
     for sha256, rows in found.index.groupby("sha256").indices.items():
-        assert np.array_equal(found.clips(rows), prepare_clips(data / paths[sha256], SPEC))
+        assert np.array_equal(found.read("video", rows), prepare_clips(data / paths[sha256], SPEC))
     assert len(found) == 8 * 2 + 3
 
 
@@ -80,10 +80,10 @@ def test_the_index_tells_what_lies_where(table, whole):
 
 def test_clips_come_in_the_order_asked_for(whole):
     found = ShardSet.open(whole)
-    every = found.clips(range(len(found)))
+    every = found.read("video", range(len(found)))
     rows = np.random.default_rng(0).integers(0, len(found), 40)
-    assert np.array_equal(found.clips(rows), every[rows])
-    assert found.clips([]).shape == (0, 4, 32, 32, 3)
+    assert np.array_equal(found.read("video", rows), every[rows])
+    assert found.read("video", []).shape == (0, 4, 32, 32, 3)
 
 
 def test_buckets_are_plain_memory_mappable_arrays(whole):
@@ -187,7 +187,7 @@ def test_a_missing_bucket_is_a_clear_error(whole, tmp_path):
     next(out.glob("bucket-*")).unlink()
     with pytest.raises(ServiceError, match="can't be read"):
         found = ShardSet.open(out)
-        found.clips(range(len(found)))
+        found.read("video", range(len(found)))
 
 
 def test_a_video_that_no_longer_decodes_is_named(data, table, whole, tmp_path):
@@ -347,15 +347,15 @@ def test_who_reads_a_damaged_clip_is_told(whole, tmp_path, name):
     DAMAGES[name](out)
     found = ShardSet.open(out)
     with pytest.raises(ServiceError, match=r"bucket-.*\.npy") as caught:
-        found.clips(range(len(found)))
+        found.read("video", range(len(found)))
     assert "sora run --force" in caught.value.fix
 
 
 def test_whole_clips_are_compared_once(whole, monkeypatch):
     found = ShardSet.open(whole)
-    found.clips(range(len(found)))
+    found.read("video", range(len(found)))
     monkeypatch.setattr(shards, "_digest", lambda clip: pytest.fail("compared again"))
-    found.clips(range(len(found)))
+    found.read("video", range(len(found)))
 
 
 def test_every_bit_of_the_index_counts(data, table, whole, tmp_path):
@@ -413,7 +413,7 @@ def test_an_older_set_gets_digests_without_decoding(data, table, whole, tmp_path
     out = shutil.copytree(whole, tmp_path / "s")
     older(out)
     assert not ShardSet.open(out).has_digests
-    assert len(ShardSet.open(out).clips([0, 1])) == 2
+    assert len(ShardSet.open(out).read("video", [0, 1])) == 2
     known = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in out.iterdir()}
     accepted = shutil.copytree(out, tmp_path / "accepted")
     assert build(table, data, out, recorded=lambda: known) == BuildStats(0, 9, 0, len(known) - 1)
