@@ -83,7 +83,7 @@ def compile_model(model: keras.Model, train: Train, steps: int, *, multilabel: b
 
 
 def _exact(truth: Any, logits: Any) -> Any:
-    """1 where the classes with a positive logit are exactly those that a clip has, `(batch,)`; mixed ones from a half."""
+    """`(batch,)`: 1 where exactly the clip's classes (of a mixed clip: those above a half) have a positive logit."""
     return ops.cast(ops.all(ops.equal(truth > 0.5, logits > 0), axis=-1), "float32")
 
 
@@ -160,9 +160,8 @@ class EpochEnd(keras.callbacks.Callback):  # type: ignore[misc]
     @property
     def finished(self) -> bool:
         epoch: int = self.state["epoch"]
-        return bool(
-            epoch >= self.train.epochs or (epoch > 0 and epoch - self.state["best_epoch"] >= self.train.patience)
-        )
+        patience_is_over: bool = epoch > 0 and epoch - self.state["best_epoch"] >= self.train.patience
+        return epoch >= self.train.epochs or patience_is_over
 
     def restore(self, model: keras.Model) -> int:
         """Resumes from the checkpoint, if there is a usable one. Returns the epochs that are done."""

@@ -1,8 +1,8 @@
 """Files through decoders (`sora.media.decoder`: confined processes) side by side, where a crash costs one file.
 
-A file is opened here and handed over as a descriptor. Facts and clips come back as JSON and bytes, never as pickles, and
-are checked: a stranger's file may have taken the decoder over. Every decoder holds one file at a time, lives on for the
-next one, and dies with this process.
+A file is opened here and handed over as a descriptor. Facts and clips come back as JSON and bytes, never as pickles,
+and are checked: a stranger's file may have taken the decoder over. Every decoder holds one file at a time, lives on for
+the next one, and dies with this process.
 """
 
 from __future__ import annotations

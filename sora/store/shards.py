@@ -164,7 +164,7 @@ def build(
 ) -> BuildStats:
     """Brings the shard set in `out` up to date. Call it again after an interruption: it resumes.
 
-    It first reads what is there and compares it with the digests. It says which clips are damaged, and makes them again.
+    It first reads what is there and compares it with the digests. It says which clips are damaged and makes them again.
 
     Args:
         manifest: see `data.manifest`; rows with an `error` are left out, and of the same bytes all but the first path.
@@ -359,7 +359,7 @@ def _read_sums(file: Path) -> list[str] | None:
         return None
 
 
-def _digest(clip: Buffer) -> str:
+def _digest(clip: Buffer | np.ndarray) -> str:
     """Of a clip's bytes. 128 bits of SHA-256, which processors compute in hardware: faster than MD5 and BLAKE2."""
     return hashlib.sha256(clip).hexdigest()[:32]
 
@@ -398,7 +398,7 @@ def _read(file: Path, rows: int, tensor: TensorSpec) -> _Content:
 
 
 def _header(rows: int, tensor: TensorSpec) -> bytes:
-    """Of a .npy file. NumPy leaves room for the first dimension to grow, so the header's length does not depend on it."""
+    """Of a .npy file. NumPy leaves room for the first dimension to grow, so the length does not depend on `rows`."""
     text = BytesIO()
     about = {"descr": np.dtype(tensor.dtype).str, "fortran_order": False, "shape": (rows, *tensor.shape)}
     np.lib.format.write_array_header_1_0(text, about)
@@ -594,7 +594,7 @@ class ShardSet:
         """A tensor of the clips at these positions of `index`, in the order given, as a new array.
 
         Returns:
-            (len(rows), *shape) of dtype, as `tensors[name]` has them; `video`: (clips, frames, height, width, rgb) uint8.
+            (len(rows), *shape) of dtype, as `tensors[name]` says. `video` is (clips, frames, height, width, rgb) uint8.
 
         Raises:
             InputError: the set has no tensor of this name.

@@ -23,9 +23,8 @@ from tests.clips import CLASSES, SPEC, make_shards
 class Arrays:
     """A clip source in memory: video i has the clips i, i + 0.5, … each filled with its own value."""
 
-    tensors = {"video": TensorSpec("video", "uint8", (4, 16, 16, 3))}
-
     def __init__(self, videos: int, clips: int = 1) -> None:
+        self.tensors = {"video": TensorSpec("video", "uint8", (4, 16, 16, 3))}
         names = [f"{number:064x}" for number in range(videos) for _ in range(clips)]
         self.index = pd.DataFrame({"sha256": names, "clip": list(range(clips)) * videos})
         rng = np.random.default_rng(0)
