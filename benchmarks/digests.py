@@ -25,6 +25,7 @@ from benchmarks.common import SHARED, table
 from benchmarks.preprocessing import BATCH, spent
 from sora.config import Settings
 from sora.core.records import ClipSpec
+from sora.core.tensors import VIDEO
 from sora.dataset import manifest
 from sora.store import shards
 from sora.store.shards import ShardSet
@@ -51,7 +52,7 @@ def digests(spec: ClipSpec, rounds: int) -> dict[str, float]:
 def one_pass(found: ShardSet) -> None:
     order = np.random.default_rng(0).permutation(len(found))
     for start in range(0, len(order), BATCH):
-        found.clips(order[start : start + BATCH])
+        found.read(VIDEO, order[start : start + BATCH])
 
 
 def stored(footage: Path, rounds: int) -> dict[str, float]:

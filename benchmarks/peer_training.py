@@ -23,7 +23,9 @@ from sora.core import statistics
 from sora.core.errors import InputError
 from sora.core.processes import child_main, run_child
 from sora.core.records import ClipSpec, Recipe
+from sora.core.tensors import VIDEO
 from sora.judging import evaluation
+from sora.store.augment import Augmentation
 from sora.store.batches import Batches
 from sora.store.shards import ShardSet
 
@@ -123,13 +125,7 @@ def fit(job: PeerJob, emit: Emit) -> dict[str, Any]:
         table[table["split"] == "train"],
         batch=peer.batch if peer.builder else FRAME_CLIPS,
         shuffle_seed=train.seed,
-        flip=train.flip is not False,
-        mirror=train.mirrors(job.classes),
-        jitter=train.jitter,
-        speed=train.speed,
-        crop=train.crop,
-        noise=train.noise,
-        mix_up=train.mix_up,
+        augmentation=Augmentation.of(train, job.classes),
         classes=classes,
         class_weights=train.class_weights,
     )
@@ -219,7 +215,7 @@ class _Best:
         """Takes the model's weights if they are better. Returns {"val_loss"}, nothing where there are no videos."""
         if not validation.clips:
             return {}
-        logits = np.concatenate([np.asarray(model.predict_on_batch(x)) for x, _, _ in validation.epoch(0)])
+        logits = np.concatenate([np.asarray(model.predict_on_batch(one.inputs[VIDEO])) for one in validation.epoch(0)])
         shares = statistics.video_probabilities(logits, np.arange(len(logits)), len(logits))
         loss = statistics.log_loss(shares, validation.labels)
         if loss < self.loss:
@@ -242,7 +238,8 @@ def _samples(
     while True:
         for number in range(len(data.batches)):
             last = number + 1 == len(data.batches)
-            x, y, w = data[number]
+            inputs, y, w = data[number]
+            x = inputs[VIDEO]
             if frames is None:
                 yield last, x, y, w
                 continue
@@ -270,7 +267,7 @@ def _settle(model: keras.Model, data: ClipDataset) -> bool:
     for layer in normalisations:
         layer.momentum = 0.0
     for number in range(count):
-        model(data[number][0], training=True)
+        model(data[number][0][VIDEO], training=True)
         for layer, total in zip(normalisations, sums, strict=True):
             mean = np.asarray(layer.moving_mean)
             total += [mean, np.asarray(layer.moving_variance) + mean**2]

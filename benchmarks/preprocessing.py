@@ -35,6 +35,7 @@ from benchmarks import common
 from benchmarks.common import SHARED, SORA, table, timed
 from sora.config import Project, Settings
 from sora.core.records import ClipSpec
+from sora.core.tensors import VIDEO
 from sora.dataset import manifest, splits, versioning
 from sora.media import pool
 from sora.media.video.transform import prepare_clips
@@ -185,7 +186,7 @@ def batches(rounds: int) -> list[dict[str, Any]]:
         loader = Batches(ShardSet.open(place / "shards"), labelled, batch=BATCH, shuffle_seed=0)
 
         def load() -> int:
-            return sum(x.nbytes for x, *_ in loader.epoch(0))
+            return sum(one.inputs[VIDEO].nbytes for one in loader.epoch(0))
 
         size = load()  # from now on in memory
         source = np.ones((BATCH, 16, 112, 112, 3), np.uint8)

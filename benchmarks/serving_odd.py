@@ -99,7 +99,7 @@ class Senders:
 
 def state(server: Server, temporary: Path) -> dict[str, float]:
     process = psutil.Process(server.process.pid)
-    decoders = [child for child in process.children() if "sora.media.video.child" in child.cmdline()]
+    decoders = [child for child in process.children() if "sora.media.decoder" in child.cmdline()]
     return {
         "server MB": (anonymous_bytes(process.pid) - sum(anonymous_bytes(c.pid) for c in process.children())) / 1e6,
         "decoders MB": sum(anonymous_bytes(child.pid) for child in decoders) / 1e6,

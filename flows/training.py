@@ -208,7 +208,7 @@ def request_training(night: Night, run_id: str, work: Path, progress: Bar | None
     project, settings, runs = night.project, night.settings, night.registry.runs
     pool = settings.train.work_pool
     assert pool is not None
-    version.push(project, list(version.STAGES))
+    versioning.push(project, list(versioning.STAGES))
     table = work / "table.parquet"
     runs.log_path(run_id, table, HANDOVER.parent.as_posix())
     texts = versioning.state(project)

@@ -17,7 +17,7 @@ BEGIN, END = "<!-- arrows: begin -->", "<!-- arrows: end -->"  # around the pict
 ROOM = re.compile(r"(\d) +(\S+) {2,}\S")  # a line of the table in docs/architecture.md
 # library → modules that may import it
 OWNERS = {
-    "av": ("sora.media.video.decode",),
+    "av": ("sora.media.video.ffmpeg",),
     "cv2": ("sora.media.video", "sora.judging.report"),
     "great_expectations": ("sora.dataset.quality.expectations", "sora.dataset.quality.docs"),
     "mlflow": ("sora.registry",),

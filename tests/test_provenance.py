@@ -84,7 +84,7 @@ def _computed() -> dict[str, Any]:
         facts = rows.drop(columns=["path", "label", "group"]).drop_duplicates("sha256").sort_values("sha256")
         return {
             "facts": _digest(facts.round(6).to_dict("records")),
-            "clips": hashlib.sha256(opened.clips(range(len(opened))).tobytes()).hexdigest()[:16],
+            "clips": hashlib.sha256(opened.read("video", range(len(opened))).tobytes()).hexdigest()[:16],
             "manifest": _digest([rows.round(6).to_dict("records"), _defaults("split")]),
             "validate": _digest([sorted((r.path, r.rule) for r in report.rejected), _defaults("validate")]),
             "shards": _digest(

@@ -55,7 +55,7 @@ class Validate(Section):
     )
 
     def file_limits(self) -> dict[str, Any]:
-        """The fields of `sora.media.video.decode.Limits`."""
+        """The fields of `sora.media.video.ffmpeg.Limits`."""
         return {name: getattr(self, name) for name in ("max_bytes", "max_seconds", "max_pixels", "max_frames")}
 
     def decoding(self) -> dict[str, Any]:

@@ -63,5 +63,5 @@ class Serve(Section):
         return value
 
     def file_limits(self) -> dict[str, Any]:
-        """The fields of `sora.media.video.decode.Limits`."""
+        """The fields of `sora.media.video.ffmpeg.Limits`."""
         return {name: getattr(self, name) for name in ("max_bytes", "max_seconds", "max_pixels", "max_frames")}

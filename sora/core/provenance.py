@@ -18,7 +18,7 @@ from typing import Literal
 
 Stage = Literal["manifest", "validate", "shards"]
 
-# A video's facts: one row of the manifest, less its path and label (`sora.media.video.decode.inspect`).
+# A video's facts: one row of the manifest, less its path and label (`sora.media.video.ffmpeg.inspect`).
 FACTS = "af61f5b0f8efdbea"
 # A video's clips (`sora.media.video.transform.prepare_clips`).
 CLIPS = "04c4a1d68573b206"

@@ -22,7 +22,7 @@ from sora.core.errors import InputError, VideoError
 from sora.core.files import atomic, writing
 from sora.core.records import VideoRecord
 from sora.dataset.scan import Found, scan
-from sora.media import pool
+from sora.media import MODALITY, pool
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,8 +33,8 @@ Progress = Callable[[int, int], None]  # (done, total)
 Complaint = tuple[str, str] | None  # (rule, detail) of a file that is not to be decoded
 
 COLUMNS = tuple(field.name for field in fields(VideoRecord))
-_FACTS = ("codec", "width", "height", "rotation", "frames", "fps", "duration", "audio", "brightness", "signature")
-_NOTHING: dict[str, Any] = dict(zip(_FACTS, ("", 0, 0, 0, 0, 0.0, 0.0, False, 0.0, ""), strict=True))
+_NOTHING: dict[str, Any] = dict(MODALITY.facts)  # what stands in the row of a file that could not be read
+_FACTS = tuple(_NOTHING)
 _OF_BOUNDS = {"too_large", "too_slow"}  # verdicts of decoding that hold as long as the bounds are the same
 _OF_BYTES = {None, "not_a_video", "unreadable", "truncated", *_OF_BOUNDS}  # verdicts that decoding gives
 _OF_PLACE = {"unlabelled", "unknown_label"}  # verdicts that stand where decoding found nothing wrong
@@ -145,7 +145,7 @@ def _result(answer: pool.Answer | VideoError) -> dict[str, Any]:
 
 
 def _beyond(facts: dict[str, Any], rules: Validate) -> str:
-    """Which limit facts that were found under other limits are beyond, in the words of `video.decode`."""
+    """Which limit facts that were found under other limits are beyond, in the words of `video.ffmpeg`."""
     frames = facts["frames"]
     if not frames:
         return ""

@@ -22,6 +22,7 @@ from sora.core.errors import InputError, ServiceError, VideoError
 from sora.core.files import atomic
 from sora.core.processes import child_main, run_child
 from sora.core.records import ClipSpec, EvalReport, Recipe, Split, schema_of
+from sora.core.tensors import VIDEO
 from sora.judging.report import measure
 from sora.media import pool
 from sora.store import augment
@@ -314,7 +315,7 @@ def _clips(table: pd.DataFrame, shards: ShardSet, recipe: Recipe, job: EvalJob) 
             fix="`sora run` prepares what is missing",
         )
     for sha256 in table["sha256"]:
-        yield augment.views(shards.clips(rows[sha256]), recipe.views)
+        yield augment.views(shards.read(VIDEO, rows[sha256]), recipe.views)
 
 
 def _logits(
@@ -326,6 +327,8 @@ def _logits(
     emit: Callable[[dict[str, Any]], None],
 ) -> tuple[np.ndarray, np.ndarray]:
     """`(clips, classes) float32` logits and `(clips,) int` owners; every call has the same batch size, traced once."""
+    from sora.model import classifier
+
     buffer = np.zeros((batch, *model.input_shape[1:]), np.uint8)
     results: list[np.ndarray] = []
     owner: list[int] = []
@@ -333,7 +336,7 @@ def _logits(
 
     def flush() -> None:
         nonlocal filled
-        results.append(np.asarray(model.predict_on_batch(buffer), np.float32)[:filled])
+        results.append(np.asarray(model.predict_on_batch(classifier.fed(model, {VIDEO: buffer})), np.float32)[:filled])
         filled = 0
 
     for number, some in enumerate(clips):

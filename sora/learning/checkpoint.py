@@ -1,4 +1,4 @@
-"""Everything that a training goes on from, in one file: there whole or not at all."""
+"""Everything that a training resumes from, in one file: it is there whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sora.core import files
 
 
 class Unusable(Exception):
-    """The file is damaged or of another training; its text says which."""
+    """The file is damaged, or belongs to another training; the message says which."""
 
 
 Kept = dict[str, list[np.ndarray]]
@@ -24,9 +24,9 @@ Kept = dict[str, list[np.ndarray]]
 def save(path: Path, model: keras.Model, kept: Kept, state: dict[str, Any]) -> None:
     """Writes weights, optimiser and `state` (JSON-able); replaces an earlier file at once.
 
-    `kept` holds further sets of weights by name (letters only): the best so far, their average; a set may be empty.
+    `kept` holds further sets of weights by name (letters only): the best so far, and their average. A set may be empty.
 
-    One file rather than a model and a state beside it: no crash can leave the two of different epochs.
+    It is one file rather than a model and a state beside it: no crash can leave the two of different epochs.
 
     Raises:
         DiskFull, ServiceError: it could not be written; the earlier file is still there.
@@ -38,7 +38,7 @@ def save(path: Path, model: keras.Model, kept: Kept, state: dict[str, Any]) -> N
         arrays |= {f"{name}{number:05}": value for number, value in enumerate(values)}
     arrays["state"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
     with files.atomic(path) as file:
-        np.savez(file, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def load(path: Path, model: keras.Model, fingerprint: str) -> tuple[Kept, dict[str, Any]]:

@@ -64,7 +64,8 @@ def answers(
     """
     result_file = folder / FOLD_FILE
     if result_file.exists():
-        return json.loads(result_file.read_text(encoding="utf-8"))
+        done: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
+        return done
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         table.to_parquet(folder / "table.parquet", index=False)

@@ -1,4 +1,4 @@
-"""What Keras's `fit` needs around it: batches as it wants them, the schedule, and the end of each epoch."""
+"""What Keras's `fit` needs: batches in its form, the schedule, and what happens at the end of each epoch."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from keras import ops
 from sora.config import Train
 from sora.core.errors import InputError
 from sora.learning import checkpoint
-from sora.store.batches import Batches
+from sora.store.batches import Batch, Batches
 
 _AHEAD = 4  # batches made before they are asked for
 _BATCH_EVENT_SECONDS = 0.5
 
 
-class ClipDataset(keras.utils.PyDataset):
-    """`Batches` for `fit`, labels one-hot (for label smoothing), multi-hot or mixed; two threads, at most 4 batches
-    ahead.
+class ClipDataset(keras.utils.PyDataset):  # type: ignore[misc]
+    """`Batches` for `fit`: inputs by name, labels one-hot (for label smoothing), multi-hot or mixed, and weights.
 
-    The threads are its own: Keras's may begin with the next epoch before they are told that it is another. Batches made
-    ahead are known by epoch and number, so what comes out depends on no timing.
+    Two threads make at most 4 batches ahead. The threads are its own: Keras's may begin the next epoch before they are
+    told that it is another. Batches made ahead are known by epoch and number, so the timing changes nothing.
     """
 
     def __init__(self, batches: Batches, classes: int) -> None:
@@ -35,13 +34,13 @@ class ClipDataset(keras.utils.PyDataset):
         self.epoch = 0
         self.error: Exception | None = None
         self._threads = ThreadPoolExecutor(2, "batches")
-        self._ahead: dict[tuple[int, int], Future] = {}
+        self._ahead: dict[tuple[int, int], Future[Batch]] = {}
 
     @property
     def num_batches(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
         wanted = range(index, min(index + 1 + _AHEAD, len(self.batches)))
         self._ahead = {
             (self.epoch, number): self._ahead.get((self.epoch, number))
@@ -49,18 +48,20 @@ class ClipDataset(keras.utils.PyDataset):
             for number in wanted
         }
         try:
-            x, y, w = self._ahead.pop((self.epoch, index)).result()
+            batch = self._ahead.pop((self.epoch, index)).result()
         except Exception as error:
-            self.error = error  # a backend may tell it as the text of an error of its own
+            self.error = error  # a backend may show only its text, in an error of its own
             raise
-        return x, y if y.ndim == 2 else np.eye(self.classes, dtype=np.float32)[y], w
+        labels = batch.labels if batch.labels.ndim == 2 else np.eye(self.classes, dtype=np.float32)[batch.labels]
+        return batch.inputs, labels, batch.weights
 
 
 def compile_model(model: keras.Model, train: Train, steps: int, *, multilabel: bool = False, jit: bool | str) -> None:
     """AdamW (Loshchilov and Hutter 2019), warm-up over a tenth of the `steps`, then a cosine to 1 % of the rate.
 
-    Biases and normalisation are not decayed. The loss is the cross-entropy of the softmax or, with `multilabel`, the
-    mean of those of a sigmoid a class; the metric "accuracy" then counts clips whose labels are all right.
+    Biases and normalisation are not decayed. The loss is the cross-entropy of the softmax. With `multilabel` it is the
+    mean of the cross-entropies of a sigmoid for each class, and the metric "accuracy" counts clips whose labels are all
+    right.
     """
     warm_up = max(1, steps // 10)
     schedule = keras.optimizers.schedules.CosineDecay(
@@ -82,22 +83,22 @@ def compile_model(model: keras.Model, train: Train, steps: int, *, multilabel: b
 
 
 def _exact(truth: Any, logits: Any) -> Any:
-    """1 where the classes of a positive logit are just those that a clip has, `(batch,)`; mixed ones count by half."""
+    """`(batch,)`: 1 where exactly the clip's classes (of a mixed clip: those above a half) have a positive logit."""
     return ops.cast(ops.all(ops.equal(truth > 0.5, logits > 0), axis=-1), "float32")
 
 
 class Average:
-    """The average of a model's weights over epochs, which is validated and kept in the place of the weights.
+    """The average of a model's weights over epochs, which is validated and kept instead of the weights.
 
     After epoch n it moves towards the weights by max(1 - decay, 1 / n): at first the plain mean, as in stochastic
     weight averaging (Izmailov et al. 2018), then an exponential one that forgets the early epochs. Departure: batch
-    normalisation's statistics are averaged too instead of measured anew, which would cost a pass over the clips.
-    Keras's own `use_ema` leaves them as they are, of other weights than those that they then serve.
+    normalisation's statistics are averaged too. Measuring them again would cost a pass over the clips. Keras's own
+    `use_ema` does not average them, so they belong to other weights than those that they then serve.
     """
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
-        self.weights: list[np.ndarray] = []  # none: there was no epoch yet
+        self.weights: list[np.ndarray] = []  # empty before the first epoch ended
         self._aside: list[np.ndarray] = []
 
     def update(self, model: keras.Model, epochs: int) -> None:
@@ -123,13 +124,14 @@ class Average:
         self._aside = []
 
 
-class EpochEnd(keras.callbacks.Callback):
-    """After each epoch: finite? better? write the checkpoint, tell the parent, stop when patience is over.
+class EpochEnd(keras.callbacks.Callback):  # type: ignore[misc]
+    """After each epoch: are the losses finite, and better? Writes the checkpoint, tells the parent, and stops when
+    patience is over.
 
-    With `train.ema` the weights' average is what validation sees and what the best epoch leaves.
+    With `train.ema`, validation sees the weights' average, and the best epoch leaves it.
 
-    Before each: the epoch's number to the data, and the epoch's seed to every source of randomness in the model, which
-    thus need no place in the checkpoint.
+    Before each epoch: gives the epoch's number to the data, and the epoch's seed to every source of randomness in the
+    model. So the checkpoint needs no state of them.
     """
 
     def __init__(
@@ -157,11 +159,12 @@ class EpochEnd(keras.callbacks.Callback):
 
     @property
     def finished(self) -> bool:
-        epoch = self.state["epoch"]
-        return epoch >= self.train.epochs or (epoch > 0 and epoch - self.state["best_epoch"] >= self.train.patience)
+        epoch: int = self.state["epoch"]
+        patience_is_over: bool = epoch > 0 and epoch - self.state["best_epoch"] >= self.train.patience
+        return epoch >= self.train.epochs or patience_is_over
 
     def restore(self, model: keras.Model) -> int:
-        """Goes on from the checkpoint, if there is a usable one. Returns the epochs that are done."""
+        """Resumes from the checkpoint, if there is a usable one. Returns the epochs that are done."""
         try:
             kept, self.state = checkpoint.load(self.path, model, self.state["fingerprint"])
         except FileNotFoundError:
@@ -173,7 +176,7 @@ class EpochEnd(keras.callbacks.Callback):
         if self.average is not None:
             self.average.weights = kept["average"]
             self._averaged = self.state["epoch"]
-        return self.state["epoch"]
+        return int(self.state["epoch"])
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         self.data.epoch = epoch
@@ -229,5 +232,5 @@ class EpochEnd(keras.callbacks.Callback):
 
 
 def _seed_generators(model: keras.Model) -> list[keras.random.SeedGenerator]:
-    found = [getattr(layer, "seed_generator", None) for layer in model._flatten_layers(include_self=False)]
-    return [generator for generator in found if generator is not None]
+    generators = (getattr(layer, "seed_generator", None) for layer in model._flatten_layers(include_self=False))
+    return [generator for generator in generators if generator is not None]

@@ -1,8 +1,8 @@
 """Training, in a child process that dies with its parent: shards and a table of splits become `model.keras`.
 
-`run` is the parent's side and imports nothing heavy. The child (`python -m sora.learning.training`) holds Keras; when
-it ends, however it ends, its GPU memory is free. It keeps a checkpoint in the job's folder: the same job run again goes
-on after the last finished epoch, to the same result as if it had not been interrupted.
+`run` is the parent's side and imports nothing heavy. The child (`python -m sora.learning.training`) holds Keras. When
+it ends, for whatever reason, its GPU memory is free. It keeps a checkpoint in the job's folder: the same job run again
+resumes after the last finished epoch, and its result is the same as without the interruption.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from sora.learning import loop
-    from sora.store.batches import ClipSource
+    from sora.store.batches import Batches, ClipSource
 
 Emit = Callable[[dict[str, Any]], None]
 MODEL_FILE = "model.keras"
@@ -45,7 +45,7 @@ class TrainJob:
     model: dict[str, Any]  # settings.Model
     train: dict[str, Any]  # settings.Train
     clip: dict[str, Any]  # records.ClipSpec; must be the shards' own
-    out: str  # folder, of this job alone: the checkpoint, and the model at the end
+    out: str  # folder of this job alone: for the checkpoint and, at the end, the model
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "classes": list(self.classes)}
@@ -61,10 +61,10 @@ class TrainResult:
 
     model: str  # file, without optimiser, float32; the weights of the best epoch
     best_epoch: int
-    epochs: int  # that were run, resumed ones included
-    history: list[dict[str, float]]  # an epoch each: epoch, loss, accuracy, val_…, seconds, clips_per_second
+    epochs: int  # that were trained, those before a resumption included
+    history: list[dict[str, float]]  # one entry an epoch: epoch, loss, accuracy, val_…, seconds, clips_per_second
     seconds: float  # of all epochs
-    clips_per_second: float  # training alone; the median epoch, the first (with tracing) left out
+    clips_per_second: float  # of training alone: the median epoch, without the first, which traces
     parameters: int
     resumed_from: int  # epochs that an interrupted run had done; 0: none
 
@@ -87,7 +87,7 @@ def run(
 
     Raises:
         InputError: no clip to train on, a class without one, shards of another clip spec, a diverging loss.
-        DiskFull: while writing the checkpoint; the one before is whole.
+        DiskFull: no space for the checkpoint; the one before it is whole.
         ServiceError: the child died.
     """
     result = run_child("sora.learning.training", job.to_dict(), on_event, log=log, env=env)
@@ -101,29 +101,69 @@ def run(
 def fit(job: TrainJob, emit: Emit = lambda event: None, *, devices: Sequence[str] | None = None) -> TrainResult:
     """Trains in this process, which keeps Keras's and the backend's global settings afterwards: use `run`.
 
-    `devices` (TensorFlow only) names what to mirror over; None: the GPUs of this machine.
+    `devices` (TensorFlow only) names the devices to mirror over; None: the GPUs of this machine.
 
     Raises: as `run`.
     """
-    model_settings, train, clip = Model(**job.model), Train(**job.train), ClipSpec.from_dict(job.clip)
-    multilabel = model_settings.head == "multilabel"
-    shards = _open(job, clip)
-    table = _table(job, multilabel)
+    train = Train(**job.train)
+    footage = _footage(job, train)
+    if not footage.validation.clips:
+        emit({"event": "note", "message": "no validation clips: early stopping watches the training loss instead"})
+    machine = _machine(train, devices)
+    fitting = _assembled(job, train, footage, machine, emit)
+    emit(
+        {
+            "event": "start",
+            "train": footage.training.clips,
+            "val": footage.validation.clips,
+            "parameters": fitting.model.count_params(),
+            "device": machine.name,
+            "precision": machine.precision,
+            "resumed_from": fitting.resumed_from,
+        }
+    )
+    if not fitting.end.finished:
+        _fit(fitting, train, footage, len(job.classes))
+    return _result(job, fitting)
+
+
+@dataclass(frozen=True)
+class _Footage:
+    """What is trained on and validated with. `table` is the job's, see `_table`."""
+
+    table: pd.DataFrame
+    training: Batches
+    validation: Batches
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """A compiled model, its data, and what happens at the end of each epoch."""
+
+    model: Any  # keras.Model
+    data: loop.ClipDataset
+    end: loop.EpochEnd
+    resumed_from: int  # epochs that an interrupted run had done
+
+
+def _footage(job: TrainJob, train: Train) -> _Footage:
+    """
+    Raises:
+        InputError: see `run`.
+    """
+    from sora.store.augment import Augmentation
     from sora.store.batches import Batches
 
+    multilabel = _multilabel(job)
+    shards = _open(job)
+    table = _table(job, multilabel)
     training = Batches(
         shards,
         table[table["split"] == "train"],
         batch=train.batch,
         shuffle_seed=train.seed,
         min_batches=train.min_steps,
-        flip=train.flip is not False,
-        mirror=train.mirrors(job.classes),
-        jitter=train.jitter,
-        speed=train.speed,
-        crop=train.crop,
-        noise=train.noise,
-        mix_up=train.mix_up,
+        augmentation=Augmentation.of(train, job.classes),
         classes=len(job.classes),
         class_weights=train.class_weights,
         multilabel=multilabel,
@@ -131,88 +171,101 @@ def fit(job: TrainJob, emit: Emit = lambda event: None, *, devices: Sequence[str
     validation = Batches(
         shards, table[table["split"] == "val"], batch=train.batch, classes=len(job.classes), multilabel=multilabel
     )
-    if not validation.clips:
-        emit({"event": "note", "message": "no validation clips: early stopping watches the training loss instead"})
+    return _Footage(table, training, validation)
 
-    machine = _machine(train, devices)
+
+def _assembled(job: TrainJob, train: Train, footage: _Footage, machine: Machine, emit: Emit) -> _Fitting:
+    """The model with its first weights, or as the job's checkpoint left it."""
     import keras
 
     from sora.learning import loop
-    from sora.model import classifier, pretrained
+    from sora.model import pretrained
 
-    classes = len(job.classes)
+    settings = Model(**job.model)
     keras.utils.set_random_seed(train.seed)
-    data = loop.ClipDataset(training, classes)
+    data = loop.ClipDataset(footage.training, len(job.classes))
     out = Path(job.out)
     with files.writing(out):
         out.mkdir(parents=True, exist_ok=True)
     with machine.scope():
-        model = classifier.build(model_settings, clip, classes)
-        if model_settings.streams != "low" and model_settings.backbone != "residual":
+        model = _built(job)
+        if settings.streams != "low" and settings.backbone != "residual":
             pretrained.load(model)
-        loop.compile_model(model, train, len(training) * train.epochs, multilabel=multilabel, jit=machine.jit)
+        steps = len(footage.training) * train.epochs
+        loop.compile_model(model, train, steps, multilabel=_multilabel(job), jit=machine.jit)
         end = loop.EpochEnd(
             data,
             train,
-            monitor="val_loss" if validation.clips else "loss",
+            monitor="val_loss" if footage.validation.clips else "loss",
             path=out / CHECKPOINT_FILE,
-            fingerprint=_fingerprint(job, table, machine),
+            fingerprint=_fingerprint(job, footage.table, machine),
             emit=emit,
         )
-        resumed = end.restore(model)
-    emit(
-        {
-            "event": "start",
-            "train": training.clips,
-            "val": validation.clips,
-            "parameters": model.count_params(),
-            "device": machine.name,
-            "precision": machine.precision,
-            "resumed_from": resumed,
-        }
-    )
-    if not end.finished:
-        try:
-            model.fit(
-                _feed(data),
-                validation_data=_feed(loop.ClipDataset(validation, classes)) if validation.clips else None,
-                initial_epoch=resumed,
-                epochs=train.epochs,
-                callbacks=[end],
-                shuffle=False,  # `Batches` shuffles; Keras would draw from a generator that no checkpoint holds
-                verbose=0,
-            )
-        except Exception:
-            if data.error is not None:
-                raise data.error from None
-            raise
-    # Built anew in float32: a mixed-precision graph would compute in half precision on the server's CPU too.
+        return _Fitting(model, data, end, end.restore(model))
+
+
+def _fit(fitting: _Fitting, train: Train, footage: _Footage, classes: int) -> None:
+    from sora.learning import loop
+
+    try:
+        fitting.model.fit(
+            _feed(fitting.data),
+            validation_data=_feed(loop.ClipDataset(footage.validation, classes)) if footage.validation.clips else None,
+            initial_epoch=fitting.resumed_from,
+            epochs=train.epochs,
+            callbacks=[fitting.end],
+            shuffle=False,  # `Batches` shuffles; Keras would draw from a generator that no checkpoint holds
+            verbose=0,
+        )
+    except Exception:
+        if fitting.data.error is not None:
+            raise fitting.data.error from None
+        raise
+
+
+def _result(job: TrainJob, fitting: _Fitting) -> TrainResult:
+    """Saves the best epoch's model, without optimiser."""
+    import keras
+
+    # Built again in float32: a mixed-precision graph would compute in half precision on the server's CPU too.
     keras.config.set_dtype_policy("float32")
-    final = classifier.build(model_settings, clip, classes)
-    final.set_weights(end.best)
-    _save(final, out / MODEL_FILE)
-    history = end.state["history"]
+    final = _built(job)
+    final.set_weights(fitting.end.best)
+    path = Path(job.out) / MODEL_FILE
+    _save(final, path)
+    history = fitting.end.state["history"]
     rates = [epoch["clips_per_second"] for epoch in history]
     return TrainResult(
-        model=str(out / MODEL_FILE),
-        best_epoch=end.state["best_epoch"],
+        model=str(path),
+        best_epoch=fitting.end.state["best_epoch"],
         epochs=len(history),
         history=history,
         seconds=sum(epoch["seconds"] for epoch in history),
         clips_per_second=statistics.median(rates[1:] or rates),
         parameters=final.count_params(),
-        resumed_from=resumed,
+        resumed_from=fitting.resumed_from,
     )
 
 
-def _open(job: TrainJob, clip: ClipSpec) -> ClipSource:
+def _built(job: TrainJob) -> Any:
+    """The job's model (keras.Model) with random weights, under the dtype policy of the moment."""
+    from sora.model import classifier
+
+    return classifier.build(Model(**job.model), ClipSpec.from_dict(job.clip), len(job.classes))
+
+
+def _multilabel(job: TrainJob) -> bool:
+    return Model(**job.model).head == "multilabel"
+
+
+def _open(job: TrainJob) -> ClipSource:
     from sora.store.shards import ShardSet
 
-    shards = ShardSet.open(Path(job.shards))
+    shards, clip = ShardSet.open(Path(job.shards)), ClipSpec.from_dict(job.clip)
     if shards.spec != clip:
         raise InputError(
             f"the shards in {job.shards} hold {shards.spec}, the settings want {clip}",
-            fix="`sora run` prepares them anew",
+            fix="`sora run` prepares them again",
         )
     return shards
 
@@ -248,7 +301,7 @@ def _table(job: TrainJob, multilabel: bool) -> pd.DataFrame:
 
 
 def _fingerprint(job: TrainJob, table: pd.DataFrame, machine: Machine) -> str:
-    """Of all that decides what the training computes."""
+    """A digest of all that decides what the training computes."""
     import keras
 
     what = {
@@ -326,7 +379,7 @@ def _accelerator(backend: str) -> str:
 
 
 def _feed(data: loop.ClipDataset) -> Any:
-    """What `fit` is given: the data as they are, but with TensorFlow a `tf.data.Dataset` of them.
+    """What Keras's `fit` is given: the data themselves, but with TensorFlow a `tf.data.Dataset` of them.
 
     Keras makes the same of a `PyDataset`, with autotuning. At the end of an iterator TensorFlow waits for the
     autotuning thread, which sleeps: one epoch in three took 5 to 8 idle seconds more (TensorFlow 2.21, 12 s each).
@@ -339,11 +392,11 @@ def _feed(data: loop.ClipDataset) -> Any:
 
     batches = data.batches
     signature = (
-        tf.TensorSpec((None, *batches.shards.clips(batches.rows[:1]).shape[1:]), tf.uint8),
+        {name: tf.TensorSpec((None, *tensor.shape), tensor.dtype) for name, tensor in batches.shards.tensors.items()},
         tf.TensorSpec((None, data.classes), tf.float32),
         tf.TensorSpec((None,), tf.float32),
     )
-    # Each epoch makes an iterator of its own, so none is begun before the data know the epoch.
+    # Each epoch makes an iterator of its own, so no iterator starts before the data know the epoch.
     dataset = tf.data.Dataset.from_generator(
         lambda: (data[index] for index in range(len(batches))), output_signature=signature
     )

@@ -1,15 +1,14 @@
-"""Videos through confined processes (`sora.media.video.child`) side by side, where a crash costs one video.
+"""Files through decoders (`sora.media.decoder`: confined processes) side by side, where a crash costs one file.
 
-A file is opened here and handed over as a descriptor; facts and clips come back as JSON and bytes, never as pickles,
-and are checked: what a stranger's file may have made of a decoder is not to be trusted. Every process holds one file at
-a time, lives on for the next one, and dies with this process.
+A file is opened here and handed over as a descriptor. Facts and clips come back as JSON and bytes, never as pickles,
+and are checked: a stranger's file may have taken the decoder over. Every decoder holds one file at a time, lives on for
+the next one, and dies with this process.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import select
 import signal
@@ -19,9 +18,9 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -32,6 +31,9 @@ from sora.config import Serve, Validate
 from sora.core import sandbox
 from sora.core.errors import ServiceError, VideoError
 from sora.core.records import RULES, ClipSpec
+from sora.core.tensors import VIDEO, TensorSpec
+from sora.media import MODALITY, Modality
+from sora.media.modality import Known
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +49,7 @@ log = logging.getLogger("sora")
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a file may cost: the fields of `sora.media.video.decode.Limits`, bytes of memory, and seconds."""
+    """What a file may cost: the fields of `sora.media.video.ffmpeg.Limits`, bytes of memory, and seconds."""
 
     limits: dict[str, Any]
     memory: int
@@ -75,7 +77,7 @@ class Job(Generic[Item]):
     item: Item
     path: Path
     spec: ClipSpec | None = None
-    known: tuple[int, float] | None = None  # frames and fps by the manifest
+    known: Known | None = None  # by the manifest
 
     def message(self) -> bytes:
         return json.dumps({"spec": self.spec.to_dict(), "known": self.known} if self.spec else {}).encode()
@@ -83,17 +85,11 @@ class Job(Generic[Item]):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a decoder said: JSON, and the bytes of the clips."""
+    """What a decoder said: JSON and, of a job for clips, how many there are and the bytes of each tensor."""
 
     header: dict[str, Any]
-    body: bytearray | None
-
-    def clips(self) -> np.ndarray:
-        """`(clips, frames, height, width, rgb) uint8`."""
-        import numpy as np
-
-        assert self.body is not None
-        return np.frombuffer(self.body, np.uint8).reshape(self.header["shape"])
+    clips: int = 0
+    bodies: Mapping[str, bytearray] = field(default_factory=dict)
 
 
 class Crashed(VideoError):
@@ -106,27 +102,37 @@ def cores() -> int:
 
 
 def in_order(paths: Iterable[Path], spec: ClipSpec, bounds: Bounds) -> Generator[np.ndarray | VideoError, None, None]:
-    """The clips of each file, `(clips, frames, height, width, rgb) uint8`, in the order given, by one decoder.
+    """The tensor `video` of each file's clips, `(clips, frames, height, width, rgb) uint8`, in the order given, by one
+    decoder.
 
     Raises:
         ServiceError: it can't be started.
     """
+    expected = MODALITY.tensors(spec)[VIDEO]
     jobs = (Job(None, path, spec) for path in paths)
     with closing(each(jobs, bounds, clips=True, workers=1)) as answers:
         for _, answer in answers:
-            yield answer if isinstance(answer, VideoError) else answer.clips()
+            yield answer if isinstance(answer, VideoError) else array(answer.bodies[VIDEO], expected)
 
 
-def command(bounds: Bounds, clips: bool) -> list[str]:
+def array(body: bytes | bytearray, tensor: TensorSpec) -> np.ndarray:
+    """The bytes of a tensor as an array whose first dimension is the clips."""
+    import numpy as np
+
+    return np.frombuffer(body, tensor.dtype).reshape(-1, *tensor.shape)
+
+
+def command(bounds: Bounds, clips: bool, modality: Modality = MODALITY) -> list[str]:
     """Starts a decoder; its standard input is to be a `socket_pair`'s other end, its standard output a pipe."""
     options = {
         "parent": os.getpid(),
+        "modality": modality.name,
         "clips": clips,
         "memory": bounds.memory,
         "cpu_seconds": bounds.cpu_seconds,
         "limits": bounds.limits,
     }
-    return [sys.executable, "-P", "-m", "sora.media.video.child", json.dumps(options)]
+    return [sys.executable, "-P", "-m", "sora.media.decoder", json.dumps(options)]
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:
@@ -148,8 +154,8 @@ def bare_environment() -> dict[str, str]:
     }
 
 
-def open_video(path: Path) -> int:
-    """A descriptor of a regular file, no link, to hand to a decoder.
+def open_file(path: Path) -> int:
+    """A descriptor of a regular file, which is no link, to hand to a decoder.
 
     Raises:
         VideoError: not_a_video, unreadable.
@@ -167,13 +173,13 @@ def open_video(path: Path) -> int:
 
 
 def check_ready(answer: dict[str, Any]) -> None:
-    """A decoder's first answer; what its kernel could not forbid is said, once in this process.
+    """Reads a decoder's first answer. Warns of what the kernel could not forbid it, once in this process.
 
     Raises:
-        ServiceError: it is none.
+        ServiceError: it is no such answer.
     """
     if answer.get("ready") is not True:
-        raise ServiceError("a decoder started with an answer of no sense", fix="run `sora doctor`")
+        raise ServiceError("a decoder started with an answer that makes no sense", fix="run `sora doctor`")
     if answer.get("lacks"):
         _say_lacking(", ".join(map(str, answer["lacks"])))
 
@@ -183,27 +189,35 @@ def _say_lacking(what: str) -> None:
     log.warning("decoders are confined by limits only in part: this machine lacks %s; see `sora doctor`", what)
 
 
-def array_bytes(header: dict[str, Any], spec: ClipSpec) -> int:
-    """How many bytes of clips follow an answer.
+def clips_in(header: dict[str, Any], spec: ClipSpec, modality: Modality = MODALITY) -> int:
+    """How many clips follow an answer. Their tensors are those of `modality.tensors(spec)`, in its order.
 
     Raises:
-        ValueError: no shape that clips of this spec can have.
+        ValueError: other tensors than clips of this spec have, or more clips than a file can have.
     """
-    shape = header.get("shape")
+    said, expected = header.get("tensors"), modality.tensors(spec)
+    if not isinstance(said, dict) or list(said) != list(expected):
+        raise ValueError(f"tensors {str(said)[:100]}")
+    counts = []
+    for name, tensor in expected.items():
+        one = said[name]
+        shape = one.get("shape") if isinstance(one, dict) else None
+        if not isinstance(shape, list) or shape[1:] != list(tensor.shape) or one.get("dtype") != tensor.dtype:
+            raise ValueError(f"a tensor {name!r} of {str(one)[:100]}")
+        counts.append(shape[0])
     most = spec.max_clips if spec.sampling == "window" else 1
-    if not isinstance(shape, list) or len(shape) != 5 or shape[1:] != [spec.frames, spec.height, spec.width, 3]:
-        raise ValueError(f"clips of the shape {str(shape)[:100]}")
-    if type(shape[0]) is not int or not 1 <= shape[0] <= most:
-        raise ValueError(f"{str(shape[0])[:20]} clips")
-    return math.prod(shape)
+    count = counts[0]
+    if type(count) is not int or not 1 <= count <= most or counts != [count] * len(counts):
+        raise ValueError(f"{str(counts)[:100]} clips")
+    return count
 
 
 class Decoder:
-    """One process, started when made. `usable` says whether it takes a further file; `end()` it."""
+    """One decoder, started when made. `usable` says whether it takes a further file; `end()` it."""
 
-    def __init__(self, bounds: Bounds, *, clips: bool) -> None:
+    def __init__(self, bounds: Bounds, *, clips: bool, modality: Modality = MODALITY) -> None:
         sandbox.hide_memory()
-        self._bounds = bounds
+        self._bounds, self._modality = bounds, modality
         self._job: Job[Any] | None = None
         self._deadline = time.monotonic() + BOOT_SECONDS
         self.started = self._taken = False
@@ -211,7 +225,7 @@ class Decoder:
         self._jobs, theirs = socket_pair()
         try:
             self._process = subprocess.Popen(
-                command(bounds, clips), env=bare_environment(), cwd="/",
+                command(bounds, clips, modality), env=bare_environment(), cwd="/",
                 stdin=theirs.fileno(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
             )  # fmt: skip
         except OSError as error:
@@ -236,7 +250,7 @@ class Decoder:
         Raises:
             VideoError: the file does not open; the decoder is still free.
         """
-        file = open_video(job.path)
+        file = open_file(job.path)
         try:
             socket.send_fds(self._jobs, [job.message()], [file])
         except (BrokenPipeError, ConnectionError):
@@ -263,7 +277,7 @@ class Decoder:
             if not self._taken:
                 self._taken = True
                 return None
-            job, body = self._job, None
+            job, answer = self._job, Answer(header)
             assert job is not None
             if "rule" in header:
                 raise VideoError(
@@ -272,10 +286,9 @@ class Decoder:
                     fix=str(header["fix"])[:500],
                 )
             if job.spec is not None:
-                body = bytearray(array_bytes(header, job.spec))
-                self._fill(memoryview(body), time.monotonic() + _REST_SECONDS)
+                answer = self._clips(header, job.spec)
             self._free(usable=True)
-            return Answer(header, body)
+            return answer
         except VideoError:
             self._free(usable=not header.get("last"))
             raise
@@ -293,9 +306,17 @@ class Decoder:
             if how.endswith("(SIGXCPU)"):
                 raise self._slow() from None
             raise Crashed(f"it {how}", rule="unreadable", fix=RULES["unreadable"]) from None
-        except (ValueError, TypeError, KeyError) as error:  # what it says has no sense
+        except (ValueError, TypeError, KeyError) as error:  # what it says makes no sense
             self._free(usable=False)
             raise Crashed(f"it answered nonsense: {error}", rule="unreadable", fix=RULES["unreadable"]) from error
+
+    def _clips(self, header: dict[str, Any], spec: ClipSpec) -> Answer:
+        count, until = clips_in(header, spec, self._modality), time.monotonic() + _REST_SECONDS
+        bodies = {}
+        for name, tensor in self._modality.tensors(spec).items():
+            bodies[name] = bytearray(count * tensor.bytes)
+            self._fill(memoryview(bodies[name]), until)
+        return Answer(header, count, bodies)
 
     def end(self) -> None:
         self.usable = False
@@ -339,7 +360,7 @@ class Decoder:
         self._fill(memoryview(text), until)
         header = json.loads(text)
         if not isinstance(header, dict):
-            raise ValueError("no object")
+            raise ValueError("it is no JSON object")
         return header
 
     def _fill(self, target: memoryview, until: float) -> None:
@@ -356,17 +377,17 @@ class Decoder:
 
 
 def each(
-    jobs: Iterable[Job[Item]], bounds: Bounds, *, clips: bool, workers: int = 0
+    jobs: Iterable[Job[Item]], bounds: Bounds, *, clips: bool, workers: int = 0, modality: Modality = MODALITY
 ) -> Generator[tuple[Job[Item], Answer | VideoError], None, None]:
-    """Yields each job with its answer, or with why there is none, as they are ready.
+    """Yields each job with its answer, or with the reason why there is none, as soon as it is ready.
 
-    Jobs are taken one by one as processes become free; with one worker answers come in the order of the jobs. Processes
-    start as jobs come, and end at once when the generator
-    is closed (put it into `contextlib.closing`).
+    Jobs are taken one by one as decoders become free; with one worker, answers come in the order of the jobs. Decoders
+    start as jobs come, and end at once when the generator is closed (put it into `contextlib.closing`).
 
     Args:
-        clips: whether the jobs ask for clips; else all ask for facts.
-        workers: processes; 0: one a core.
+        clips: whether the jobs ask for clips; otherwise all ask for facts.
+        workers: decoders; 0: one a core.
+        modality: what the files are.
 
     Raises:
         ServiceError: decoders can't start.
@@ -383,7 +404,7 @@ def each(
                 except StopIteration:
                     break
                 if not idle:
-                    idle.append(Decoder(bounds, clips=clips))
+                    idle.append(Decoder(bounds, clips=clips, modality=modality))
                     staff += idle
                 try:
                     idle[-1].give(job)

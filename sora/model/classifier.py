@@ -10,12 +10,14 @@ The reference article's reading: the low-dimensional features (motion, few chann
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 
 from sora.config import Model
 from sora.core.records import ClipSpec
+from sora.core.tensors import VIDEO
 from sora.model.backbone import BackboneStream
 from sora.model.fusion import ConcatFusion, GatedFusion, GramFusion
 from sora.model.head import BinaryLogits
@@ -26,7 +28,8 @@ from sora.model.streams import KeyFrames, Motion, ResidualStream
 def build(config: Model, clip: ClipSpec, classes: int) -> keras.Model:
     """A new model with random weights (from Keras's global seed); `pretrained.load` gives a backbone its own.
 
-    Input shape: `(batch, clip.frames, clip.height, clip.width, 3)` uint8, pixels as decoded: scaling is inside.
+    Input: by the name `video`, `(batch, clip.frames, clip.height, clip.width, 3)` uint8, pixels as decoded: scaling is
+    inside.
     Output shape: `(batch, classes)` float32 logits; with a multi-label head each is for a sigmoid of its own. The
     layer "embedding" gives `(batch, config.embedding)`.
 
@@ -38,7 +41,7 @@ def build(config: Model, clip: ClipSpec, classes: int) -> keras.Model:
         raise ValueError(f"a classifier needs at least 2 classes, received {classes}")
     if config.head == "binary" and classes != 2:
         raise ValueError(f"a binary head needs 2 classes, received {classes}")
-    clips = keras.Input((clip.frames, clip.height, clip.width, 3), dtype="uint8", name="clip")
+    clips = keras.Input((clip.frames, clip.height, clip.width, 3), dtype="uint8", name=VIDEO)
     features = _features(config, clips)
     x = _fusion(config)(features)
     x = keras.layers.Dropout(config.dropout, name="dropout")(x)
@@ -83,6 +86,24 @@ def _fusion(config: Model) -> keras.layers.Layer:
     if config.fusion == "gated":
         return GatedFusion(config.gated_width, name="gated")
     return ConcatFusion(name="concat")
+
+
+def fed(model: keras.Model, tensors: Mapping[str, Any]) -> Any:
+    """What to call a model with, so that each of its inputs gets the tensor of its name.
+
+    The only input of a model takes `video` where its name is no tensor's: earlier versions called it `clip`.
+
+    Raises:
+        ValueError: an input asks for a tensor that is not there.
+    """
+    names = [one.name for one in model.inputs]
+    if len(names) == 1 and names[0] not in tensors:
+        names = [VIDEO]
+    lacking = [name for name in names if name not in tensors]
+    if lacking:
+        raise ValueError(f"the model asks for the tensor {lacking[0]!r}, the clips have {', '.join(tensors)}")
+    arrays = [tensors[name] for name in names]
+    return arrays[0] if len(arrays) == 1 else arrays
 
 
 def embedding_model(model: keras.Model) -> keras.Model:

@@ -23,6 +23,7 @@ from sora.core import statistics
 from sora.core.errors import InputError, PromotionFailed, ServiceError
 from sora.core.processes import Child, without_noise
 from sora.core.records import THRESHOLD, Prediction, Recipe, schema_of
+from sora.core.tensors import VIDEO
 from sora.media import pool
 from sora.store import augment
 
@@ -233,14 +234,16 @@ def _compiled(model: keras.Model) -> Any:
     """A function `(n, time, height, width, rgb) uint8 → (n, width of the model's output) float`, for any n."""
     import keras
 
+    from sora.model import classifier
+
     if keras.config.backend() != "tensorflow":
-        return lambda clips: np.asarray(model.predict_on_batch(clips))
+        return lambda clips: np.asarray(model.predict_on_batch(classifier.fed(model, {VIDEO: clips})))
     import tensorflow as tf
 
     # One trace with a symbolic batch size: ready in 1.3 × TensorFlow's import, against 2.0 × with one a size.
     @tf.function(input_signature=[tf.TensorSpec(model.input_shape, tf.uint8)], autograph=False)
     def call(clips: Any) -> Any:
-        return model(clips, training=False)
+        return model(classifier.fed(model, {VIDEO: clips}), training=False)
 
     function = call.get_concrete_function()
     return lambda clips: function(tf.constant(clips)).numpy()

@@ -24,6 +24,7 @@ from sora.core.errors import InputError, VideoError
 from sora.core.files import atomic, temporary_folder
 from sora.core.progress import say
 from sora.core.records import Recipe
+from sora.core.tensors import VIDEO
 from sora.media import pool
 
 if TYPE_CHECKING:
@@ -220,7 +221,7 @@ def _chunks(
     rows = np.flatnonzero(np.isin(owner, table["sha256"].to_numpy("U64")))
     for start in range(0, len(rows), _CHUNK):
         some = rows[start : start + _CHUNK]
-        yield owner[some], clip[some], shards.clips(some)
+        yield owner[some], clip[some], shards.read(VIDEO, some)
 
 
 def _load(cache: Path) -> Vectors | None:

@@ -1,4 +1,4 @@
-"""A small pool of decoding processes (`sora.media.video.child`), seen from the server.
+"""A small pool of decoders (`sora.media.decoder`), seen from the server.
 
 One that dies, hangs or eats too much is killed and replaced, and costs one request a clear answer.
 """
@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,24 +21,30 @@ from sora.config import Serve
 from sora.core import sandbox
 from sora.core.errors import ServiceError, VideoError
 from sora.core.records import RULES, ClipSpec
-from sora.media import pool
+from sora.core.tensors import VIDEO
+from sora.media import MODALITY, pool
+from sora.media.modality import Spans
 
 BOOT_SECONDS = 60.0  # imports of PyAV and OpenCV on a busy machine
 GRACE_SECONDS = 0.5  # a client hung up: so long may its decoder go on before it is killed
 _PIPE_BYTES = 4 * 2**20
 
-Spans = list[tuple[float, float]]  # as `sora.media.video.spans` makes them; importing that would load FFmpeg here
-_Answer = tuple[np.ndarray, Spans | None, float]  # clips, their spans, seconds that it took
+_Answer = tuple[dict[str, np.ndarray], Spans | None, float]  # the clips' tensors, their spans, seconds that it took
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """The clips of one video, `(clips, frames, height, width, rgb) uint8`, and what they cost."""
+    """The clips of one file by the names of their tensors, and what they cost."""
 
-    clips: np.ndarray
+    tensors: Mapping[str, np.ndarray]
     spans: Spans | None  # of the clips; None where the video says nothing of time
     waited: float  # seconds until a decoder was free
     seconds: float  # seconds that decoding took
+
+    @property
+    def clips(self) -> np.ndarray:
+        """`(clips, frames, height, width, rgb) uint8`."""
+        return self.tensors[VIDEO]
 
 
 class DecodePool:
@@ -85,10 +91,10 @@ class DecodePool:
             worker = await self._idle.get()
             waited = asyncio.get_running_loop().time() - start
             try:
-                clips, spans, seconds = await self._with(worker, path, spec, on_taken)
+                tensors, spans, seconds = await self._with(worker, path, spec, on_taken)
             except _DiedIdle:
                 continue
-            return Decoded(clips, spans, waited, seconds)
+            return Decoded(tensors, spans, waited, seconds)
 
     async def _with(self, worker: _Worker, path: Path, spec: ClipSpec, on_taken: Callable[[], None]) -> _Answer:
         # A task of its own, so that a client that hangs up frees its place at once while the decoder is brought back.
@@ -199,7 +205,7 @@ class _Worker:
             ValueError, TypeError, KeyError: its answer has no sense.
         """
         assert self.process is not None and self.process.stdout is not None and job.spec is not None
-        file = pool.open_video(job.path)
+        file = pool.open_file(job.path)
         try:
             # At once: no other job is under way.
             socket.send_fds(self._jobs, [job.message()], [file])
@@ -211,9 +217,13 @@ class _Worker:
         header = await self._header()
         if "rule" in header:
             return header
-        data = await self.process.stdout.readexactly(pool.array_bytes(header, job.spec))
+        count = pool.clips_in(header, job.spec)
+        tensors = {
+            name: pool.array(await self.process.stdout.readexactly(count * tensor.bytes), tensor)
+            for name, tensor in MODALITY.tensors(job.spec).items()
+        }
         spans = header["spans"] and [(float(start), float(end)) for start, end in header["spans"]]
-        return np.frombuffer(data, np.uint8).reshape(header["shape"]), spans, float(header["seconds"])
+        return tensors, spans, float(header["seconds"])
 
     async def _header(self) -> dict[str, Any]:
         assert self.process is not None and self.process.stdout is not None

@@ -1,14 +1,17 @@
-"""Changes of whole clips, `(time, height, width, rgb) uint8`, that leave the class what it is: NumPy only.
+"""Changes of whole clips, `(time, height, width, rgb) uint8`, that keep their class: NumPy only.
 
-What is drawn comes from the generator that is given, and each kind draws from one of its own (see `batches`): a kind
-that is switched on or off leaves what the others draw alone.
+Each kind draws from a generator of its own (see `batches`). So switching one kind on or off does not change what the
+others draw.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+
+from sora.config import Train
 
 VIEWS = ("mirrored", "left", "right")
 _SHIFT = 0.08  # of height and width, at most
@@ -19,11 +22,54 @@ _ASPECT = 4 / 3  # of a crop, at most, and its inverse at least
 _FRACTION = 256  # positions between two pixels: 255 * 256 still fits into 16 bits
 
 
-def flip_and_jitter(clip: np.ndarray, rng: np.random.Generator, *, flip: bool, jitter: bool) -> tuple[np.ndarray, bool]:
-    """With `flip` the mirror image (left and right) every second time; with `jitter` moves of up to 8 % of the sides,
-    other contrast and brightness, the same for all frames. Says whether it is mirrored.
+@dataclass(frozen=True, slots=True)
+class Augmentation:
+    """Which changes training makes to its clips. The default: none.
+
+    flip: every second clip, at random, is shown as its mirror image (left and right).
+    mirror: for each class that of its mirror image: itself, another one, or -1: such clips are never mirrored. None:
+        each class is its own. Of a clip of several classes that holds for each of them.
+    jitter: every clip is moved by up to 8 % of its sides and varies in contrast and brightness, the same for all frames
+        of the clip.
+    speed, crop, noise: see `slower`, `resized_crop` and `noisy`; 0 is off.
+    mix_up: the alpha of `mixed`; 0 is off.
     """
-    # Drawn whether used or not: switching one kind of augmentation leaves the others' draws alone.
+
+    flip: bool = False
+    mirror: Sequence[int] | None = None
+    jitter: bool = False
+    speed: float = 0.0
+    crop: float = 0.0
+    noise: float = 0.0
+    mix_up: float = 0.0
+
+    @classmethod
+    def of(cls, train: Train, classes: Sequence[str]) -> Augmentation:
+        """What the section `train` asks for.
+
+        Raises:
+            ValueError: `train.flip` names a class that is not among `classes`.
+        """
+        return cls(
+            flip=train.flip is not False,
+            mirror=train.mirrors(classes),
+            jitter=train.jitter,
+            speed=train.speed,
+            crop=train.crop,
+            noise=train.noise,
+            mix_up=train.mix_up,
+        )
+
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return any((self.flip, self.jitter, self.speed, self.crop, self.noise, self.mix_up))
+
+
+def flip_and_jitter(clip: np.ndarray, rng: np.random.Generator, *, flip: bool, jitter: bool) -> tuple[np.ndarray, bool]:
+    """With `flip` the mirror image (left and right) every second time. With `jitter` moves of up to 8 % of the sides,
+    other contrast and brightness, the same for all frames. Also returns whether the clip is mirrored.
+    """
+    # Drawn whether used or not: switching one of the two off must not change what the other draws.
     mirrored, vertical, horizontal = rng.random() < 0.5, *rng.uniform(-_SHIFT, _SHIFT, 2)
     contrast, brightness = rng.uniform(1 - _CONTRAST, 1 + _CONTRAST), rng.uniform(-_BRIGHTNESS, _BRIGHTNESS)
     if flip and mirrored:
@@ -46,7 +92,7 @@ def moved(clip: np.ndarray, down: int, right: int) -> np.ndarray:
 
 
 def views(clips: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """Every clip and after it its other views, which a model is asked about too (test-time augmentation).
+    """Every clip, followed by its other views, which a model is asked about too (test-time augmentation).
 
     `mirrored` is left-right; `left` and `right` show what lies 4 % of the width to that side.
 
@@ -59,16 +105,19 @@ def views(clips: np.ndarray, names: Sequence[str]) -> np.ndarray:
     if not names:
         return clips
     side = round(_VIEW * clips.shape[3])
-    make = {"mirrored": lambda clip: clip[:, :, ::-1], "left": lambda clip: moved(clip, 0, -side)}
-    make["right"] = lambda clip: moved(clip, 0, side)
+    make: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "mirrored": lambda clip: clip[:, :, ::-1],
+        "left": lambda clip: moved(clip, 0, -side),
+        "right": lambda clip: moved(clip, 0, side),
+    }
     return np.stack([view for clip in clips for view in (clip, *(make[name](clip) for name in names))])
 
 
 def resized_crop(clip: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarray:
-    """A random part of the picture at full size, the same of all frames; at most the share `most` of its area is lost.
+    """A random part of the picture at full size, the same in all frames. At most the share `most` of its area is lost.
 
     The random resized crop of Szegedy et al. 2015 (area uniform, aspect log-uniform from 3:4 to 4:3 of the picture's
-    own), with areas that stay near the whole: of a small clip of an action not much can be spared.
+    own), with areas that stay near the whole: a small clip of an action has little to spare.
     """
     height, width = clip.shape[1:3]
     area, aspect = rng.uniform(1 - most, 1), np.exp(rng.uniform(-np.log(_ASPECT), np.log(_ASPECT)))
@@ -96,9 +145,9 @@ def _resampled(clip: np.ndarray, positions: np.ndarray, axis: int) -> np.ndarray
 
 
 def slower(clip: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarray:
-    """A random span of the clip over all of its frames, down to 1 / (1 + `most`) of its time: slower motion.
+    """A random span of the clip, stretched over all of its frames, down to 1 / (1 + `most`) of its time: slower motion.
 
-    Frames repeat, as those of a slower camera would. Faster motion would need frames that the clip does not hold.
+    Frames repeat. Faster motion would need frames that the clip does not hold.
     """
     frames = len(clip)
     span = (frames - 1) / (1 + rng.uniform(0, most))
@@ -107,7 +156,7 @@ def slower(clip: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarra
 
 
 def noisy(clip: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarray:
-    """With Gaussian noise of a deviation of up to `most` levels (of 255), new in every pixel of every frame."""
+    """Adds Gaussian noise of a deviation of up to `most` levels (of 255), new in every pixel of every frame."""
     noise = rng.standard_normal(clip.shape, np.float32)
     noise *= np.float32(rng.uniform(0, most))
     noise += clip
@@ -118,7 +167,7 @@ def noisy(clip: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarray
 def mixed(
     x: np.ndarray, y: np.ndarray, w: np.ndarray, rng: np.random.Generator, alpha: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every clip of a batch blended with another one of it: mix-up (Zhang et al. 2018), with a share a clip of its own.
+    """Blends every clip of a batch with another one of it: mix-up (Zhang et al. 2018). Each clip has its own share.
 
     x `(batch, time, height, width, rgb) uint8`, y `(batch, classes) float32`, w `(batch,) float32`, the weights in the
     loss; all three are blended by the same share of Beta(`alpha`, `alpha`).

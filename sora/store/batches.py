@@ -1,20 +1,24 @@
-"""Batches of clips, from memory-mapped shards to arrays: NumPy only.
+"""Batches of clips, from memory-mapped shards to named arrays: NumPy only.
 
-What a batch holds depends on nothing but (seed, epoch, number of the batch). So batches may be made ahead and by
-several threads, and a training that resumes at an epoch sees what the uninterrupted one saw.
+What a batch holds depends on (seed, epoch, number of the batch) alone. So batches may be made ahead and by several
+threads, and a training that resumes at an epoch sees what the uninterrupted one saw.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import pandas as pd
 
 from sora.core.errors import InputError
+from sora.core.tensors import VIDEO, TensorSpec
 from sora.store import augment
+from sora.store.augment import Augmentation
 
+NONE = Augmentation()
 # Kind of augmentation → what its generator's seed has beside seed, epoch and number of the batch.
 _STREAMS: dict[str, tuple[int, ...]] = {"basic": (), "speed": (1,), "crop": (2,), "noise": (3,), "mix_up": (4,)}
 
@@ -25,33 +29,44 @@ class ClipSource(Protocol):
     @property
     def index(self) -> pd.DataFrame: ...
 
-    def clips(self, rows: np.ndarray) -> np.ndarray: ...
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]: ...
+
+    def read(self, name: str, rows: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some clips, what they show, and how much each counts.
+
+    inputs: the clips' tensors by name; `video`: `(batch, time, height, width, rgb) uint8`.
+    labels: `(batch,) int64`, the index of the class. With mix-up `(batch, classes) float32` whose rows sum to 1. Of a
+        multi-label model `(batch, classes) float32`, 1 for each class that the clip has.
+    weights: `(batch,) float32`, in the loss.
+    """
+
+    inputs: dict[str, np.ndarray]
+    labels: np.ndarray
+    weights: np.ndarray
+
+    def __len__(self) -> int:
+        """Clips."""
+        return len(self.weights)
 
 
 class Batches:
-    """The clips of the videos of a table, in batches `(x, y, w)`.
-
-    - x `(batch, time, height, width, rgb) uint8`
-    - y `(batch,) int64`: index of the class; with `mix_up` `(batch, classes) float32`, rows sum to 1; with `multilabel`
-      `(batch, classes) float32`, 1 for each class that the clip has
-    - w `(batch,) float32`: weight of the clip in the loss
+    """The clips of the videos of a table, in batches.
 
     Args:
         shards: the clips; its index has the columns sha256, clip.
         table: sha256, label_index; one row a video. A video of several clips counts with all of them. With `multilabel`
             label_index holds a sequence of indices.
         batch: clips a batch.
-        shuffle_seed: of order and augmentation, for training. The last batch is then filled up with clips drawn anew,
+        shuffle_seed: of order and augmentation, for training. The last batch is then filled up with clips drawn again,
             so that all have one shape. None, for evaluation: the table's order, the last batch may be smaller.
-        min_batches: in training an epoch has at least so many; a small table is gone through as often as that takes.
-        flip: training shows every second clip, at random, as its mirror image (left and right).
-        mirror: for each class that of its mirror image: itself, another one, or -1: such clips are never mirrored.
-            None: each class is its own. With `multilabel` that holds for each of a clip's classes.
-        jitter: training moves every clip by up to 8 % of its sides and varies contrast and brightness, the same for
-            all frames of the clip.
-        speed, crop, noise: see `augment.slower`, `augment.resized_crop` and `augment.noisy`; 0 is off.
-        mix_up: the alpha of `augment.mixed`; 0 is off.
-        classes: how many there are; `mix_up` and `multilabel` need it.
+        min_batches: in training an epoch has at least so many. A small table is gone through as often as that takes.
+        augmentation: of training's clips; it changes the tensor `video`.
+        classes: how many there are; mix-up and `multilabel` need it.
         class_weights: weights that make every class count alike; otherwise 1. Not with `multilabel`.
         multilabel: a clip may have several of the classes.
 
@@ -67,13 +82,7 @@ class Batches:
         batch: int,
         shuffle_seed: int | None = None,
         min_batches: int = 1,
-        flip: bool = False,
-        mirror: Sequence[int] | None = None,
-        jitter: bool = False,
-        speed: float = 0.0,
-        crop: float = 0.0,
-        noise: float = 0.0,
-        mix_up: float = 0.0,
+        augmentation: Augmentation = NONE,
         classes: int = 0,
         class_weights: bool = False,
         multilabel: bool = False,
@@ -87,11 +96,8 @@ class Batches:
                 f"the shards lack {len(lacking)} of {len(table)} videos, among them {lacking.iloc[0]}",
                 fix="`sora run` prepares what is missing",
             )
-        self.shards, self.batch, self.shuffle_seed, self.flip, self.jitter = shards, batch, shuffle_seed, flip, jitter
-        self.mirror, self.speed, self.crop, self.noise = mirror, speed, crop, noise
-        self.mix_up, self.classes = mix_up, classes
-        kinds = (flip, jitter, speed, crop, noise, mix_up)
-        self._augments = shuffle_seed is not None and any(kinds)
+        self.shards, self.batch, self.shuffle_seed = shards, batch, shuffle_seed
+        self.augmentation, self.classes = augmentation, classes
         self.rows = joined["row"].to_numpy(np.int64)
         self.weights = np.ones(len(joined), np.float32)
         self.class_weight = np.ones(classes, np.float32)
@@ -103,7 +109,7 @@ class Batches:
             self.labels = joined["label_index"].to_numpy(np.int64)
             if class_weights:
                 self.weights = balanced(self.labels)
-            # Of a class without clips the mirror image of another one is all that there is: it counts as the average.
+            # A class without clips appears only as mirror images of another one: it counts as the average.
             self.class_weight = np.ones(max(self.labels.max(initial=-1) + 1, classes), np.float32)
             self.class_weight[self.labels] = self.weights
         batches = -(-len(self.rows) // batch)
@@ -118,8 +124,13 @@ class Batches:
         """Different clips an epoch."""
         return len(self.rows)
 
-    def load(self, epoch: int, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Batch `number` of `epoch`, both counted from 0. May be called from several threads at once."""
+    def load(self, epoch: int, number: int) -> Batch:
+        """Batch `number` of `epoch`, both counted from 0. Several threads may call it at once.
+
+        Raises:
+            IndexError: the epoch has no such batch.
+            ServiceError: stored clips are missing or damaged.
+        """
         if not 0 <= number < len(self):
             raise IndexError(f"batch {number} of {len(self)}")
         order = np.arange(len(self.rows))
@@ -128,52 +139,53 @@ class Batches:
             times = -(-len(self) * self.batch // len(order))
             order = np.concatenate([rng.permutation(order) for _ in range(times)])
         chosen = order[number * self.batch : (number + 1) * self.batch]
-        x = self.shards.clips(self.rows[chosen])
-        y, w = self.labels[chosen], self.weights[chosen]
-        return self._augmented(x, y, w, epoch, number) if self._augments else (x, y, w)
-
-    def epoch(self, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """All batches of `epoch`."""
-        for number in range(len(self)):
-            yield self.load(epoch, number)
-
-    def _augmented(
-        self, x: np.ndarray, y: np.ndarray, w: np.ndarray, epoch: int, number: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        assert self.shuffle_seed is not None
+        inputs = {name: self.shards.read(name, self.rows[chosen]) for name in self.shards.tensors}
+        batch = Batch(inputs, self.labels[chosen], self.weights[chosen])
+        if self.shuffle_seed is None or not self.augmentation:
+            return batch
         draws = {
             kind: np.random.default_rng([self.shuffle_seed, epoch, number, *stream])
             for kind, stream in _STREAMS.items()
         }
-        result, y, w = np.empty_like(x), y.copy(), w.copy()
+        return self._augmented(batch, draws)
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """All batches of `epoch`."""
+        for number in range(len(self)):
+            yield self.load(epoch, number)
+
+    def _augmented(self, batch: Batch, draws: Mapping[str, np.random.Generator]) -> Batch:
+        kinds = self.augmentation
+        x, y, w = batch.inputs[VIDEO], batch.labels.copy(), batch.weights.copy()
+        result = np.empty_like(x)
         for place, source in enumerate(x):
             clip, mirrored = source, False
-            if self.flip or self.jitter:
+            if kinds.flip or kinds.jitter:
                 mirror = self._mirrored(y[place])
                 clip, mirrored = augment.flip_and_jitter(
-                    clip, draws["basic"], flip=self.flip and mirror is not None, jitter=self.jitter
+                    clip, draws["basic"], flip=kinds.flip and mirror is not None, jitter=kinds.jitter
                 )
                 if mirrored and mirror is not None and (mirror != y[place]).any():
                     y[place] = mirror
                     if y.ndim == 1:
                         w[place] = self.class_weight[mirror]
-            if self.speed:
-                clip = augment.slower(clip, draws["speed"], self.speed)
-            if self.crop:
-                clip = augment.resized_crop(clip, draws["crop"], self.crop)
-            if self.noise:
-                clip = augment.noisy(clip, draws["noise"], self.noise)
+            if kinds.speed:
+                clip = augment.slower(clip, draws["speed"], kinds.speed)
+            if kinds.crop:
+                clip = augment.resized_crop(clip, draws["crop"], kinds.crop)
+            if kinds.noise:
+                clip = augment.noisy(clip, draws["noise"], kinds.noise)
             result[place] = clip
-        if not self.mix_up:
-            return result, y, w
-        y = y if y.ndim == 2 else np.eye(self.classes, dtype=np.float32)[y]
-        return augment.mixed(result, y, w, draws["mix_up"], self.mix_up)
+        if kinds.mix_up:
+            y = y if y.ndim == 2 else np.eye(self.classes, dtype=np.float32)[y]
+            result, y, w = augment.mixed(result, y, w, draws["mix_up"], kinds.mix_up)
+        return Batch({**batch.inputs, VIDEO: result}, y, w)
 
     def _mirrored(self, y: np.ndarray) -> np.ndarray | None:
-        """The label of a clip's mirror image: an index or `(classes,)`; None: the clip is never mirrored."""
-        if self.mirror is None:
+        """The label of a clip's mirror image: an index or `(classes,)`. None: the clip is never mirrored."""
+        if self.augmentation.mirror is None:
             return y
-        to = np.asarray(self.mirror)
+        to = np.asarray(self.augmentation.mirror)
         if y.ndim == 0:
             return to[y] if to[y] >= 0 else None
         if y[to < 0].any():

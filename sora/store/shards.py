@@ -1,17 +1,22 @@
 """Shards: the clips of accepted videos, ready to be read by training. They know neither labels nor splits.
 
-    index.parquet                 one row a clip: where it lies, and its digest; written last: a folder without it is no
-                                  shard set
-    bucket-0003-<key>.npy         (clips, frames, height, width, 3) uint8, in the order of (sha256, clip)
+    index.parquet                 one row a clip: where it lies, and its digest. It is written last: a folder without it
+                                  is not a complete shard set
+    bucket-0003-<key>.npy         a tensor of the clips, in the order of (sha256, clip); its header has dtype and shape
     .bucket-0003-<key>.npy.sums   only while a build is unfinished: the digests of a finished bucket's clips
 
-A video's bucket follows from its sha256, and a bucket's key from what it is to hold and from the code that makes clips.
-So the same videos give the same bytes, an added video rewrites its own bucket only, a file that is there is complete,
-and an interrupted build goes on with the buckets that lack.
+Tensors have names. The index lists them under `tensors`, with dtype and shape. An index without that list has the one
+tensor `video`, `(frames, height, width, rgb) uint8`. Such an index is what earlier versions wrote and what is written
+for videos today, so the bytes of a set stay what they were. Buckets of a further tensor would be further files,
+`bucket-0003-<key>-<name>.npy`.
+
+A video's bucket follows from its sha256. A bucket's key follows from what it is to hold and from the code that makes
+clips. So the same videos give the same bytes, an added video rewrites its own bucket only, a file that is there is
+complete, and an interrupted build makes only the buckets that are missing.
 
 Disks and people damage files. A build therefore reads what is there and compares it with the digests before it keeps or
-copies a byte, and makes the clips of damaged videos anew. Whoever reads a clip for the first time compares it, too. The
-digests find damage; they don't stop somebody who rewrites the index as well.
+copies a byte, and makes the clips of damaged videos again. A reader compares a clip, too, when it reads it for the
+first time. The digests find damage. They don't stop somebody who rewrites the index as well.
 """
 
 from __future__ import annotations
@@ -35,11 +40,12 @@ from sora.core.errors import InputError, ServiceError, VideoError
 from sora.core.files import atomic, sync_folder, writing
 from sora.core.progress import say
 from sora.core.records import ClipSpec
-from sora.media import pool
-from sora.media.video.clips import windows
+from sora.core.tensors import VIDEO, TensorSpec
+from sora.media import MODALITIES, MODALITY, Modality, pool
 
 if TYPE_CHECKING:
     import pandas as pd
+    from typing_extensions import Buffer
 
 INDEX = "index.parquet"
 _SORA = b"sora.shards"
@@ -124,8 +130,8 @@ class _Content:
 
 
 @dataclass(slots=True)
-class _Found:
-    """What of an earlier build can be used."""
+class _Kept:
+    """What can be kept of an earlier build."""
 
     rows: dict[str, _Rows] = field(default_factory=dict)  # sha256 of a video → its intact clips
     whole: set[str] = field(default_factory=set)  # names of files without any damage
@@ -154,33 +160,36 @@ def build(
     rules: Validate | None = None,
     progress: Progress | None = None,
     recorded: Recorded = dict,
+    modality: Modality = MODALITY,
 ) -> BuildStats:
     """Brings the shard set in `out` up to date. Call it again after an interruption: it resumes.
 
-    What is there is read and compared with its digests first; damaged clips are made anew, and that is said.
+    It first reads what is there and compares it with the digests. It says which clips are damaged and makes them again.
 
     Args:
         manifest: see `data.manifest`; rows with an `error` are left out, and of the same bytes all but the first path.
         rejected: paths (of the manifest) to leave out.
         data: the folder that the manifest's paths are relative to.
-        workers: processes that decode; 0: one a core.
+        workers: decoders; 0: one a core.
         rules: bounds of what a video may cost; default: those of the default settings.
-        recorded: gives the MD5 of files in `out` as DVC recorded them last. Asked only for files without digests, which
-            an older Sora left: then what matches is kept, what differs is made anew.
+        recorded: gives the MD5 of files in `out` as DVC recorded them last. It is asked only for files without digests,
+            which an older Sora left: files that match are kept, files that differ are made again.
+        modality: what the files are.
 
     Raises:
-        ServiceError: a video that the manifest accepted does not decode now (it names it), or a process died.
-        DiskFull: no space is left. Finished buckets stay, and the next call goes on from them.
+        ServiceError: a video that the manifest accepted does not decode now (the message names it), or a decoder died.
+        DiskFull: no space is left. Finished buckets stay, and the next call resumes from them.
     """
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         _remove(out.glob(".*.part"))
-    plan = _plan(manifest, rejected, out, spec, buckets)
-    found = _earlier(out, plan, spec, recorded)
-    old = found.rows
+    (tensor,) = modality.tensors(spec).values()
+    plan = _plan(manifest, rejected, out, spec, buckets, modality)
+    kept = _earlier(out, plan, spec, tensor, recorded)
+    old = kept.rows
     missing = []
     for bucket in plan:
-        if bucket.file.name in found.whole:
+        if bucket.file.name in kept.whole:
             bucket.digests = {video.sha256: old[video.sha256].digests for video in bucket.videos}
         else:
             missing.append(bucket)
@@ -195,7 +204,7 @@ def build(
     def jobs() -> Iterator[pool.Job[_Task]]:
         for bucket in missing:
             open_now[bucket.number] = bucket
-            todo = _begin(bucket, old, spec)
+            todo = _begin(bucket, old, tensor)
             if not todo:
                 _finish(open_now.pop(bucket.number))
             for task in todo:
@@ -205,10 +214,10 @@ def build(
     try:
         crew = min(workers or pool.cores(), max(1, to_decode))
         bounds = pool.Bounds.of_data(rules or Validate.model_validate({}))
-        with closing(pool.each(jobs(), bounds, clips=True, workers=crew)) as results:
+        with closing(pool.each(jobs(), bounds, clips=True, workers=crew, modality=modality)) as results:
             for job, answer in results:
                 task = job.item
-                digests = _store(task, answer, spec)
+                digests = _store(task, answer, tensor)
                 decoded += 1
                 bucket = open_now[task.bucket]
                 bucket.digests[task.video.sha256] = digests
@@ -220,11 +229,11 @@ def build(
     except BaseException:
         _remove(bucket.draft for bucket in open_now.values())  # makes room, too
         raise
-    _write_index(out, plan, spec)
+    _write_index(out, plan, spec, tensor)
     keep = {bucket.file for bucket in plan}
     _remove(file for file in out.glob("bucket-*.npy") if file not in keep)
     _remove(out.glob(".*.sums"))
-    lost = sum(video.sha256 in found.lost for bucket in missing for video in bucket.videos)
+    lost = sum(video.sha256 in kept.lost for bucket in missing for video in bucket.videos)
     return BuildStats(decoded, total - decoded, len(missing), len(plan) - len(missing), lost)
 
 
@@ -233,7 +242,9 @@ def _remove(files: Iterable[Path]) -> None:
         file.unlink(missing_ok=True)
 
 
-def _plan(manifest: pd.DataFrame, rejected: Collection[str], out: Path, spec: ClipSpec, buckets: int) -> list[_Bucket]:
+def _plan(
+    manifest: pd.DataFrame, rejected: Collection[str], out: Path, spec: ClipSpec, buckets: int, modality: Modality
+) -> list[_Bucket]:
     """The buckets that are to be, without empty ones."""
     usable = manifest[manifest["error"].isna() & ~manifest["path"].isin(set(rejected))]
     usable = usable.sort_values(["sha256", "path"]).drop_duplicates("sha256")
@@ -241,7 +252,7 @@ def _plan(manifest: pd.DataFrame, rejected: Collection[str], out: Path, spec: Cl
     for sha256, path, frames, fps in zip(
         usable["sha256"], usable["path"], usable["frames"], usable["fps"], strict=True
     ):
-        spans = tuple((min(w.indices), max(w.indices)) for w in windows(int(frames), float(fps), spec))
+        spans = tuple((min(w.indices), max(w.indices)) for w in modality.windows(int(frames), float(fps), spec))
         number = int(sha256[:8], 16) * buckets >> 32
         videos.setdefault(number, []).append(_Video(sha256, path, int(frames), float(fps), spans))
     code = provenance.clips()
@@ -253,17 +264,17 @@ def _plan(manifest: pd.DataFrame, rejected: Collection[str], out: Path, spec: Cl
     return plan
 
 
-def _earlier(out: Path, plan: list[_Bucket], spec: ClipSpec, recorded: Recorded) -> _Found:
+def _earlier(out: Path, plan: list[_Bucket], spec: ClipSpec, tensor: TensorSpec, recorded: Recorded) -> _Kept:
     """What is there already and intact: of the last complete build, and of one that was interrupted."""
-    found = _Found()
+    kept = _Kept()
     old = _last_set(out, recorded)
-    if old is not None and (old.spec != spec or old.code != provenance.clips()):
+    if old is not None and (old.spec != spec or old.code != provenance.clips() or old.tensor != tensor):
         old = None
-    _take_set(old, found, recorded)
+    _take_set(old, kept, recorded)
     named = set(old.files.values()) if old else set()
     left = [bucket for bucket in plan if bucket.file.name not in named and bucket.file.exists()]
-    _take_unfinished(left, found, spec, recorded)
-    return found
+    _take_unfinished(left, kept, tensor, recorded)
+    return kept
 
 
 def _last_set(out: Path, recorded: Recorded) -> ShardSet | None:
@@ -283,13 +294,13 @@ def _last_set(out: Path, recorded: Recorded) -> ShardSet | None:
     return old
 
 
-def _take_set(old: ShardSet | None, found: _Found, recorded: Recorded) -> None:
+def _take_set(old: ShardSet | None, kept: _Kept, recorded: Recorded) -> None:
     if old is None:
         return
     known = {} if old.has_digests else recorded()
     contents = old.contents()
     damaged, unknown = [], []
-    header, size = len(_header(0, old.spec)), _clip_bytes(old.spec)
+    header, size = len(_header(0, old.tensor)), old.tensor.bytes
     row_of = old.index["row"].to_numpy()
     for number, content in contents.items():
         file = old.folder / old.files[number]
@@ -304,12 +315,12 @@ def _take_set(old: ShardSet | None, found: _Found, recorded: Recorded) -> None:
             if damage is None or sha256 not in damage.lost:
                 row = int(row_of[places[0]])
                 digests = content.digests[row : row + len(places)]
-                found.rows[sha256] = _Rows(file, header + row * size, digests)
+                kept.rows[sha256] = _Rows(file, header + row * size, digests)
         if damage is None:
-            found.whole.add(file.name)
+            kept.whole.add(file.name)
         else:
             damaged.append(damage)
-            found.lost |= damage.lost
+            kept.lost |= damage.lost
     for damage in damaged:
         say(f"{damage}; they are made anew from the videos")
     if unknown:
@@ -319,11 +330,11 @@ def _take_set(old: ShardSet | None, found: _Found, recorded: Recorded) -> None:
         )
 
 
-def _take_unfinished(left: list[_Bucket], found: _Found, spec: ClipSpec, recorded: Recorded) -> None:
+def _take_unfinished(left: list[_Bucket], kept: _Kept, tensor: TensorSpec, recorded: Recorded) -> None:
     """Buckets that no index names: an interrupted build left them, or the index was lost."""
-    header, size = len(_header(0, spec)), _clip_bytes(spec)
+    header, size = len(_header(0, tensor)), tensor.bytes
     for bucket in left:
-        content = _read(bucket.file, bucket.rows, spec)
+        content = _read(bucket.file, bucket.rows, tensor)
         sums = _read_sums(bucket.sums)
         if sums is not None:
             fine = not content.fault and list(content.digests) == sums
@@ -331,13 +342,13 @@ def _take_unfinished(left: list[_Bucket], found: _Found, spec: ClipSpec, recorde
             fine = not content.fault and recorded().get(bucket.file.name) == _md5(bucket.file)
         if not fine:
             say(f"{bucket.file} is damaged or can't be checked: its {len(bucket.videos)} videos are made anew")
-            found.lost.update(video.sha256 for video in bucket.videos)
+            kept.lost.update(video.sha256 for video in bucket.videos)
             continue
-        found.whole.add(bucket.file.name)
+        kept.whole.add(bucket.file.name)
         row = 0
         for video in bucket.videos:
             digests = content.digests[row : row + len(video.clips)]
-            found.rows[video.sha256] = _Rows(bucket.file, header + row * size, digests)
+            kept.rows[video.sha256] = _Rows(bucket.file, header + row * size, digests)
             row += len(video.clips)
 
 
@@ -348,7 +359,7 @@ def _read_sums(file: Path) -> list[str] | None:
         return None
 
 
-def _digest(clip: Any) -> str:
+def _digest(clip: Buffer | np.ndarray) -> str:
     """Of a clip's bytes. 128 bits of SHA-256, which processors compute in hardware: faster than MD5 and BLAKE2."""
     return hashlib.sha256(clip).hexdigest()[:32]
 
@@ -362,9 +373,9 @@ def _md5(file: Path) -> str:
         return ""
 
 
-def _read(file: Path, rows: int, spec: ClipSpec) -> _Content:
-    """Reads a bucket's file from its beginning to its end; never raises for what it finds there."""
-    header, size = _header(rows, spec), _clip_bytes(spec)
+def _read(file: Path, rows: int, tensor: TensorSpec) -> _Content:
+    """Reads a bucket's file from its beginning to its end. It never raises for what it finds there."""
+    header, size = _header(rows, tensor), tensor.bytes
     digests: list[str] = []
     fault = ""
     buffer = bytearray(size)
@@ -386,22 +397,18 @@ def _read(file: Path, rows: int, spec: ClipSpec) -> _Content:
     return _Content((*digests, *[""] * (rows - len(digests))), fault)
 
 
-def _clip_bytes(spec: ClipSpec) -> int:
-    return spec.frames * spec.height * spec.width * 3
-
-
-def _header(rows: int, spec: ClipSpec) -> bytes:
-    """Of a .npy file; NumPy leaves room for the first dimension to grow, so that its length does not depend on it."""
+def _header(rows: int, tensor: TensorSpec) -> bytes:
+    """Of a .npy file. NumPy leaves room for the first dimension to grow, so the length does not depend on `rows`."""
     text = BytesIO()
-    shape = (rows, spec.frames, spec.height, spec.width, 3)
-    np.lib.format.write_array_header_1_0(text, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    about = {"descr": np.dtype(tensor.dtype).str, "fortran_order": False, "shape": (rows, *tensor.shape)}
+    np.lib.format.write_array_header_1_0(text, about)
     return text.getvalue()
 
 
-def _begin(bucket: _Bucket, old: dict[str, _Rows], spec: ClipSpec) -> list[_Task]:
+def _begin(bucket: _Bucket, old: dict[str, _Rows], tensor: TensorSpec) -> list[_Task]:
     """Makes the bucket's draft, copies into it what an old bucket holds, and returns what is to be decoded."""
     tasks = []
-    header, size = _header(bucket.rows, spec), _clip_bytes(spec)
+    header, size = _header(bucket.rows, tensor), tensor.bytes
     with writing(bucket.file), bucket.draft.open("wb") as draft:
         # Takes the space now: the workers must not find the disk full after hours.
         os.posix_fallocate(draft.fileno(), 0, len(header) + bucket.rows * size)
@@ -430,7 +437,7 @@ def _copy(source: Path, offset: int, length: int, target: IO[bytes]) -> None:
             length -= len(part)
 
 
-def _store(task: _Task, answer: pool.Answer | VideoError, spec: ClipSpec) -> tuple[str, ...]:
+def _store(task: _Task, answer: pool.Answer | VideoError, tensor: TensorSpec) -> tuple[str, ...]:
     """A video's clips into their place of the draft. Returns their digests."""
     video = task.video
     if isinstance(answer, pool.Crashed):
@@ -440,24 +447,23 @@ def _store(task: _Task, answer: pool.Answer | VideoError, spec: ClipSpec) -> tup
     if isinstance(answer, VideoError):
         raise ServiceError(
             f"{video.path} does not decode any more: {answer.message}",
-            fix="the file changed since it was checked: restore it, or run again so that it is checked anew",
+            fix="the file changed since it was checked: restore it, or run again so that it is checked again",
         ) from answer
-    assert answer.body is not None
-    if len(answer.body) != len(video.clips) * _clip_bytes(spec):
+    if answer.clips != len(video.clips):
         raise ServiceError(
-            f"{video.path} has {answer.header['shape'][0]} clips now, not {len(video.clips)}",
-            fix="run again so that it is checked anew",
+            f"{video.path} has {answer.clips} clips now, not {len(video.clips)}",
+            fix="run again so that it is checked again",
         )
     with writing(task.draft), task.draft.open("r+b") as draft:
         draft.seek(task.offset)
-        draft.write(answer.body)
-    size = _clip_bytes(spec)
-    clips = memoryview(answer.body)
+        draft.write(answer.bodies[tensor.name])
+    size = tensor.bytes
+    clips = memoryview(answer.bodies[tensor.name])
     return tuple(_digest(clips[start : start + size]) for start in range(0, len(clips), size))
 
 
 def _finish(bucket: _Bucket) -> None:
-    with atomic(bucket.sums) as sums:  # first: a build that goes on later takes no bucket unchecked
+    with atomic(bucket.sums) as sums:  # first: a build that resumes later takes no bucket unchecked
         sums.write(json.dumps([one for video in bucket.videos for one in bucket.digests[video.sha256]]).encode())
     with writing(bucket.file):
         with bucket.draft.open("rb") as draft:
@@ -466,7 +472,7 @@ def _finish(bucket: _Bucket) -> None:
         sync_folder(bucket.file.parent)
 
 
-def _write_index(out: Path, plan: list[_Bucket], spec: ClipSpec) -> None:
+def _write_index(out: Path, plan: list[_Bucket], spec: ClipSpec, tensor: TensorSpec) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -478,11 +484,34 @@ def _write_index(out: Path, plan: list[_Bucket], spec: ClipSpec) -> None:
             for name, cell in zip(columns, cells, strict=True):
                 columns[name].append(cell)
     files = {str(bucket.number): bucket.file.name for bucket in plan}
-    about = {"spec": spec.to_dict(), "code": provenance.clips(), "files": files}
+    about: dict[str, Any] = {"spec": spec.to_dict(), "code": provenance.clips(), "files": files}
+    if tensor != _unnamed(spec):
+        about["tensors"] = [tensor.to_dict()]
     table = pa.table(columns, schema=_schema(pa))
     about["digest"] = _index_digest(about, table.to_pandas())
     with atomic(out / INDEX) as file:
         pq.write_table(table.replace_schema_metadata({_SORA: json.dumps(about)}), file, compression="zstd")
+
+
+def _unnamed(spec: ClipSpec) -> TensorSpec:
+    """The tensor of a set whose index names none."""
+    return MODALITIES["video"].tensors(spec)[VIDEO]
+
+
+def _named(about: dict[str, Any], spec: ClipSpec) -> TensorSpec:
+    """The tensor that an index speaks of.
+
+    Raises:
+        ValueError, TypeError, KeyError: it names several, or describes none.
+    """
+    if "tensors" not in about:
+        return _unnamed(spec)
+    tensors = [TensorSpec.from_dict(one) for one in about["tensors"]]
+    if len(tensors) != 1:
+        raise ValueError(
+            f"it holds {len(tensors)} tensors ({', '.join(one.name for one in tensors)}), this Sora reads one"
+        )
+    return tensors[0]
 
 
 def _schema(pa: Any) -> Any:
@@ -492,11 +521,11 @@ def _schema(pa: Any) -> Any:
 
 def _index_digest(about: dict[str, Any], index: pd.DataFrame) -> str:
     """Of what an index says, so that a flipped bit in it can't give a clip to another video."""
-    found = hashlib.sha256(json.dumps([about, list(index.columns)], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([about, list(index.columns)], sort_keys=True).encode())
     for name in index.columns:
         values = index[name].to_numpy()
-        found.update(values.tobytes() if values.dtype == np.int64 else "\n".join(values).encode())
-    return found.hexdigest()
+        digest.update(values.tobytes() if values.dtype == np.int64 else "\n".join(values).encode())
+    return digest.hexdigest()
 
 
 class ShardSet:
@@ -504,15 +533,26 @@ class ShardSet:
 
     Attributes:
         spec: how the clips were made.
+        tensors: what a clip consists of, by name.
         index: DataFrame, a row a clip, in the order of (sha256, clip): sha256, clip, bucket, row (in the bucket's
-            file), first, last (index of the video's frames that the clip spans), digest (of its bytes; sets that an
-            older Sora made have none).
+            file), first, last (index of the video's frames that the clip spans), digest (of its bytes; missing in sets
+            that an older Sora made).
         code: name of the code that made the clips.
         files: bucket → file name.
     """
 
-    def __init__(self, folder: Path, spec: ClipSpec, index: pd.DataFrame, code: str, files: dict[int, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        spec: ClipSpec,
+        index: pd.DataFrame,
+        code: str,
+        files: dict[int, str],
+        tensor: TensorSpec,
+    ) -> None:
         self.folder, self.spec, self.index, self.code, self.files = folder, spec, index, code, files
+        self.tensor = tensor
+        self.tensors: Mapping[str, TensorSpec] = {tensor.name: tensor}
         self._bucket = index["bucket"].to_numpy()
         self._row = index["row"].to_numpy()
         self._owner = index["sha256"].to_numpy()
@@ -534,6 +574,7 @@ class ShardSet:
             table = pq.read_table(Path(folder) / INDEX)
             about = json.loads(table.schema.metadata[_SORA])
             spec = ClipSpec.from_dict(about["spec"])
+            tensor = _named(about, spec)
             files = {int(number): name for number, name in about["files"].items()}
             index = table.to_pandas(ignore_metadata=True)
             digest = about.pop("digest", None)
@@ -543,24 +584,30 @@ class ShardSet:
             raise InputError(
                 f"{folder} holds no complete shard set: {error}", fix="run `sora run`, which makes it"
             ) from error
-        return cls(Path(folder), spec, index, about["code"], files)
+        return cls(Path(folder), spec, index, about["code"], files, tensor)
 
     def __len__(self) -> int:
         """Clips."""
         return len(self._row)
 
-    def clips(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The clips at these positions of `index`, in the order given, as a new array.
+    def read(self, name: str, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """A tensor of the clips at these positions of `index`, in the order given, as a new array.
 
         Returns:
-            (len(rows), frames, height, width, 3) uint8 rgb.
+            (len(rows), *shape) of dtype, as `tensors[name]` says. `video` is (clips, frames, height, width, rgb) uint8.
 
         Raises:
+            InputError: the set has no tensor of this name.
             ServiceError: a bucket's file is missing, or a clip's bytes are not those that were written.
         """
+        if name not in self.tensors:
+            raise InputError(
+                f"the shards in {self.folder} have no tensor {name!r}, only {', '.join(self.tensors)}",
+                fix="`sora run` prepares what the settings ask for",
+            )
         rows = np.asarray(rows, np.int64)
-        spec = self.spec
-        out = np.empty((len(rows), spec.frames, spec.height, spec.width, 3), np.uint8)
+        tensor = self.tensors[name]
+        out = np.empty((len(rows), *tensor.shape), tensor.dtype)
         # Clip by clip: one indexing for several would copy each twice.
         for place, (bucket, row) in enumerate(zip(self._bucket[rows], self._row[rows], strict=True)):
             out[place] = self._map(int(bucket))[row]
@@ -569,7 +616,7 @@ class ShardSet:
         return out
 
     def _check(self, place: int, clip: np.ndarray) -> None:
-        """The very bytes that are handed out. Threads may come at once: then both compare, which harms nothing."""
+        """Compares the very bytes that are handed out. Two threads may compare the same clip, which harms nothing."""
         assert self._digests is not None
         if _digest(clip) != self._digests[place]:
             file = self.folder / self.files[int(self._bucket[place])]
@@ -587,15 +634,15 @@ class ShardSet:
 
     def damage(self) -> list[Damage]:
         """Reads every bucket and compares it with the index. Empty: all is as it was written."""
-        found = (self.damage_of(number, content) for number, content in self.contents().items())
-        return [damage for damage in found if damage is not None]
+        verdicts = (self.damage_of(number, content) for number, content in self.contents().items())
+        return [damage for damage in verdicts if damage is not None]
 
     def contents(self) -> dict[int, _Content]:
-        """What every bucket's file holds, read on all cores."""
+        """What every bucket's file holds. All cores read."""
         numbers = list(self.files)
         rows = [int((self._bucket == number).sum()) for number in numbers]
         with ThreadPoolExecutor(pool.cores()) as threads:
-            read = threads.map(lambda number, n: _read(self.folder / self.files[number], n, self.spec), numbers, rows)
+            read = threads.map(lambda number, n: _read(self.folder / self.files[number], n, self.tensor), numbers, rows)
             return dict(zip(numbers, read, strict=True))
 
     def places_of(self, number: int) -> dict[str, np.ndarray]:
@@ -625,12 +672,12 @@ class ShardSet:
         if bucket not in self._maps:
             file = self.folder / self.files[bucket]
             try:
-                found = np.load(file, mmap_mode="r", allow_pickle=False)
-                spec = self.spec
-                shape = (int((self._bucket == bucket).sum()), spec.frames, spec.height, spec.width, 3)
-                if found.shape != shape or found.dtype != np.uint8:
-                    raise ValueError(f"it holds {found.dtype}{found.shape}, the index says uint8{shape}")
-                self._maps[bucket] = found
+                stored = np.load(file, mmap_mode="r", allow_pickle=False)
+                tensor = self.tensor
+                shape = (int((self._bucket == bucket).sum()), *tensor.shape)
+                if stored.shape != shape or stored.dtype != tensor.dtype:
+                    raise ValueError(f"it holds {stored.dtype}{stored.shape}, the index says {tensor.dtype}{shape}")
+                self._maps[bucket] = stored
             except (OSError, ValueError, EOFError) as error:
                 raise ServiceError(f"{file} can't be read: {error}", fix=_FIX) from error
         return self._maps[bucket]

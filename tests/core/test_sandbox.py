@@ -198,7 +198,7 @@ def test_doctor_says_what_lacks(monkeypatch):
 
 def test_threads_are_few_before_it():
     """Landlock binds the calling thread and those it starts; nothing that Sora imports has started others."""
-    code = "import os\nfrom sora.media.video import decode; from sora.media.video import spans\ndecode.import_all()\n"
+    code = "import os\nfrom sora.media.video import ffmpeg; from sora.media.video import spans\nffmpeg.import_all()\n"
     code += "print(len(os.listdir('/proc/self/task')))"
     from sora.media import pool
 

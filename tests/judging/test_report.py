@@ -43,7 +43,7 @@ class Shards:
         names = [video["sha256"] for video in report.videos for _ in range(clips)]
         self.index = pd.DataFrame({"sha256": names, "clip": np.tile(np.arange(clips), len(report.videos))})
 
-    def clips(self, rows: Any) -> np.ndarray:
+    def read(self, name: str, rows: Any) -> np.ndarray:
         frames = np.arange(SPEC.frames, dtype=np.uint8)[None, :, None, None, None] * 10
         return np.broadcast_to(frames, (len(rows), SPEC.frames, SPEC.height, SPEC.width, 3)).copy()
 

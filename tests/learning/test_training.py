@@ -207,7 +207,8 @@ def _validation_loss(model: str, job: TrainJob, table: pd.DataFrame) -> float:
     from sora.store.shards import ShardSet
 
     rows = table[table["split"] == "val"].assign(label_index=lambda t: t["label"].map(CLASSES.index))
-    x, y, _ = Batches(ShardSet.open(Path(job.shards)), rows, batch=64).load(0, 0)
+    batch = Batches(ShardSet.open(Path(job.shards)), rows, batch=64).load(0, 0)
+    x, y = batch.inputs["video"], batch.labels
     logits = keras.saving.load_model(model, safe_mode=True, compile=False).predict_on_batch(x)
     loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=job.train["label_smoothing"])
     return float(loss(np.eye(2)[y], logits))

@@ -34,7 +34,7 @@ def facts(paths, bounds=BOUNDS, **options):
 
 
 def decoders() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "sora.media.video.child" in child.cmdline()]
+    return [child for child in psutil.Process().children() if "sora.media.decoder" in child.cmdline()]
 
 
 @pytest.fixture
@@ -160,14 +160,23 @@ def test_jobs_are_taken_as_needed(videos):
         assert len(taken) < 10
 
 
+def said(**tensors: object) -> dict[str, object]:
+    return {"tensors": tensors, "spans": None, "seconds": 1}
+
+
 READY = {"ready": True, "lacks": []}
 LIES = {
     "a header without end": struct.pack(">I", 2**32 - 1) + b"{",
     "no JSON": struct.pack(">I", 4) + b"\x80abc",
     "a list": [[]],
-    "clips without end": [{"shape": [10**12, 4, 32, 32, 3], "spans": None, "seconds": 1}],
-    "another shape": [{"shape": [1, 4, 32, 32, 4], "spans": None, "seconds": 1}],
-    "a shape of words": [{"shape": ["1", 4, 32, 32, 3], "spans": None, "seconds": 1}],
+    "clips without end": [said(video={"dtype": "uint8", "shape": [10**12, 4, 32, 32, 3]})],
+    "another shape": [said(video={"dtype": "uint8", "shape": [1, 4, 32, 32, 4]})],
+    "a shape of words": [said(video={"dtype": "uint8", "shape": ["1", 4, 32, 32, 3]})],
+    "no shape": [said(video={"dtype": "uint8"})],
+    "another dtype": [said(video={"dtype": "float32", "shape": [1, 4, 32, 32, 3]})],
+    "another tensor": [said(audio={"dtype": "uint8", "shape": [1, 4, 32, 32, 3]})],
+    "one tensor more": [said(video={"dtype": "uint8", "shape": [1, 4, 32, 32, 3]}, audio={})],
+    "no tensors": [said()],
     "half an error": [{"rule": "too_large"}],
     "nothing": [],
 }
@@ -176,12 +185,12 @@ LIES = {
 @pytest.mark.parametrize("lie", LIES)
 def test_what_a_decoder_says_is_not_believed(lie, videos, monkeypatch):
     """As if a stranger's file had taken the decoder over: an error of that file, and no memory for its claims."""
-    said = LIES[lie]
-    if isinstance(said, list):
-        said = b"".join(struct.pack(">I", len(text)) + text for text in (json.dumps(one).encode() for one in said))
+    told = LIES[lie]
+    if isinstance(told, list):
+        told = b"".join(struct.pack(">I", len(text)) + text for text in (json.dumps(one).encode() for one in told))
     start = b"".join(struct.pack(">I", len(t)) + t for t in (json.dumps(o).encode() for o in (READY, {"taken": True})))
-    code = f"import os\nos.write(1, {start!r})\nos.read(0, 65536)\nos.write(1, {said!r})"
-    monkeypatch.setattr(pool, "command", lambda bounds, clips: [sys.executable, "-c", code])
+    code = f"import os\nos.write(1, {start!r})\nos.read(0, 65536)\nos.write(1, {told!r})"
+    monkeypatch.setattr(pool, "command", lambda *_: [sys.executable, "-c", code])
     (found,) = pool.in_order(videos[:1], SPEC, BOUNDS)
     assert isinstance(found, VideoError) and found.rule in ("unreadable", "too_slow")
 

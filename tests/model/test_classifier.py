@@ -135,3 +135,21 @@ def test_on_another_backend_nothing_here_needs_tensorflow() -> None:
     environment = {"KERAS_BACKEND": "numpy", "PATH": "/usr/bin"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_inputs_ask_for_tensors_by_name_and_models_of_earlier_versions_called_theirs_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = _clips(2)
+    for name in ("video", "clip"):
+        with monkeypatch.context() as patch:
+            patch.setattr(classifier, "VIDEO", name)
+            model = classifier.build(Model(**SMALL), SPEC, 2)
+        model.save(tmp_path / f"{name}.keras")
+        loaded = keras.saving.load_model(tmp_path / f"{name}.keras", compile=False, safe_mode=True)
+        assert [one.name for one in loaded.inputs] == [name]
+        fed = classifier.fed(loaded, {"audio": None, "video": clips})
+        assert fed is clips
+        np.testing.assert_array_equal(loaded.predict_on_batch(fed), model.predict_on_batch(clips))
+    with pytest.raises(ValueError, match="asks for the tensor 'video', the clips have audio"):
+        classifier.fed(loaded, {"audio": clips})

@@ -50,9 +50,7 @@ def nothing_is_left(server):
 
 
 def _decoders(server: Standing) -> list[psutil.Process]:
-    return [
-        child for child in psutil.Process(server.process.pid).children() if "sora.media.video.child" in child.cmdline()
-    ]
+    return [child for child in psutil.Process(server.process.pid).children() if "sora.media.decoder" in child.cmdline()]
 
 
 def _problem(answer: httpx.Response, status: int) -> dict:

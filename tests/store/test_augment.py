@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from sora.store import augment
+from sora.store.augment import Augmentation
 from sora.store.batches import Batches
-from tests.store.test_batches import Arrays, table
+from tests.store.test_batches import Arrays, every, load, table
 
 OFTEN = range(30)
 
@@ -26,10 +27,16 @@ def ramp() -> np.ndarray:
 def test_with_the_defaults_batches_are_what_they_always_were() -> None:
     """Measured results rest on these bytes: what is new must leave them alone."""
     batches = Batches(
-        Arrays(9), table(9), batch=4, shuffle_seed=3, min_batches=4, flip=True, jitter=True, class_weights=True
+        Arrays(9),
+        table(9),
+        batch=4,
+        shuffle_seed=3,
+        min_batches=4,
+        class_weights=True,
+        augmentation=Augmentation(flip=True, jitter=True),
     )
     digest = hashlib.sha256()
-    for x, y, w in batches.epoch(2):
+    for x, y, w in every(batches, 2):
         assert (x.dtype, y.dtype, w.dtype) == (np.uint8, np.int64, np.float32)
         for part in (x, y, w):
             digest.update(part.tobytes())
@@ -92,23 +99,20 @@ def test_mixed_clips_and_labels_are_blended_by_the_same_share() -> None:
     assert ((soft > 0.05) & (soft < 0.95)).any()
 
 
-def everything(seed: int = 1, **changes: object) -> Batches:
-    options = {
-        "flip": True, "jitter": True, "crop": 0.3, "speed": 0.5, "noise": 6.0, "mix_up": 0.4, "classes": 2,
-        "class_weights": True, **changes,
-    }  # fmt: skip
-    return Batches(Arrays(9), table(9), batch=4, shuffle_seed=seed, **options)  # type: ignore[arg-type]
+def everything(seed: int = 1) -> Batches:
+    kinds = Augmentation(flip=True, jitter=True, crop=0.3, speed=0.5, noise=6.0, mix_up=0.4)
+    return Batches(Arrays(9), table(9), batch=4, shuffle_seed=seed, augmentation=kinds, classes=2, class_weights=True)
 
 
 def test_all_of_it_depends_on_seed_epoch_and_number_only() -> None:
     first, again = everything(), everything()
     list(again.epoch(0))
     for number in (2, 0, 1):
-        for one, other in zip(first.load(5, number), again.load(5, number), strict=True):
+        for one, other in zip(load(first, 5, number), load(again, 5, number), strict=True):
             assert np.array_equal(one, other)
-    x, y, w = first.load(5, 0)
+    x, y, w = load(first, 5, 0)
     assert x.dtype == np.uint8 and y.shape == (4, 2) and y.dtype == np.float32 and w.dtype == np.float32
-    assert not np.array_equal(x, first.load(6, 0)[0]) and not np.array_equal(x, everything(2).load(5, 0)[0])
+    assert not np.array_equal(x, load(first, 6, 0)[0]) and not np.array_equal(x, load(everything(2), 5, 0)[0])
 
 
 @pytest.mark.parametrize("kind", ["crop", "speed", "noise"])
@@ -118,8 +122,9 @@ def test_a_kind_that_is_switched_leaves_what_others_draw_alone(kind: str) -> Non
     source.pixels[:] = np.arange(16, dtype=np.uint8)[None, None, None, :, None] * 12  # brighter to the right
 
     def mirrored(**options: float) -> np.ndarray:
-        batches = Batches(source, table(1, 1), batch=32, shuffle_seed=0, flip=True, classes=1, **options)  # type: ignore[arg-type]
-        x = batches.load(0, 0)[0].astype(float)
+        kinds = Augmentation(flip=True, **options)  # type: ignore[arg-type]
+        batches = Batches(source, table(1, 1), batch=32, shuffle_seed=0, augmentation=kinds, classes=1)
+        x = load(batches, 0, 0)[0].astype(float)
         return x[:, :, :, 0].mean(axis=(1, 2, 3)) > x[:, :, :, -1].mean(axis=(1, 2, 3))
 
     plain = mirrored()
@@ -130,8 +135,9 @@ def test_a_kind_that_is_switched_leaves_what_others_draw_alone(kind: str) -> Non
 def test_classes_that_have_a_side_are_not_mirrored_or_swap() -> None:
     source = Arrays(3)
     rows = table(3, 3)
-    batches = Batches(source, rows, batch=60, shuffle_seed=0, flip=True, mirror=[1, 0, -1], class_weights=True)
-    x, y, _ = batches.load(0, 0)
+    kinds = Augmentation(flip=True, mirror=[1, 0, -1])
+    batches = Batches(source, rows, batch=60, shuffle_seed=0, augmentation=kinds, class_weights=True)
+    x, y, _ = load(batches, 0, 0)
     turned = 0
     for clip_, label in zip(x, y, strict=True):
         number = next(
@@ -148,9 +154,9 @@ def test_classes_that_have_a_side_are_not_mirrored_or_swap() -> None:
 
 def test_a_clip_that_becomes_another_class_weighs_as_that_class() -> None:
     rows = table(4, 2).assign(label_index=[0, 0, 0, 1])
-    _, y, w = Batches(Arrays(4), rows, batch=40, shuffle_seed=0, flip=True, mirror=[1, 0], class_weights=True).load(
-        0, 0
-    )
+    kinds = Augmentation(flip=True, mirror=[1, 0])
+    batches = Batches(Arrays(4), rows, batch=40, shuffle_seed=0, augmentation=kinds, class_weights=True)
+    _, y, w = load(batches, 0, 0)
     assert len({(int(label), float(weight)) for label, weight in zip(y, w, strict=True)}) == 2
 
 
@@ -170,8 +176,10 @@ def test_views_are_beside_their_clip() -> None:
 def test_a_mirrored_clip_of_several_classes_swaps_each_and_one_that_has_a_side_stays() -> None:
     source = Arrays(3)
     rows = table(3).assign(label_index=[(0, 2), (1,), (2, 3)])
-    options = {"flip": True, "mirror": [1, 0, 2, -1], "classes": 4, "multilabel": True, "class_weights": True}
-    x, y, w = Batches(source, rows, batch=60, shuffle_seed=0, **options).load(0, 0)  # type: ignore[arg-type]
+    options = {"classes": 4, "multilabel": True, "class_weights": True}
+    kinds = Augmentation(flip=True, mirror=[1, 0, 2, -1])
+    batches = Batches(source, rows, batch=60, shuffle_seed=0, augmentation=kinds, **options)  # type: ignore[arg-type]
+    x, y, w = load(batches, 0, 0)
     seen = set()
     for clip_, label in zip(x, y, strict=True):
         plain = [n for n in range(3) if clip_.tobytes() == source.pixels[n].tobytes()]
@@ -183,8 +191,10 @@ def test_a_mirrored_clip_of_several_classes_swaps_each_and_one_that_has_a_side_s
 
 def test_several_labels_are_mixed_up_by_share() -> None:
     rows = table(2).assign(label_index=[(0, 2), (1, 2)])
-    batches = Batches(Arrays(2), rows, batch=32, shuffle_seed=0, mix_up=0.4, classes=3, multilabel=True)
-    _, soft, _ = batches.load(0, 0)
+    batches = Batches(
+        Arrays(2), rows, batch=32, shuffle_seed=0, augmentation=Augmentation(mix_up=0.4), classes=3, multilabel=True
+    )
+    _, soft, _ = load(batches, 0, 0)
     np.testing.assert_allclose(soft[:, 0] + soft[:, 1], 1, rtol=1e-5)
     np.testing.assert_allclose(soft[:, 2], 1)
     assert ((soft[:, 0] > 0.05) & (soft[:, 0] < 0.95)).any()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ import pytest
 from sora.config import Settings
 from sora.core.errors import DiskFull, InputError, ServiceError
 from sora.core.records import ClipSpec
+from sora.core.tensors import TensorSpec
 from sora.dataset import manifest
+from sora.media import MODALITY
 from sora.media.video.transform import prepare_clips
 from sora.store import shards
 from sora.store.shards import INDEX, BuildStats, ShardSet
@@ -61,7 +64,7 @@ def test_clips_are_those_of_the_videos(data, table, whole):
     assert found.spec == SPEC
     paths = table.set_index("sha256")["path"]
     for sha256, rows in found.index.groupby("sha256").indices.items():
-        assert np.array_equal(found.clips(rows), prepare_clips(data / paths[sha256], SPEC))
+        assert np.array_equal(found.read("video", rows), prepare_clips(data / paths[sha256], SPEC))
     assert len(found) == 8 * 2 + 3
 
 
@@ -80,10 +83,10 @@ def test_the_index_tells_what_lies_where(table, whole):
 
 def test_clips_come_in_the_order_asked_for(whole):
     found = ShardSet.open(whole)
-    every = found.clips(range(len(found)))
+    every = found.read("video", range(len(found)))
     rows = np.random.default_rng(0).integers(0, len(found), 40)
-    assert np.array_equal(found.clips(rows), every[rows])
-    assert found.clips([]).shape == (0, 4, 32, 32, 3)
+    assert np.array_equal(found.read("video", rows), every[rows])
+    assert found.read("video", []).shape == (0, 4, 32, 32, 3)
 
 
 def test_buckets_are_plain_memory_mappable_arrays(whole):
@@ -187,7 +190,7 @@ def test_a_missing_bucket_is_a_clear_error(whole, tmp_path):
     next(out.glob("bucket-*")).unlink()
     with pytest.raises(ServiceError, match="can't be read"):
         found = ShardSet.open(out)
-        found.clips(range(len(found)))
+        found.read("video", range(len(found)))
 
 
 def test_a_video_that_no_longer_decodes_is_named(data, table, whole, tmp_path):
@@ -347,15 +350,15 @@ def test_who_reads_a_damaged_clip_is_told(whole, tmp_path, name):
     DAMAGES[name](out)
     found = ShardSet.open(out)
     with pytest.raises(ServiceError, match=r"bucket-.*\.npy") as caught:
-        found.clips(range(len(found)))
+        found.read("video", range(len(found)))
     assert "sora run --force" in caught.value.fix
 
 
 def test_whole_clips_are_compared_once(whole, monkeypatch):
     found = ShardSet.open(whole)
-    found.clips(range(len(found)))
+    found.read("video", range(len(found)))
     monkeypatch.setattr(shards, "_digest", lambda clip: pytest.fail("compared again"))
-    found.clips(range(len(found)))
+    found.read("video", range(len(found)))
 
 
 def test_every_bit_of_the_index_counts(data, table, whole, tmp_path):
@@ -413,7 +416,7 @@ def test_an_older_set_gets_digests_without_decoding(data, table, whole, tmp_path
     out = shutil.copytree(whole, tmp_path / "s")
     older(out)
     assert not ShardSet.open(out).has_digests
-    assert len(ShardSet.open(out).clips([0, 1])) == 2
+    assert len(ShardSet.open(out).read("video", [0, 1])) == 2
     known = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in out.iterdir()}
     accepted = shutil.copytree(out, tmp_path / "accepted")
     assert build(table, data, out, recorded=lambda: known) == BuildStats(0, 9, 0, len(known) - 1)
@@ -451,3 +454,79 @@ def test_what_an_interrupted_build_left_is_compared_too(data, table, whole, tmp_
     stats = build(table, data, out)
     assert stats.buckets_kept == len(finished) - 1 and stats.damaged
     assert tree(out) == tree(whole)
+
+
+def with_tensors(out: Path, tensors: list[dict[str, object]]) -> None:
+    """Rewrites an index so that it names these tensors."""
+    import pyarrow.parquet as pq
+
+    kept = pq.read_table(out / INDEX)
+    about = json.loads(kept.schema.metadata[b"sora.shards"])
+    del about["digest"]
+    about["tensors"] = tensors
+    about["digest"] = shards._index_digest(about, kept.to_pandas(ignore_metadata=True))
+    pq.write_table(kept.replace_schema_metadata({b"sora.shards": json.dumps(about)}), out / INDEX, compression="zstd")
+
+
+VIDEO = {"name": "video", "dtype": "uint8", "shape": [4, 32, 32, 3]}
+
+
+def test_an_index_without_names_holds_one_tensor_video(whole):
+    """Sets of earlier versions have no names, and the bytes of today's index are the same."""
+    import pyarrow.parquet as pq
+
+    about = json.loads(pq.read_schema(whole / INDEX).metadata[b"sora.shards"])
+    assert set(about) == {"spec", "code", "files", "digest"}
+    opened = ShardSet.open(whole)
+    assert opened.tensors == {"video": TensorSpec("video", "uint8", (4, 32, 32, 3))}
+    assert opened.read("video", [0]).shape == (1, 4, 32, 32, 3)
+
+
+def test_an_index_that_names_video_is_read_alike_and_kept(data, table, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "s")
+    with_tensors(out, [VIDEO])
+    opened = ShardSet.open(out)
+    assert opened.tensors == ShardSet.open(whole).tensors and not opened.damage()
+    rows = range(len(opened))
+    assert np.array_equal(opened.read("video", rows), ShardSet.open(whole).read("video", rows))
+    assert build(table, data, out).decoded == 0
+
+
+def test_a_tensor_that_the_set_lacks_is_named(whole):
+    with pytest.raises(InputError, match="no tensor 'audio', only video"):
+        ShardSet.open(whole).read("audio", [0])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "why"),
+    [
+        ([VIDEO, {**VIDEO, "name": "features"}], "2 tensors"),
+        ([], "0 tensors"),
+        ([{**VIDEO, "dtype": "object"}], "dtype 'object'"),
+        ([{**VIDEO, "shape": [4, -1]}], "shape"),
+        ([{"name": "video"}], "complete"),
+        (["video"], "complete"),
+    ],
+)
+def test_tensors_that_this_version_cannot_read_are_refused(whole, tmp_path, tensors, why):
+    out = shutil.copytree(whole, tmp_path / "s")
+    with_tensors(out, tensors)
+    with pytest.raises(InputError, match=why):
+        ShardSet.open(out)
+
+
+def test_a_bucket_of_another_dtype_than_the_index_says_is_not_read(whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "s")
+    with_tensors(out, [{**VIDEO, "dtype": "float16"}])
+    with pytest.raises(ServiceError, match="it holds uint8"):
+        ShardSet.open(out).read("video", [0])
+
+
+def test_a_modality_with_another_tensor_names_it_in_the_index(data, table, tmp_path):
+    grey = TensorSpec("grey", "float16", (4, 8, 8))
+    other = replace(MODALITY, tensors=lambda spec: {"grey": grey})
+    everything = table["path"].tolist()
+    build(table, data, tmp_path / "s", rejected=everything, modality=other)
+    opened = ShardSet.open(tmp_path / "s")
+    assert opened.tensors == {"grey": grey}
+    assert opened.read("grey", []).dtype == np.float16

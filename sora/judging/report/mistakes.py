@@ -9,6 +9,7 @@ import numpy as np
 
 from sora.core.labels import hot
 from sora.core.records import ClipSpec, EvalReport
+from sora.core.tensors import VIDEO
 
 FRAMES = 4  # of a video in its strip
 MOST = 12  # mistakes shown
@@ -23,7 +24,7 @@ class Clips(Protocol):
     @property
     def index(self) -> Any: ...
 
-    def clips(self, rows: Any) -> np.ndarray: ...
+    def read(self, name: str, rows: Any) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,6 @@ def strip(shards: Clips, rows: np.ndarray) -> np.ndarray:
     """Frames of the middle one of a video's clips (its `rows` of the index), evenly spread: `(height, FRAMES * width,
     rgb) uint8`.
     """
-    clip = shards.clips(rows[len(rows) // 2 : len(rows) // 2 + 1])[0]
+    clip = shards.read(VIDEO, rows[len(rows) // 2 : len(rows) // 2 + 1])[0]
     chosen = np.linspace(0, len(clip) - 1, FRAMES).round().astype(int)
     return np.concatenate(list(clip[chosen]), axis=1)

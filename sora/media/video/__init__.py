@@ -1,1 +1,33 @@
-"""Video: decoding with PyAV, clips, signatures."""
+"""Video: frames by FFmpeg (through PyAV), clips, signatures."""
+
+from __future__ import annotations
+
+from sora.core.records import ClipSpec
+from sora.core.tensors import VIDEO, TensorSpec
+from sora.media.modality import Modality, Reader
+from sora.media.video.clips import windows
+
+__all__ = ["MODALITY", "tensors"]
+
+
+def tensors(spec: ClipSpec) -> dict[str, TensorSpec]:
+    """A clip's frames, `(frames, height, width, rgb) uint8`."""
+    return {VIDEO: TensorSpec(VIDEO, "uint8", (spec.frames, spec.height, spec.width, 3))}
+
+
+def _reader() -> Reader:
+    from sora.media.video import reader
+
+    return reader
+
+
+MODALITY = Modality(
+    name="video",
+    facts={
+        "codec": "", "width": 0, "height": 0, "rotation": 0, "frames": 0, "fps": 0.0, "duration": 0.0, "audio": False,
+        "brightness": 0.0, "signature": "",
+    },
+    tensors=tensors,
+    windows=windows,
+    reader=_reader,
+)  # fmt: skip

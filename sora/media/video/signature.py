@@ -30,7 +30,7 @@ def grid(luma: np.ndarray, *, full_range: bool = True) -> np.ndarray:
     cells = sums * SCALE // (heights[:, None] * widths)
     if not full_range:
         cells = ((cells - 16 * SCALE) * 255 // 219).clip(0, 255 * SCALE)
-    return cells.astype(np.int32)
+    return np.asarray(cells, np.int32)
 
 
 class Reservoir:

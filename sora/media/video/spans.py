@@ -8,11 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from sora.core.records import ClipSpec
+from sora.media.modality import Spans
 from sora.media.video.clips import windows
-from sora.media.video.decode import Limits, Source
+from sora.media.video.ffmpeg import Limits, Source
 from sora.media.video.transform import clips_and_rate
-
-Spans = list[tuple[float, float]]  # seconds from the first frame: start and end of each clip, in the order of time
 
 
 def spans(frames: int, fps: float, spec: ClipSpec) -> Spans | None:

@@ -1,6 +1,6 @@
 """From a video file to the clips that a model sees. The one way, for training and for serving: no skew.
 
-A frame is resized while it is converted (see `decode`), then cropped, colour-normalised and padded, in this order, so
+A frame is resized while it is converted (see `ffmpeg`), then cropped, colour-normalised and padded, in this order, so
 that every step works on as few pixels as possible and black bars stay out of the histogram.
 """
 
@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from sora.core.records import ClipSpec
-from sora.media.video import decode
+from sora.media.video import ffmpeg
 from sora.media.video.clips import windows
 
 
@@ -49,12 +49,12 @@ def finish(picture: np.ndarray, spec: ClipSpec) -> np.ndarray:
 
 
 def prepare_clips(
-    path: decode.Source,
+    path: ffmpeg.Source,
     spec: ClipSpec,
     *,
     frames: int | None = None,
     fps: float | None = None,
-    limits: decode.Limits | None = None,
+    limits: ffmpeg.Limits | None = None,
     in_order: bool = False,
 ) -> np.ndarray:
     """All clips of a video.
@@ -62,7 +62,7 @@ def prepare_clips(
     Args:
         frames, fps: from the manifest, which spares decoding what the clips do not need. Without them the same clips
             come out: the header's claim is tried first, and decoding repeated where it was wrong.
-        in_order: see `decode.read_chosen`.
+        in_order: see `ffmpeg.read_chosen`.
 
     Returns:
         (clips, spec.frames, spec.height, spec.width, 3) uint8 rgb.
@@ -75,15 +75,15 @@ def prepare_clips(
 
 
 def clips_and_rate(
-    path: decode.Source,
+    path: ffmpeg.Source,
     spec: ClipSpec,
     *,
     known: tuple[int, float] | None = None,
-    limits: decode.Limits | None = None,
+    limits: ffmpeg.Limits | None = None,
     in_order: bool = False,
 ) -> tuple[np.ndarray, int, float]:
     """`prepare_clips`, and the video's frames and fps that they were chosen by."""
-    pictures, count, rate = decode.read_chosen(
+    pictures, count, rate = ffmpeg.read_chosen(
         path,
         lambda count, rate: {index for window in windows(count, rate, spec) for index in window.indices},
         known=known,

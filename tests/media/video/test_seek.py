@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from sora.core.errors import VideoError
-from sora.media.video import decode, seek
-from sora.media.video.decode import inspect, read_chosen
-from tests.media.video.test_decode import VERDICTS
+from sora.media.video import ffmpeg, seek
+from sora.media.video.ffmpeg import inspect, read_chosen
+from tests.media.video.test_ffmpeg import VERDICTS
 
 FRAMES = 90
 KINDS = {
@@ -133,7 +133,7 @@ def test_real_files_give_the_frames_of_decoding_in_order(shared):
         known = frames, 25.0
         pick = set(np.linspace(0, frames - 1, 12).astype(int).tolist())
         try:
-            found = decode._sought(path, pick, frames, None, decode.Limits())
+            found = ffmpeg._sought(path, pick, frames, None, ffmpeg.Limits())
         except seek.Unsure:
             continue
         sure += 1

@@ -4,7 +4,7 @@ import av
 import numpy as np
 import pytest
 
-from sora.media.video.decode import inspect
+from sora.media.video.ffmpeg import inspect
 from sora.media.video.signature import KEPT, Reservoir, grid
 from tests.videos import make_video
 

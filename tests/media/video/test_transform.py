@@ -5,8 +5,8 @@ import pytest
 
 from sora.core.errors import VideoError
 from sora.core.records import ClipSpec
-from sora.media.video import decode
-from sora.media.video.decode import inspect, read_frames
+from sora.media.video import ffmpeg
+from sora.media.video.ffmpeg import inspect, read_frames
 from sora.media.video.transform import finish, fitted, prepare_clips
 from tests.videos import make_video
 
@@ -64,8 +64,8 @@ def test_a_header_that_lies_gives_the_same_clips(shared):
 
 def test_an_honest_header_is_decoded_once(video, monkeypatch):
     opened = []
-    real = decode._opened
-    monkeypatch.setattr(decode, "_opened", lambda *args: opened.append(1) or real(*args))
+    real = ffmpeg._opened
+    monkeypatch.setattr(ffmpeg, "_opened", lambda *args: opened.append(1) or real(*args))
     prepare_clips(video, SMALL)
     assert opened == [1]
 

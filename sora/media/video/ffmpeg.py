@@ -410,10 +410,10 @@ def read_chosen(
         if clock.count == 0:
             _check_again(path, limits)
             raise refuse("unreadable", f"no frame decodes: {broke or 'the stream is empty'}")
-        found = (clock.count, clock.fps)
-        if wanted.issuperset(choose(*found)):
-            return pictures, *found
-        return read_chosen(path, choose, known=found, fit=fit, limits=limits, in_order=True)
+        counted = (clock.count, clock.fps)
+        if wanted.issuperset(choose(*counted)):
+            return pictures, *counted
+        return read_chosen(path, choose, known=counted, fit=fit, limits=limits, in_order=True)
     missing = wanted.difference(pictures)
     if missing:
         if clock.count == 0:

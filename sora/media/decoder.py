@@ -1,15 +1,16 @@
-"""The decoding child: `python -m sora.media.video.child OPTIONS`. Tells one file after another its facts or its clips.
+"""A decoder: `python -m sora.media.decoder OPTIONS`, a confined process that reads one file after another and answers
+with its facts or its clips.
 
-It opens strangers' files, so it is the one process that is expected to die: it holds no secret (its environment is
-bare), has hard limits on memory, open files and time. Once it has its imports, `sora.core.sandbox` leaves it nothing
-but its descriptors. It ends when its socket does, and is killed with its parent.
+It opens strangers' files, so it is the one process that is expected to die. It holds no secret (its environment is
+bare), and has hard limits on memory, open files and time. Once it has its imports, `sora.core.sandbox` leaves it
+nothing but its descriptors. It ends when its socket does, and is killed with its parent (`sora.media.pool`).
 
 Protocol: a job is one message of JSON, `{"spec", "known"}` for clips or `{}` for facts, on the SOCK_SEQPACKET socket
 that is its standard input, with the file's descriptor. An answer, on standard output, is a 4-byte big-endian length, so
-many bytes of JSON, `{"facts"}`, `{"shape", "spans", "seconds"}` or `{"rule", "message", "fix"}`, then the clips' bytes
-in C order. The first answer, `{"ready": true, "lacks": […]}`, comes unasked, and each job's is preceded by
-`{"taken": true}`: a child that ends before that was not ended by the job's file. One with `"last": true` is followed by
-the end of the process.
+many bytes of JSON, and then the bytes of the tensors in C order, in the order in which the JSON names them. The JSON is
+`{"facts"}`, `{"tensors": {name: {"dtype", "shape"}}, "spans", "seconds"}` or `{"rule", "message", "fix"}`. The first
+answer, `{"ready": true, "lacks": […]}`, comes unasked, and `{"taken": true}` precedes the answer to each job: a decoder
+that ends before that was not ended by the job's file. After an answer with `"last": true` the process ends.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ import socket
 import struct
 import sys
 import time
-from dataclasses import asdict
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from sora.core import sandbox
 from sora.core.errors import SoraError, VideoError
@@ -42,7 +42,7 @@ def main() -> None:
     sandbox.limit(options["memory"])
     jobs = socket.socket(fileno=os.dup(0))
     # FFmpeg and OpenCV may print; nothing but answers goes to the pipe.
-    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    answers = cast(BinaryIO, os.fdopen(os.dup(1), "wb", buffering=0))
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # a clip at once, not in portions of 64 kB that each wake the parent
             fcntl.fcntl(answers, fcntl.F_SETPIPE_SZ, 1 << 20)
@@ -55,17 +55,16 @@ def main() -> None:
         os._exit(0)
 
 
-def _work(options: dict[str, Any], jobs: socket.socket, answers: Any) -> None:
+def _work(options: dict[str, Any], jobs: socket.socket, answers: BinaryIO) -> None:
     # All imports come before the sandbox: afterwards none finds its file.
     import numpy as np
 
     from sora.core.records import ClipSpec
-    from sora.media.video import decode
+    from sora.media import MODALITIES
 
-    decode.import_all()
-    if options["clips"]:
-        from sora.media.video.spans import prepare_with_spans
-    limits = decode.Limits(**options["limits"])
+    reader = MODALITIES[options["modality"]].reader()
+    reader.prepare(clips=options["clips"])
+    limits = options["limits"]
     lacks = sandbox.confine()
     _answer(answers, {"ready": True, "lacks": lacks})
     while True:
@@ -80,17 +79,20 @@ def _work(options: dict[str, Any], jobs: socket.socket, answers: Any) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
         start = time.perf_counter()
         answer: dict[str, Any]
-        body: memoryview | None = None
+        bodies: list[memoryview] = []
         try:
             if options["clips"]:
                 known = job["known"] and (int(job["known"][0]), float(job["known"][1]))
-                spec = ClipSpec.from_dict(job["spec"])
-                clips, spans = prepare_with_spans(file, spec, known=known, limits=limits)
-                clips = np.ascontiguousarray(clips)
-                answer = {"shape": clips.shape, "spans": spans, "seconds": time.perf_counter() - start}
-                body = clips.data.cast("B")
+                reading = reader.clips(file, ClipSpec.from_dict(job["spec"]), known, limits)
+                tensors = {name: np.ascontiguousarray(tensor) for name, tensor in reading.tensors.items()}
+                answer = {
+                    "tensors": {name: {"dtype": t.dtype.name, "shape": t.shape} for name, t in tensors.items()},
+                    "spans": reading.spans,
+                    "seconds": time.perf_counter() - start,
+                }
+                bodies = [tensor.data.cast("B") for tensor in tensors.values()]
             else:
-                answer = {"facts": asdict(decode.inspect(file, limits))}
+                answer = {"facts": reader.facts(file, limits)}
         except VideoError as error:
             answer = {"rule": error.rule, "message": error.message, "fix": error.fix}
         except SoraError as error:
@@ -111,19 +113,18 @@ def _work(options: dict[str, Any], jobs: socket.socket, answers: Any) -> None:
             }
         finally:
             os.close(file)
-        _answer(answers, answer, body)
+        _answer(answers, answer, *bodies)
         if answer.get("last"):  # what a failed allocation left behind is not trusted: a fresh process takes over
             return
 
 
-def _answer(stream: Any, header: dict[str, Any], body: memoryview | None = None) -> None:
+def _answer(stream: BinaryIO, header: dict[str, Any], *bodies: memoryview) -> None:
     text = json.dumps(header).encode()
-    _write(stream, memoryview(struct.pack(">I", len(text)) + text))
-    if body is not None:
-        _write(stream, body)
+    for part in (memoryview(struct.pack(">I", len(text)) + text), *bodies):
+        _write(stream, part)
 
 
-def _write(stream: Any, data: memoryview) -> None:
+def _write(stream: BinaryIO, data: memoryview) -> None:
     while data:
         data = data[stream.write(data) :]
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from sora.core.errors import VideoError
-from sora.media.video import decode
-from sora.media.video.decode import Limits, inspect, read_frames
+from sora.media.video import ffmpeg
+from sora.media.video.ffmpeg import Limits, inspect, read_frames
 from tests.videos import make_video
 
 # What the files of odd/ that can't be used are; all others are accepted.
@@ -250,7 +250,7 @@ def test_limits_are_kept(tmp_path, limits):
     path = make_video(tmp_path / "a.mp4", frames=24, size=(64, 48), fps=12)
     assert rule_of(path, limits=limits) == "too_large"
     with pytest.raises(VideoError) as caught:
-        decode.read_chosen(path, lambda frames, fps: range(frames), limits=limits)
+        ffmpeg.read_chosen(path, lambda frames, fps: range(frames), limits=limits)
     assert caught.value.rule == "too_large"
 
 
