@@ -38,7 +38,7 @@ def running(project: Project) -> dict[str, Running]:
         entries = {name: Running(**entry) for name, entry in json.loads(text).items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}  # none yet, or not ours: starting anew writes it again
-    return {name: entry for name, entry in entries.items() if _created(entry.pid) == entry.created}
+    return {name: entry for name, entry in entries.items() if _lives(entry)}
 
 
 def asked_by(project: Project, server: Server) -> str:
@@ -57,6 +57,18 @@ def forget(project: Project, names: Iterable[str]) -> None:
     gone = set(names)
     if gone:
         _write(project, {name: entry for name, entry in running(project).items() if name not in gone})
+
+
+def _lives(entry: Running) -> bool:
+    """Whether the process that an entry names is still that process."""
+    if _created(entry.pid) == entry.created:
+        return True
+    import psutil
+
+    try:  # an older Sora wrote the time of day at which the process began
+        return bool(psutil.Process(entry.pid).create_time() == entry.created)
+    except psutil.Error:
+        return False
 
 
 def _created(pid: int) -> float | None:
