@@ -64,6 +64,7 @@ def answers(
     """
     result_file = folder / FOLD_FILE
     if result_file.exists():
+        _remove_work(folder)  # a kill between the result and the end leaves it
         done: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
         return done
     with writing(folder):
@@ -111,6 +112,10 @@ def answers(
     }
     with atomic(result_file) as file:
         file.write(json.dumps(result, allow_nan=False).encode())
+    _remove_work(folder)
+    return result
+
+
+def _remove_work(folder: Path) -> None:
     for left in ("fit", "evaluation"):
         shutil.rmtree(folder / left, ignore_errors=True)
-    return result

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Item:
     what: str
     bytes: int
     why: str
-    remove: Callable[[], None]
+    remove: Callable[[], object]
 
 
 def collect(
@@ -220,7 +221,7 @@ def _model_files(project: Project, needed: set[str]) -> Iterator[Item]:
                 f"cached model {folder.name[:12]}",
                 _size(folder),
                 "of no kept version; MLflow has it as long as its version is there",
-                lambda folder=folder: _remove_all([folder]),  # type: ignore[misc]
+                partial(_remove_all, [folder]),
             )
 
 
@@ -233,7 +234,7 @@ def _abandoned(project: Project) -> Iterator[Item]:
                     f"{parent.name}/{folder.name[:12]}",
                     _size(folder),
                     f"of a run that was interrupted and not taken up again for {DAYS} days",
-                    lambda folder=folder: _remove_all([folder]),  # type: ignore[misc]
+                    partial(_remove_all, [folder]),
                 )
 
 

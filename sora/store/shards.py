@@ -359,7 +359,7 @@ def _read_sums(file: Path) -> list[str] | None:
         return None
 
 
-def _digest(clip: Buffer | np.ndarray) -> str:
+def _digest(clip: Buffer) -> str:
     """Of a clip's bytes. 128 bits of SHA-256, which processors compute in hardware: faster than MD5 and BLAKE2."""
     return hashlib.sha256(clip).hexdigest()[:32]
 

@@ -7,8 +7,8 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import yaml
 
@@ -112,5 +112,5 @@ def fix_from_files(project: Project, cache: Path, damaged: dict[str, str]) -> No
             draft.unlink(missing_ok=True)
 
 
-def _md5(file: BinaryIO) -> str:
+def _md5(file: BufferedReader) -> str:
     return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
