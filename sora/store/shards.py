@@ -618,7 +618,7 @@ class ShardSet:
     def _check(self, place: int, clip: np.ndarray) -> None:
         """Compares the very bytes that are handed out. Two threads may compare the same clip, which harms nothing."""
         assert self._digests is not None
-        if _digest(clip) != self._digests[place]:
+        if _digest(clip.data) != self._digests[place]:
             file = self.folder / self.files[int(self._bucket[place])]
             raise ServiceError(
                 f"{file} is damaged: clip {self.index['clip'].iloc[place]} of video "
