@@ -237,8 +237,8 @@ def promote(night: Night, version: int, reasons: Sequence[str], smoke: Smoke) ->
 def publish(night: Night, case: Case, result: NightResult, evaluation: Evaluation) -> tuple[str, ...]:
     """Keeps the page of the evaluation, which then needs no server. Returns the addresses of all pages of the run."""
     pages = [f"MLflow run: {night.registry.runs.run_page(result.run_id)}"]
-    if (night.project.docs / "index.html").exists():
-        pages.append(f"Data Docs: {night.project.docs / 'index.html'}")
+    if (night.project.docs_page).exists():
+        pages.append(f"Data Docs: {night.project.docs_page}")
     kept = night.project.last_evaluation
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(evaluation.candidate.folder, kept)

@@ -204,13 +204,13 @@ def test_old_models_answer_as_they_did(old: Old) -> None:
 
 def test_old_parameters_mean_what_they_meant(old: Old) -> None:
     """What the nightly compares: the old run's tags, as the old nightly computed them."""
-    from flows.nightly import key_of
+    from flows.records import RunKey
 
     settings = old.project.settings()
     assert isinstance(settings, Settings)
-    key = key_of(settings, versioning.data_version(old.project) or "")
-    assert key["data_version"] == old.facts["unchanged"]["data_version"]
-    assert key["code_hash"] == provenance.LEARNING
+    key = RunKey.of(settings, versioning.data_version(old.project) or "")
+    assert key.data_version == old.facts["unchanged"]["data_version"]
+    assert key.code_hash == provenance.LEARNING
     # The old work folder is named by the key of the interrupted run: the same, but for its epochs.
     text = old.project.params_file.read_text()
     old.project.params_file.write_text(text.replace("  epochs: 2", "  epochs: 3"))
@@ -218,10 +218,9 @@ def test_old_parameters_mean_what_they_meant(old: Old) -> None:
 
 
 def work_name(project: Project) -> str:
-    from flows.nightly import key_of
+    from flows.records import RunKey
 
-    key = key_of(project.settings(), versioning.data_version(project) or "")
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return RunKey.of(project.settings(), versioning.data_version(project) or "").name
 
 
 # --- small files ----------------------------------------------------------------------------------------------------

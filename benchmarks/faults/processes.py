@@ -29,7 +29,7 @@ _ROLES = (
     ("training", ("sora.learning.training",)),
     ("evaluation", ("sora.judging.evaluation",)),
     ("smoke", ("sora.runtime.smoke",)),
-    ("decoder", ("sora.serving.decoder",)),
+    ("decoder", ("sora.media.decoder",)),
     ("api", ("sora.cli serve",)),
     ("up", ("sora.cli up",)),
     ("run", ("sora.cli run",)),

@@ -50,6 +50,11 @@ class Project:
         return self.root / "data.dvc"
 
     @property
+    def docs_page(self) -> Path:
+        """The first of the Data Docs' pages."""
+        return self.docs / "index.html"
+
+    @property
     def dvc_home(self) -> Path:
         """DVC's own folder: its configuration, and its cache where none is configured."""
         return self.root / ".dvc"

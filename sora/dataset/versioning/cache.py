@@ -46,7 +46,7 @@ def object_file(cache: Path, md5: str) -> Path:
 def recorded_files(project: Project, folder: Path) -> dict[str, str]:
     """Names of the files of an output's folder → MD5, as dvc.lock and DVC's cache have them; {} where they don't."""
     try:
-        lock = yaml.safe_load((project.root / "dvc.lock").read_text(encoding="utf-8"))
+        lock = yaml.safe_load(project.dvc_lock.read_text(encoding="utf-8"))
         path = folder.relative_to(project.root).as_posix()
         outs = (out for stage in lock["stages"].values() for out in stage.get("outs", ()))
         md5 = next(out["md5"] for out in outs if out["path"] == path)

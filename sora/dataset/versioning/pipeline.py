@@ -112,10 +112,10 @@ def _check_parameters(project: Project) -> None:
     """dvc.yaml names keys of params.yaml; DVC needs each to be there, although Sora has defaults for all."""
     given = yaml.safe_load(project.params_file.read_text(encoding="utf-8")) or {}
     try:
-        stages = yaml.safe_load((project.root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+        stages = yaml.safe_load(project.dvc_yaml.read_text(encoding="utf-8"))["stages"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise InputError(
-            f"{project.root / 'dvc.yaml'} is not a pipeline: {error!r}",
+            f"{project.dvc_yaml} is not a pipeline: {error!r}",
             fix="restore it from git, or from a new `sora init`",
         ) from error
     defaults = project.settings().to_dict()

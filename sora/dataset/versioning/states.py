@@ -73,8 +73,8 @@ def restore(project: Project, saved: dict[str, Any], target: Path, *, data: bool
         if name in saved:
             (target / name).write_text(saved[name], encoding="utf-8")
     for name in ("config", "config.local"):
-        if (project.root / ".dvc" / name).is_file():
-            _copy_config(project.root / ".dvc" / name, target / ".dvc" / name)
+        if (project.dvc_home / name).is_file():
+            _copy_config(project.dvc_home / name, target / ".dvc" / name)
     cache = cache_folder(project)
     settings = [("core.no_scm", "true"), ("cache.dir", str(cache))]
     for key, value in settings:

@@ -35,7 +35,7 @@ def writable(project: Project) -> Check:
 
 
 def data(project: Project) -> Check:
-    from sora.dataset.versioning.version import require_whole
+    from sora.dataset.versioning import require_whole
 
     require_whole(project)
     if not project.data.is_dir():
