@@ -43,7 +43,7 @@ def run_here(project: Project, *, force: bool = False) -> dict[str, Any]:
         if state.is_completed():
             result: dict[str, Any] = state.result().to_dict()
             if not standing:  # nobody answers at that address any more
-                result["pages"] = [page for page in result.get("pages", []) if not page.startswith("MLflow")]
+                result["pages"] = [page for page in result["pages"] if not page.startswith("MLflow")]
             return result
         if state.is_cancelled():
             raise RunActive(state.message or "another run is active", fix="wait until it ends, or stop it")

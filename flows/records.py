@@ -137,15 +137,15 @@ class NightResult:
     version: int | None
     reasons: tuple[str, ...]
     metrics: Mapping[str, float]
-    pages: tuple[str, ...] | None = None  # None: nothing was judged, so there is nothing new to see
+    pages: tuple[str, ...] = ()  # none where nothing was judged: there is nothing new to see
 
     def to_dict(self) -> dict[str, Any]:
-        value: dict[str, Any] = {
+        return {
             "outcome": self.outcome,
             "data_version": self.data_version,
             "run_id": self.run_id,
             "version": self.version,
             "reasons": list(self.reasons),
             "metrics": dict(self.metrics),
+            "pages": list(self.pages),
         }
-        return value if self.pages is None else {**value, "pages": list(self.pages)}

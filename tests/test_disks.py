@@ -124,14 +124,14 @@ def test_init_on_a_small_and_on_a_read_only_disk(made, disk):
 @pytest.mark.parametrize("disk", ["120m"], indirect=True)
 def test_gc_frees_a_disk_with_nothing_free(made, disk):
     shutil.copytree(made / "project", disk.project)
-    log = disk.project / ".sora" / "logs" / "mlflow.log"
+    log = disk.project / ".sora" / "logs" / "prefect.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_bytes(b"a" * 90_000_000)
     disk.fill()
     done = sora(disk.project, "gc", "--json")
     assert done.returncode == 0, (done.stdout, done.stderr)
     assert "freed 89,000,000 bytes" in done.stderr
-    assert "mlflow.log" in json.loads(done.stdout)["items"][0]["what"] and log.stat().st_size == 1_000_000
+    assert "prefect.log" in json.loads(done.stdout)["items"][0]["what"] and log.stat().st_size == 1_000_000
 
 
 def test_gc_keeps_what_it_freed_where_that_is_too_little(made, disk):

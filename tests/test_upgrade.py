@@ -6,7 +6,6 @@ says what an upgrade would cost every user. Either the change is a fault, or CHA
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -33,7 +32,7 @@ from sora.dataset import manifest as manifests
 from sora.dataset import versioning
 from sora.dataset.corrections import Inbox
 from sora.media import pool
-from sora.operations.servers import mlflow_server, prefect_server, start, stop
+from sora.operations.servers import mlflow_server, prefect_server, started
 from sora.store import shards
 from sora.store.shards import BuildStats, ShardSet
 from tests.serving.standing import free_port
@@ -246,12 +245,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Old]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_SITE_CACHE_DIR", str(folder / "site"))
         old = unpack(folder)
-        started: dict[str, subprocess.Popen[bytes]] = {}
-        try:
-            start(old.project, [prefect_server(old.project), mlflow_server(old.project)], started, owner="test")
+        with started(old.project, [prefect_server(old.project), mlflow_server(old.project)], owner="test"):
             yield old
-        finally:
-            stop(started.values())
 
 
 @contextmanager

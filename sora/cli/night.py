@@ -29,7 +29,7 @@ def run(force: bool, as_json: bool) -> None:
     shown = {k: v for k, v in result["metrics"].items() if k in ("test/accuracy", "test/macro_f1", "test/ece")}
     if shown:
         echo("  " + "  ".join(f"{name} {value:.3f}" for name, value in shown.items()))
-    for place in result.get("pages", []):
+    for place in result["pages"]:
         echo(f"  {place}", err=True)
 
 
