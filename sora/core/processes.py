@@ -87,7 +87,7 @@ def die_with(parent: int) -> None:
             os._exit(1)
 
 
-def start_child(command: list[str], **options: Any) -> subprocess.Popen:
+def start_child(command: list[str], **options: Any) -> subprocess.Popen[Any]:
     """`subprocess.Popen` with a quiet environment, of a process that dies with this one."""
     options.setdefault("env", quiet_environment())
     return subprocess.Popen(command, preexec_fn=die_with_parent, **options)

@@ -104,7 +104,8 @@ def side_file(project: Project) -> Path:
 def reference_counts(project: Project) -> dict[str, int] | None:
     """Videos a class of the last judged run, which the nightly leaves in .sora/reference.json."""
     try:
-        return json.loads(project.reference.read_text(encoding="utf-8"))
+        counts: dict[str, int] = json.loads(project.reference.read_text(encoding="utf-8"))
+        return counts
     except FileNotFoundError:
         return None
 
