@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from flows.steps import job_for
 from sora.config import Project
-from sora.dataset import manifest, quarantine, splits, table
+from sora.dataset import manifest, splits, table
+from sora.dataset.quality import quarantine
 from sora.judging import evaluation
 from sora.learning import training
 
@@ -13,7 +14,7 @@ def learn(project: Project) -> None:
     """Fits and evaluates on what the stages prepared, in the same child processes as the pipeline uses."""
     settings = project.settings()
     rows = manifest.read(project.manifest)
-    rejected = quarantine.paths(project.quarantine)
+    rejected = quarantine.rejected_paths(project)
     assignment = splits.assign(rows[~rows["path"].isin(rejected)], splits.read(project.splits_file), settings)
     work = project.state / "bare"
     work.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from pydantic import Field, ValidationError
+from pydantic.fields import FieldInfo
 
 import sora.config
 from sora.config import Model, Project, Settings, params_yaml, parse, settings_page
@@ -42,7 +43,7 @@ def uncommented(text: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_every_setting_says_what_it_means(field) -> None:
+def test_every_setting_says_what_it_means(field: FieldInfo) -> None:
     assert field.description and field.description == " ".join(field.description.split())
     sentence = field.description[0].isupper() and field.description.endswith(".")
     assert sentence or not field.description.endswith("."), (

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NoReturn
 
 import keras
 import numpy as np
@@ -38,7 +40,7 @@ def tensors() -> pretrained.Tensors:
 
 
 @pytest.fixture(scope="module")
-def stream(tensors) -> BackboneStream:
+def stream(tensors: pretrained.Tensors) -> BackboneStream:
     made = BackboneStream("efficientnet-lite0", trainable=False)
     made.build((None, 1, 224, 224, 3))
     for layer, weights in zip(made.convolutions(), pretrained.folded_weights(tensors), strict=True):
@@ -62,7 +64,9 @@ def _photograph(name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_photographs_are_known_best_at_the_scale_that_we_give(name, stream, tensors):
+def test_photographs_are_known_best_at_the_scale_that_we_give(
+    name: str, stream: BackboneStream, tensors: pretrained.Tensors
+) -> None:
     confidence = {}
     for words, scale in SCALES.items():
         features = stream(np.asarray(scale(_photograph(name)), np.float32)[None, None])[-1]
@@ -74,7 +78,7 @@ def test_photographs_are_known_best_at_the_scale_that_we_give(name, stream, tens
     assert max(confidence, key=confidence.__getitem__) == "-1 to 1", confidence
 
 
-def test_folding_changes_no_answer():
+def test_folding_changes_no_answer() -> None:
     rng = np.random.default_rng(0)
     for depthwise in (False, True):
         kernel = rng.normal(size=(3, 3, 4, 1 if depthwise else 6)).astype(np.float32)
@@ -89,7 +93,7 @@ def test_folding_changes_no_answer():
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_mobilenet_from_keras_answers_the_same():
+def test_mobilenet_from_keras_answers_the_same() -> None:
     published = keras.applications.MobileNetV2(weights=None, include_top=False, input_shape=(64, 64, 3))
     rng = np.random.default_rng(0)  # statistics of a trained network, not those that it starts with
     published.set_weights([np.abs(w) + rng.uniform(0, 0.1, w.shape) if w.ndim == 1 else w
@@ -104,7 +108,7 @@ def test_mobilenet_from_keras_answers_the_same():
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_model_gets_them_and_keeps_them_frozen(tmp_path):
+def test_a_model_gets_them_and_keeps_them_frozen(tmp_path: Path) -> None:
     config = Model(**SMALL, backbone="efficientnet-lite0")
     model = classifier.build(config, ClipSpec(frames=4, height=32, width=32), 3)
     high = model.get_layer("high")
@@ -124,9 +128,9 @@ def test_a_model_gets_them_and_keeps_them_frozen(tmp_path):
     assert tuned.get_layer("high").trainable_weights
 
 
-def test_a_pickle_that_would_call_something_is_refused(tmp_path):
+def test_a_pickle_that_would_call_something_is_refused(tmp_path: Path) -> None:
     class Evil:
-        def __reduce__(self):
+        def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(tmp_path / "made"),)
 
     header = pickle.dumps(1, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2)
@@ -136,9 +140,9 @@ def test_a_pickle_that_would_call_something_is_refused(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-def test_a_file_that_was_changed_or_is_missing_is_refused(tmp_path, monkeypatch):
+def test_a_file_that_was_changed_or_is_missing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Found:
-        def locate_file(self, name):
+        def locate_file(self, name: str) -> Path:
             return tmp_path / "weights.pth"
 
     monkeypatch.setattr(pretrained, "distribution", lambda name: Found())
@@ -148,16 +152,16 @@ def test_a_file_that_was_changed_or_is_missing_is_refused(tmp_path, monkeypatch)
     with pytest.raises(ServiceError, match="not the file"):
         pretrained.lite0_tensors()
 
-    def missing(name):
-        raise pretrained.PackageNotFoundError(name)
+    def missing(name: str) -> NoReturn:
+        raise PackageNotFoundError(name)
 
     monkeypatch.setattr(pretrained, "distribution", missing)
     with pytest.raises(InputError, match="needs the package"):
         pretrained.lite0_tensors()
 
 
-def test_weights_that_cannot_be_downloaded(monkeypatch):
-    def offline(**options):
+def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(**options: object) -> NoReturn:
         raise Exception("URL fetch failure on https://…: None -- Name or service not known")
 
     monkeypatch.setattr(keras.applications, "MobileNetV2", offline)
@@ -167,6 +171,6 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
     assert "efficientnet-lite0" in raised.value.fix
 
 
-def test_the_widths_that_the_fusion_reads():
+def test_the_widths_that_the_fusion_reads() -> None:
     found = BackboneStream("efficientnet-lite0").compute_output_shape((None, 4, 112, 112, 3))
     assert [shape[-1] for shape in found] == [40, 112, HEAD]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ from tests.videos import make_video
 
 
 def counts(project: Project, stage: str) -> dict[str, int]:
-    return json.loads((project.state / "stages" / f"{stage}.json").read_text())
+    found: dict[str, int] = json.loads((project.state / "stages" / f"{stage}.json").read_text())
+    return found
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -188,7 +190,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def _until(condition, seconds: float = 120) -> None:
+def _until(condition: Callable[[], object], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
