@@ -33,7 +33,7 @@ from sora.dataset import manifest as manifests
 from sora.dataset import versioning
 from sora.dataset.corrections import Inbox
 from sora.media import pool
-from sora.operations.servers import mlflow_server, prefect_server, start, stop
+from sora.operations.servers import mlflow_server, prefect_server, started
 from sora.store import shards
 from sora.store.shards import BuildStats, ShardSet
 from tests.serving.standing import free_port
@@ -204,11 +204,11 @@ def test_old_models_answer_as_they_did(old: Old) -> None:
 
 def test_old_parameters_mean_what_they_meant(old: Old) -> None:
     """What the nightly compares: the old run's tags, as the old nightly computed them."""
-    from flows.nightly import key_of
+    from flows.records import RunKey
 
     settings = old.project.settings()
     assert isinstance(settings, Settings)
-    key = key_of(settings, versioning.data_version(old.project) or "")
+    key = RunKey.of(settings, versioning.data_version(old.project) or "").to_tags()
     assert key["data_version"] == old.facts["unchanged"]["data_version"]
     assert key["code_hash"] == provenance.LEARNING
     # The old work folder is named by the key of the interrupted run: the same, but for its epochs.
@@ -218,9 +218,9 @@ def test_old_parameters_mean_what_they_meant(old: Old) -> None:
 
 
 def work_name(project: Project) -> str:
-    from flows.nightly import key_of
+    from flows.records import RunKey
 
-    key = key_of(project.settings(), versioning.data_version(project) or "")
+    key = RunKey.of(project.settings(), versioning.data_version(project) or "").to_tags()
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -247,12 +247,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Old]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_SITE_CACHE_DIR", str(folder / "site"))
         old = unpack(folder)
-        started: dict[str, subprocess.Popen[bytes]] = {}
-        try:
-            start(old.project, [prefect_server(old.project), mlflow_server(old.project)], started, owner="test")
+        with started(old.project, [prefect_server(old.project), mlflow_server(old.project)], owner="test"):
             yield old
-        finally:
-            stop(started.values())
 
 
 @contextmanager

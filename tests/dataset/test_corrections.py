@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def test_what_a_crash_left_does_not_count_and_goes(
 
     inbox.add(clips[0], **SAID)
     with monkeypatch.context() as patch:
-        patch.setattr(inboxes.shutil, "copyfileobj", full)
+        patch.setattr(shutil, "copyfileobj", full)
         with pytest.raises(DiskFull):
             inbox.add(clips[1], **SAID)
     (inbox.folder / f"{'a' * 64}.mp4").write_bytes(b"its entry was not written")

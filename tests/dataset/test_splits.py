@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from sora.config import Settings
 from sora.core.errors import InputError, ServiceError
+from sora.core.records import VideoRecord
 from sora.dataset import similar, splits
 from tests.dataset.rows import manifest, row
 
@@ -28,7 +29,8 @@ def where(assignment: splits.Assignment) -> dict[str, str]:
 
 
 def counts(assignment: splits.Assignment) -> dict[str, int]:
-    return assignment.ledger["split"].value_counts().to_dict()
+    found: dict[str, int] = assignment.ledger["split"].value_counts().to_dict()
+    return found
 
 
 def flipped(signature: str, *bits: int) -> str:
@@ -207,7 +209,7 @@ def growing(draw: st.DrawFn) -> list[pd.DataFrame]:
     """A folder of videos on several nights: some come, some go; groups and near-duplicates at random."""
     rng = random.Random(draw(st.integers(0, 2**32)))
     total = draw(st.integers(1, 40))
-    rows = []
+    rows: list[VideoRecord] = []
     for i in range(total):
         signature = None
         if rows and rng.random() < 0.3:
@@ -226,7 +228,8 @@ def growing(draw: st.DrawFn) -> list[pd.DataFrame]:
 @settings(max_examples=100, deadline=None)
 @given(growing())
 def test_no_group_on_two_sides_and_no_video_ever_moves(nights: list[pd.DataFrame]) -> None:
-    ledger, seen = EMPTY, {}
+    ledger = EMPTY
+    seen: dict[str, str] = {}
     for table in nights:
         result = splits.assign(table, ledger, SETTINGS)
         pd.testing.assert_frame_equal(result.ledger.iloc[: len(ledger)].reset_index(drop=True), ledger)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +27,7 @@ KNOWN = {
     "china": ("sklearn", "datasets/images/china.jpg", 698),  # palace
     "flower": ("sklearn", "datasets/images/flower.jpg", 985),  # daisy, the nearest that there is
 }
-SCALES = {
+SCALES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "-1 to 1": lambda x: x / 127.5 - 1,
     "0 to 1": lambda x: x / 255,
     "mean and deviation": lambda x: (x / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225),
@@ -56,7 +57,9 @@ def _photograph(name: str) -> np.ndarray:
     path = Path(str(found.origin)).parent / file if found else Path(file)
     if not path.is_file():
         pytest.skip(f"{package} has no {file}")
-    picture = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+    stored = cv2.imread(str(path))
+    assert stored is not None
+    picture = cv2.cvtColor(stored, cv2.COLOR_BGR2RGB)
     side = int(min(picture.shape[:2]) * 0.875)
     top, left = (picture.shape[0] - side) // 2, (picture.shape[1] - side) // 2
     picture = picture[top : top + side, left : left + side]
@@ -123,7 +126,8 @@ def test_a_model_gets_them_and_keeps_them_frozen(tmp_path: Path) -> None:
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras", safe_mode=True)
     assert not again.get_layer("high").trainable_weights
-    np.testing.assert_allclose(*(keras.ops.convert_to_numpy(one(clips)) for one in (model, again)), rtol=1e-5)
+    one, other = (keras.ops.convert_to_numpy(each(clips)) for each in (model, again))
+    np.testing.assert_allclose(one, other, rtol=1e-5)
     tuned = classifier.build(config.model_copy(update={"backbone_trainable": True}), ClipSpec(4, 32, 32), 3)
     assert tuned.get_layer("high").trainable_weights
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_it_is_made_once_and_holds_nobodys_rows(cache: Path, tmp_path: Path, mon
 
 def test_a_damaged_one_is_made_again(cache: Path, tmp_path: Path) -> None:
     cache.mkdir(parents=True)
-    kept = cache / f"prefect-{empty_database.version('prefect')}.db"
+    kept = cache / f"prefect-{version('prefect')}.db"
     kept.write_bytes(b"SQLite format 3\0" + bytes(5000))
     empty_database.provide(tmp_path / "one.db")
     assert _rows(tmp_path / "one.db")["alembic_version"] == 1

@@ -80,7 +80,7 @@ class Standing:
     def port(self) -> int:
         return int(self.client.base_url.port or 0)
 
-    def until(self, condition: Callable[[], object], seconds: float = 90) -> None:
+    def until(self, condition: Callable[..., object], seconds: float = 90) -> None:
         """Waits until `condition()` is true; connection errors count as false."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:

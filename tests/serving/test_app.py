@@ -11,6 +11,7 @@ import socket
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -99,8 +100,9 @@ def test_a_refused_champion_at_the_start_leaves_the_last_good_one(
         async with running(tmp_path) as (client, context):
             await until(ready(client))
             assert (await send(client, video)).json()["version"] == 1
-            assert context.follower.refused.champion.version == 2
-        assert cache.champion().version == 1
+            assert context.follower.refused is not None and context.follower.refused.champion.version == 2
+        champion = cache.champion()
+        assert champion is not None and champion.version == 1
 
     asyncio.run(story())
 
@@ -133,7 +135,8 @@ def test_a_refusal_is_written_down_with_the_version(
             text = note.read_text()
             assert "differs" in text and socket.gethostname() in text
             await asyncio.sleep(0.3)
-            assert tried == 3 and context.follower.current.champion.version == 1
+            current = context.follower.current
+            assert tried == 3 and current is not None and current.champion.version == 1
             tried, failures = 0, 100
             models[0].promote(registry)
             await until(true(lambda: context.follower.refused is None))
@@ -196,6 +199,7 @@ def test_beyond_the_queue_is_429(models: list[Made], video: Path, tmp_path: Path
         async with running(tmp_path, queue=2, decode_timeout=2) as (client, context):
             await until(ready(client))
             assert (await send(client, video)).status_code == 200
+            assert context.pool is not None
             (stopped,) = context.pool.pids
             os.kill(stopped, signal.SIGSTOP)
             under_way = [asyncio.create_task(send(client, video)) for _ in range(2)]
@@ -225,7 +229,7 @@ def test_requests_that_wait_share_one_call(models: list[Made], video: Path, tmp_
             gate.wait(30)
             return np.ones((len(clips), 3))
 
-    async def story() -> None:
+    async def story() -> tuple[list[int], list[Any]]:
         sizes: list[int] = []
         batcher = Batcher(sizes.append)
         await batcher.start()

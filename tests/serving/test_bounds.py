@@ -37,7 +37,7 @@ def test_it_is_too_large_and_said_at_once(name: str, models: list[Made], video: 
             problem = answer.json()
             assert answer.status_code == 413 and problem["rule"] == "too_large" and words in problem["detail"]
             assert (await send(client, video)).status_code == 200
-            assert context.pool.replaced == 0
+            assert context.pool is not None and context.pool.replaced == 0
 
     asyncio.run(story())
 

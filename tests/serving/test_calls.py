@@ -50,6 +50,7 @@ def test_time_that_the_video_took_is_504_and_time_behind_others_503(
         async with running(tmp_path, request_timeout=1.5) as (client, context):
             await until(ready(client))
             await send(client, video)  # the decoder is up
+            assert context.pool is not None
             (stopped,) = context.pool.pids
             os.kill(stopped, signal.SIGSTOP)
             one, two = await asyncio.gather(send(client, video), send(client, video))
@@ -143,6 +144,7 @@ def test_the_deadline_of_a_call_leaves_the_answers_that_were_ready(
         async with running(tmp_path, request_timeout=1.5) as (client, context):
             await until(ready(client))
             await send(client, video)
+            assert context.pool is not None
             (pid,) = context.pool.pids
             asked = asyncio.create_task(
                 client.post("/v1/predict", files=_files(("a", content), ("slow", slow), ("b", content)))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,11 @@ def test_an_answer(sora: Client, video: Path) -> None:
     assert answer.label == max(answer.probabilities, key=answer.probabilities.__getitem__)
     assert answer.timeline == () and answer.span is None and answer.labels is None
     timeline = sora.predict(str(video), timeline=True)
-    assert timeline.timeline[0].label == answer.label and timeline.span.end == timeline.timeline[0].end == 2.0
+    assert (
+        timeline.timeline[0].label == answer.label
+        and timeline.span
+        and timeline.span.end == timeline.timeline[0].end == 2.0
+    )
 
 
 def test_open_files(sora: Client, video: Path) -> None:
@@ -84,6 +89,7 @@ def test_several(sora: Client, video: Path, tmp_path: Path) -> None:
     text.write_text("no video")
     other = make_video(tmp_path / "other.mp4", seed=9)
     one, two, three = sora.predict_all([video, text, other])
+    assert isinstance(one, Answer) and isinstance(three, Answer)
     assert one == _but_seconds(sora.predict(video), one) and three.filename == "other.mp4"
     assert isinstance(two, ApiProblem) and two.kind == "not-a-video"
     assert sora.predict_all([]) == []
@@ -121,7 +127,7 @@ def test_a_token(api: Standing, video: Path) -> None:
 class Told(BaseHTTPRequestHandler):
     """Answers as `script` says, a step a request: (status, headers, body), or None to hang up. The last one stays."""
 
-    script: list
+    script: list[Any]
     seen: list[tuple[float, int]]
 
     def do_POST(self) -> None:
@@ -175,8 +181,13 @@ def _fill(descriptor: int, data: bytes) -> None:
         pipe.write(data)
 
 
-BUSY = (429, {"Retry-After": "0", "Content-Type": "application/problem+json"}, b'{"detail": "busy", "fix": "wait"}')
-GOOD = (200, {}, json.dumps(ANSWER).encode())
+Step = tuple[int, dict[str, str], bytes]
+BUSY: Step = (
+    429,
+    {"Retry-After": "0", "Content-Type": "application/problem+json"},
+    b'{"detail": "busy", "fix": "wait"}',
+)
+GOOD: Step = (200, {}, json.dumps(ANSWER).encode())
 
 
 def test_a_busy_server_is_asked_again_with_the_whole_file(tmp_path: Path) -> None:
@@ -191,7 +202,7 @@ def test_a_busy_server_is_asked_again_with_the_whole_file(tmp_path: Path) -> Non
 @pytest.mark.parametrize("word", ["fix", "mend"])
 def test_the_fix_of_this_server_and_of_an_older_one(word: str) -> None:
     """Servers called it `mend` before; the client reads both."""
-    refused = (422, {}, json.dumps({"detail": "no video", word: "send a video"}).encode())
+    refused: Step = (422, {}, json.dumps({"detail": "no video", word: "send a video"}).encode())
     with told(refused) as (address, _), Client(address) as client, pytest.raises(ApiProblem) as problem:
         client.predict(io.BytesIO(b"x"))
     assert problem.value.fix == "send a video"
@@ -199,7 +210,7 @@ def test_the_fix_of_this_server_and_of_an_older_one(word: str) -> None:
 
 @pytest.mark.parametrize("labels", [["a", "b"], []])
 def test_several_labels_of_one_answer(labels: list[str]) -> None:
-    answer = (200, {}, json.dumps({**ANSWER, "labels": labels}).encode())
+    answer: Step = (200, {}, json.dumps({**ANSWER, "labels": labels}).encode())
     with told(answer) as (address, _), Client(address) as client:
         assert client.predict(io.BytesIO(b"video")).labels == tuple(labels)
 

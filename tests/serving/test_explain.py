@@ -221,7 +221,8 @@ def test_the_route(models: list[Made], video: Path, tmp_path: Path) -> None:
             heat = np.array(body["heat"])
             assert heat.shape[0] == 4 and heat.min() >= 0 and heat.max() <= 1
             png = base64.b64decode(body["strip"], validate=True)
-            assert cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR).shape[0] > 64
+            picture = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
+            assert picture is not None and picture.shape[0] > 64
             assert "Grad-CAM" in body["method"] and set(body["seconds"]) >= {"decode", "model", "explain"}
 
             other = next(name for name in CLASSES if name != body["label"])
@@ -266,7 +267,7 @@ def test_explanations_take_turns_with_predictions() -> None:
         batcher = Batcher()
         await batcher.start()
         try:
-            tasks = [asyncio.create_task(batcher.between(first))]
+            tasks: list[asyncio.Task[Any]] = [asyncio.create_task(batcher.between(first))]
             tasks += [asyncio.create_task(batcher.between(lambda: order.append("more"))) for _ in range(3)]
             await asyncio.sleep(0.05)
             tasks.append(asyncio.create_task(batcher.answer(Quick(), np.zeros((1, 4, 8, 8, 3), np.uint8))))

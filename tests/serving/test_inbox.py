@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,11 @@ def test_what_is_no_correction_is_not_stored(project: Project, models: list[Made
             assert (await client.post("/v1/corrections", files=files, data={"label": "sit"})).status_code == 422
             assert (await client.post("/v1/corrections", data=SAID)).status_code == 415  # no multipart without a file
             assert (await client.post("/v1/corrections", files={**files, "label": ("x", b"sit")})).status_code == 400
-            twice = [("label", (None, "sit")), ("label", (None, "sit")), ("file", files["file"])]
+            twice: list[tuple[str, tuple[str | None, str | bytes]]] = [
+                ("label", (None, "sit")),
+                ("label", (None, "sit")),
+                ("file", files["file"]),
+            ]
             assert (await client.post("/v1/corrections", files=twice)).status_code == 400
             assert (await correct(client, text)).status_code == 422
             assert (await client.get("/v1/corrections")).json()["entries"] == []
@@ -168,7 +172,7 @@ def test_review_needs_the_token_and_no_other_site(project: Project, models: list
 
 def test_the_card_says_what_was_decided(project: Project, models: list[Made], monkeypatch: pytest.MonkeyPatch) -> None:
     decided = ModelVersion(1, ("champion",), {}, "data1", "2026-01-01T00:00:00+00:00", "promoted", ("first model",))
-    answers = iter([ServiceError("MLflow is away"), decided])
+    answers: Iterator[ServiceError | ModelVersion] = iter([ServiceError("MLflow is away"), decided])
     asked = []
 
     def decision(self: object, champion: ChampionRef) -> ModelVersion:
@@ -327,7 +331,7 @@ OWN = "http://127.0.0.1:8000"
     ],
 )
 def test_only_the_own_page_and_programs_change_anything(
-    project: Project, models: list[Made], video: Path, sent, status
+    project: Project, models: list[Made], video: Path, sent: dict[str, str], status: int
 ) -> None:
     async def story() -> None:
         async with running(project, models, origins=("https://sora.example",)) as (client, _):

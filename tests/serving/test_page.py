@@ -92,7 +92,8 @@ def _classify(page: Browser, video: Path) -> str:
     page.give_file("#file", video)
     page.until("!document.getElementById('send').disabled")
     page.js("document.getElementById('send').click()")
-    return page.until(ANSWERED)
+    answer: str = page.until(ANSWERED)
+    return answer
 
 
 def _press(page: Browser, text: str) -> None:

@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from sora.cli import supervisor
+from sora.cli import exposure
 from sora.config import Project
 from sora.core.addresses import is_loopback
 from sora.core.errors import InputError, ServiceError
@@ -224,10 +224,10 @@ def test_a_temporary_folder_that_can_not_be_written_is_an_error_and_no_traceback
 
 
 def test_serve_and_up_agree_on_what_is_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in supervisor._SECRETS:
+    for name in exposure._SECRETS:
         monkeypatch.delenv(name, raising=False)
     for host in ("127.0.0.1", "127.0.0.2", "::1", "localhost", "LOCALHOST"):
-        assert supervisor._secrets(Project(tmp_path), host) == {}
+        assert exposure.client_logins(Project(tmp_path), host) == {}
     for host in ("0.0.0.0", "::", "192.0.2.1"):
         with pytest.raises(InputError, match="can be reached by others"):
-            supervisor._secrets(Project(tmp_path), host)
+            exposure.client_logins(Project(tmp_path), host)

@@ -26,7 +26,7 @@ from tests.serving.conftest import CLASSES, Made, other_golden
 from tests.serving.standing import Standing, standing
 from tests.videos import make_video
 
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "max_bytes": 3_000_000,
     "max_seconds": 60,
     "decode_timeout": 20,

@@ -94,20 +94,23 @@ def test_they_are_bounded(file: TokenFile) -> None:
 def test_a_damaged_file_says_so_and_lets_nobody_in(file: TokenFile, damage: str, lines: Lines) -> None:
     token = file.add("phone")
     tokens = Tokens(["given-at-the-start"], file)
-    assert tokens.caller(f"Bearer {token}").name == "phone"
+    caller = tokens.caller(f"Bearer {token}")
+    assert caller is not None and caller.name == "phone"
     file.path.write_text(damage)
     with pytest.raises(ServiceError, match=r"tokens\.json"):
         file.tokens()
     assert tokens.caller(f"Bearer {token}") is None and tokens.required
     assert "no token of the file may call" in lines.messages[-1]
-    assert tokens.caller("Bearer given-at-the-start").name == "SORA_API_TOKEN"
+    given = tokens.caller("Bearer given-at-the-start")
+    assert given is not None and given.name == "SORA_API_TOKEN"
 
 
 def test_none_is_required_where_none_was_ever_made(file: TokenFile) -> None:
     tokens = Tokens((), file)
     assert not tokens.required and tokens.caller("Bearer ") is None
     token = file.add("phone")
-    assert tokens.required and tokens.caller(f"bearer {token}").name == "phone"
+    caller = tokens.caller(f"bearer {token}")
+    assert tokens.required and caller is not None and caller.name == "phone"
     file.revoke("phone")
     assert tokens.required and tokens.caller(f"Bearer {token}") is None  # nobody, rather than everybody
     file.path.unlink()

@@ -502,7 +502,7 @@ def with_tensors(out: Path, tensors: list[dict[str, object]]) -> None:
     pq.write_table(kept.replace_schema_metadata({b"sora.shards": json.dumps(about)}), out / INDEX, compression="zstd")
 
 
-VIDEO = {"name": "video", "dtype": "uint8", "shape": [4, 32, 32, 3]}
+VIDEO: dict[str, object] = {"name": "video", "dtype": "uint8", "shape": [4, 32, 32, 3]}
 
 
 def test_an_index_without_names_holds_one_tensor_video(whole: Path) -> None:

@@ -190,7 +190,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def _until(condition: Callable[[], object], seconds: float = 120) -> None:
+def _until(condition: Callable[..., object], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -370,7 +370,7 @@ def test_damage_found_by_dvc_repro_by_hand(prepared_project: Project) -> None:
 # --- torn files of DVC ----------------------------------------------------------------------------------------------
 
 CONFLICT = "<<<<<<< HEAD\nouts: []\n=======\nouts: {}\n>>>>>>> theirs\n"
-TEARS = {
+TEARS: dict[str, Callable[[str], str | bytes]] = {
     "half": lambda text: text[: len(text) // 2],
     "cut in an MD5": lambda text: text[: text.rindex("md5: ") + 15],
     "empty": lambda text: "",
@@ -388,7 +388,13 @@ def test_torn_files_are_named_with_the_way_back(prepared_project: Project, name:
     file = prepared_project.root / name
     torn = TEARS[tear](file.read_text())
     file.write_bytes(torn if isinstance(torn, bytes) else torn.encode())
-    calls = [versioning.add, versioning.reproduce, versioning.state, versioning.status, versioning.require_whole]
+    calls: list[Callable[[Project], object]] = [
+        versioning.add,
+        versioning.reproduce,
+        versioning.state,
+        versioning.status,
+        versioning.require_whole,
+    ]
     if name == "data.dvc":
         calls.append(versioning.data_version)
     for call in calls:

@@ -44,6 +44,7 @@ def encode(path: Path, codec: str, options: dict[str, str]) -> Path:
     scene = rng.integers(0, 255, (64, 400, 3), np.uint8)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=30, options=options)
+        assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.time_base = Fraction(1, 30)
         for index in range(FRAMES):
@@ -107,7 +108,7 @@ class _Counting:
 
 
 class _Packet:
-    def __init__(self, packet: av.Packet, decoded: list[av.VideoFrame]) -> None:
+    def __init__(self, packet: av.Packet[VideoStream], decoded: list[av.VideoFrame]) -> None:
         self._packet, self._decoded = packet, decoded
 
     def __getattr__(self, name: str) -> Any:

@@ -42,7 +42,7 @@ def test_every_clip_takes_its_frames_from_its_span(
 ) -> None:
     spec = ClipSpec(frames=5, sampling=sampling, window_seconds=seconds, max_clips=clips)
     found, chosen = spans(frames, fps, spec), windows(frames, fps, spec)
-    assert len(found) == len(chosen)
+    assert found is not None and len(found) == len(chosen)
     for (start, end), window in zip(found, chosen, strict=True):
         first, last = start * fps, end * fps
         assert first - 0.2 <= window.indices[0] and window.indices[-1] <= last - 0.8
@@ -56,7 +56,7 @@ def test_the_clips_are_those_that_training_sees(spec: ClipSpec, tmp_path: Path) 
     video = make_video(tmp_path / "long.mp4", frames=60, fps=10, size=(96, 48))
     clips, found = prepare_with_spans(video, spec)
     np.testing.assert_array_equal(clips, prepare_clips(video, spec))
-    assert clips.shape[0] == len(found) == (3 if spec is WINDOW else 1)
+    assert found is not None and clips.shape[0] == len(found) == (3 if spec is WINDOW else 1)
 
 
 def test_the_clips_of_real_footage_are_those_that_training_sees(shared: Path) -> None:

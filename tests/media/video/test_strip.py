@@ -8,7 +8,9 @@ from sora.media.video.strip import MOST_FRAMES, TILE, chosen_frames, strip
 
 
 def _decoded(png: bytes) -> np.ndarray:
-    return cv2.cvtColor(cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED), cv2.COLOR_BGRA2RGBA)
+    stored = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert stored is not None
+    return cv2.cvtColor(stored, cv2.COLOR_BGRA2RGBA)
 
 
 def test_the_heaviest_frame_of_each_part_is_shown() -> None:

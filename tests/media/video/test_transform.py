@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,12 @@ def test_a_header_that_lies_gives_the_same_clips(shared: Path) -> None:
 def test_an_honest_header_is_decoded_once(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
     real = ffmpeg._opened
-    monkeypatch.setattr(ffmpeg, "_opened", lambda *args: opened.append(1) or real(*args))
+
+    def counted(*args: Any) -> Any:
+        opened.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(ffmpeg, "_opened", counted)
     prepare_clips(video, SMALL)
     assert opened == [1]
 
