@@ -28,6 +28,7 @@ from sora.media import pool
 from sora.store import augment
 
 if TYPE_CHECKING:
+    import keras
     import pandas as pd
 
     from sora.store.shards import ShardSet
@@ -276,7 +277,7 @@ def _unsure_below(part: _Part, recipe: Recipe, precision: float) -> float:
     return statistics.unsure_below(served.max(axis=1, initial=0), served.argmax(axis=1) == part.truth, precision)
 
 
-def _load(path: Path, recipe: Recipe) -> Any:
+def _load(path: Path, recipe: Recipe) -> keras.Model:
     import keras
 
     import sora.model.classifier  # noqa: F401  (registers the layers that the file names)
@@ -319,7 +320,7 @@ def _clips(table: pd.DataFrame, shards: ShardSet, recipe: Recipe, job: EvalJob) 
 
 
 def _logits(
-    model: Any,
+    model: keras.Model,
     clips: Iterator[np.ndarray],
     videos: int,
     batch: int,
@@ -353,7 +354,7 @@ def _logits(
     return np.concatenate([np.zeros((0, model.output_shape[-1]), np.float32), *results]), np.array(owner, int)
 
 
-def _golden(model: Any, recipe: Recipe, seed: int) -> dict[str, Any]:
+def _golden(model: keras.Model, recipe: Recipe, seed: int) -> dict[str, Any]:
     clips = augment.views(golden_clip(recipe.clip, seed)[None], recipe.views)
     logits = np.asarray(model.predict_on_batch(clips), np.float32)
     owner = np.zeros(len(clips), int)
@@ -361,7 +362,7 @@ def _golden(model: Any, recipe: Recipe, seed: int) -> dict[str, Any]:
     return {"seed": seed, "probabilities": [float(p) for p in probabilities]}
 
 
-def _latency(model: Any, recipe: Recipe) -> float:
+def _latency(model: keras.Model, recipe: Recipe) -> float:
     """Milliseconds of a warmed call for one clip in its views, the median of 20."""
     import time
 

@@ -34,7 +34,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
     return {**{name: values[name] for name in ("classes", "clip", "model", "eval")}, "train": train}
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """A short name of a JSON-able value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
