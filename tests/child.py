@@ -6,14 +6,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 from sora.core.errors import InputError
-from sora.core.processes import child_main
+from sora.core.processes import Emit, child_main
 
 
-def body(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def body(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     print("working", file=sys.stderr, flush=True)
     if job["do"] == "die":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from sora.config import Validate
 from sora.core import labels, statistics
 from sora.core.errors import InputError, ServiceError, VideoError
 from sora.core.files import atomic
-from sora.core.processes import child_main, run_child
+from sora.core.processes import Emit, child_main, run_child
 from sora.core.records import ClipSpec, EvalReport, Recipe, Split, schema_of
 from sora.core.tensors import VIDEO
 from sora.judging.report import measure
@@ -86,9 +86,7 @@ class EvalOutcome:
         return {"recipe": self.recipe.to_dict(), "reports": reports, "folder": str(self.folder)}
 
 
-def run(
-    job: EvalJob, on_event: Callable[[dict[str, Any]], None] = lambda event: None, log: Path | None = None
-) -> dict[str, EvalOutcome]:
+def run(job: EvalJob, on_event: Emit = lambda event: None, log: Path | None = None) -> dict[str, EvalOutcome]:
     """Evaluates every model of the job in one child process.
 
     Events: {"event": "evaluate", "name": model, "done": videos, "total": of so many}.
@@ -132,7 +130,7 @@ def file_digest(path: Path) -> str:
 # ---- the child's side ----
 
 
-def evaluate(value: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def evaluate(value: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Body of the child: evaluates the models of the job and leaves a folder each."""
     import pandas as pd
 
@@ -189,9 +187,7 @@ def _job(value: dict[str, Any]) -> EvalJob:
     return EvalJob(**{**value, "models": models})
 
 
-def _evaluate_one(
-    job: EvalJob, model: EvalModel, table: pd.DataFrame, shards: ShardSet, emit: Callable[[dict[str, Any]], None]
-) -> _Judged:
+def _evaluate_one(job: EvalJob, model: EvalModel, table: pd.DataFrame, shards: ShardSet, emit: Emit) -> _Judged:
     digest = file_digest(Path(model.file))
     if model.recipe is None:
         recipe = Recipe(
@@ -325,7 +321,7 @@ def _logits(
     videos: int,
     batch: int,
     name: str,
-    emit: Callable[[dict[str, Any]], None],
+    emit: Emit,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`(clips, classes) float32` logits and `(clips,) int` owners; every call has the same batch size, traced once."""
     from sora.model import classifier

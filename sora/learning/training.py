@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from sora import __version__
 from sora.config import Model, Train
 from sora.core import files
 from sora.core.errors import InputError, ServiceError
-from sora.core.processes import child_main, run_child
+from sora.core.processes import Emit, child_main, run_child
 from sora.core.records import ClipSpec
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from sora.learning import loop
     from sora.store.batches import Batches, ClipSource
 
-Emit = Callable[[dict[str, Any]], None]
 MODEL_FILE = "model.keras"
 CHECKPOINT_FILE = "checkpoint.npz"
 
