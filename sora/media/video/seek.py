@@ -14,11 +14,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Collection, Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from av import VideoFrame, VideoStream
-    from av.container import InputContainer
+from typing import Any
 
 # Containers whose packets have exact timestamps and whose index of key frames can be relied on; codecs whose key
 # frames need nothing before them.
@@ -30,9 +26,7 @@ class Unsure(Exception):
     """Only decoding in order gives these frames for certain."""
 
 
-def frames(
-    container: InputContainer, stream: VideoStream, wanted: Collection[int], count: int
-) -> Iterator[tuple[int, VideoFrame]]:
+def frames(container: Any, stream: Any, wanted: Collection[int], count: int) -> Iterator[tuple[int, Any]]:
     """(index, frame) of the frames wanted, in the order of showing.
 
     Arguments:
@@ -47,8 +41,8 @@ def frames(
     if container.format.name not in _CONTAINERS or context.name not in _CODECS:
         raise Unsure
     shown, keys = _packets(container, stream, count)
-    place: dict[int | None, int] = {pts: index for index, pts in enumerate(shown)}
-    unused: Literal["NONREF", "DEFAULT"] = "NONREF" if context.name == "h264" else "DEFAULT"
+    place = {pts: index for index, pts in enumerate(shown)}
+    unused = "NONREF" if context.name == "h264" else "DEFAULT"
     try:
         for key, indices in _runs(sorted(wanted), keys):
             left = {shown[index] for index in indices}
@@ -74,7 +68,7 @@ def frames(
         context.skip_frame = "DEFAULT"
 
 
-def _packets(container: InputContainer, stream: VideoStream, count: int) -> tuple[list[int], list[int]]:
+def _packets(container: Any, stream: Any, count: int) -> tuple[list[int], list[int]]:
     """All frames' timestamps in the order of showing, and the indices of the key frames."""
     shown, keys = [], []
     for packet in container.demux(stream):
