@@ -29,6 +29,7 @@ from sora.config import Settings, parse
 from sora.core.errors import InputError, SoraError
 from sora.core.files import atomic
 from sora.core.progress import bar, say
+from sora.core.records import Split
 from sora.dataset import folds, manifest, splits
 from sora.learning import crossval
 from sora.store import shards
@@ -185,7 +186,7 @@ def run(prepared: Prepared, plans: list[Fold], cache: Path, *, inner: bool) -> l
                 elif event["event"] == "note":
                     say(event["message"])
 
-            judged = "val" if inner else "test"
+            judged: Split = "val" if inner else "test"
             folder = cache / "folds" / fold.key
             answered = crossval.answers(
                 folder, prepared.shards, fold.table, fold.settings, judged=judged, on_event=show

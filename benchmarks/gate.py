@@ -49,9 +49,9 @@ def accepts(rule: str, wins: int, losses: int, videos: int) -> bool:
     difference = (wins - losses) / videos
     error = (max((wins + losses) / videos - difference**2, 1 / videos) / videos) ** 0.5
     if rule == "bound":  # a non-inferiority test proper
-        return difference - 1.645 * error > -GATE.margin
+        return bool(difference - 1.645 * error > -GATE.margin)
     if rule == "ladder":  # Blum & Hardt 2015, figure 3: a step above the best by the deviation of the difference
-        return difference > error
+        return bool(difference > error)
     raise ValueError(rule)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks import common
 from benchmarks.common import SHARED, SORA, change_params, table, timed
 
-SETS = {
+SETS: dict[str, dict[str, dict[str, Any]]] = {
     "steps27": {"split": {"group_pattern": r"A\dP(\d)T"}},
     "kth9": {"split": {"group_pattern": r"person(\d+)"}, "clip": {"sampling": "window", "window_seconds": 2.0}},
     "fights300": {},

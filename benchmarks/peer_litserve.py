@@ -17,20 +17,22 @@ import numpy as np
 from sora.core.records import Recipe
 
 
-class Api(litserve.LitAPI):
+class Api(litserve.LitAPI):  # type: ignore[misc]  # LitServe has no types
     def setup(self, device: str) -> None:
         from sora.runtime.predictor import Predictor
 
         self.recipe = Recipe.from_dict(json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")))
         self.predictor = Predictor(Path(sys.argv[1]), self.recipe, 1)
 
-    def decode_request(self, request) -> np.ndarray:  # LitServe takes an annotation for a schema of the body
+    # LitServe takes an annotation for a schema of the body.
+    def decode_request(self, request) -> np.ndarray:  # type: ignore[no-untyped-def]
         from sora.media.video.transform import prepare_clips
 
         with tempfile.NamedTemporaryFile() as file:
             file.write(request["file"].file.read())
             file.flush()
-            return prepare_clips(Path(file.name), self.recipe.clip)[0]
+            clip: np.ndarray = prepare_clips(Path(file.name), self.recipe.clip)[0]
+            return clip
 
     def predict(self, clips: np.ndarray) -> list[Any]:
         return list(self.predictor.probabilities(np.asarray(clips)))

@@ -68,7 +68,8 @@ def peer_fold(
     folder = cache / "folds" / fold.key / f"{network}-{crossval.digest(what)}"
     result_file = folder / crossval.FOLD_FILE
     if result_file.exists():
-        return json.loads(result_file.read_text("utf-8"))
+        done: dict[str, Any] = json.loads(result_file.read_text("utf-8"))
+        return done
     folder.mkdir(parents=True, exist_ok=True)
     fold.table.to_parquet(folder / "table.parquet", index=False)
     job = PeerJob(

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from fractions import Fraction
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -80,16 +81,14 @@ def frame_threads(paths: list[str]) -> None:
 
 
 def decode(rounds: int) -> list[dict[str, Any]]:
-    found = []
+    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="sora-bench-") as name:
         rows = manifest.build(FIGHTS, Settings())
         paths = [str(FIGHTS / path) for path in rows["path"]]
         for number in range(rounds):
             out = Path(name) / str(number)
-            ours = spent(lambda out=out: shards.build(rows, (), FIGHTS, out, ClipSpec()))
-            ways = {
-                way.__name__: spent(lambda way=way: way(paths)) for way in (in_processes, in_threads, frame_threads)
-            }
+            ours = spent(partial(shards.build, rows, (), FIGHTS, out, ClipSpec()))
+            ways = {way.__name__: spent(partial(way, paths)) for way in (in_processes, in_threads, frame_threads)}
             best = min(ways, key=ways.__getitem__)
             found.append({"ours": ours, "limit": ways[best], "ratio": ways[best] / ours, "ways": ways})
             print(json.dumps(found[-1]), flush=True)
@@ -133,11 +132,13 @@ def long_video(target: Path, key_frames: int) -> Path:
         for repeat in range(repeats):
             with av.open(str(piece)) as given:
                 source = given.streams.video[0]
+                assert source.time_base is not None
                 out = out or made.add_stream_from_template(source)
                 step = round(key_frames / RATE / source.time_base)
                 for packet in given.demux(source):
                     if packet.dts is None:
                         continue
+                    assert packet.pts is not None
                     packet.pts += repeat * step
                     packet.dts += repeat * step
                     packet.stream = out
@@ -155,10 +156,10 @@ def long(rounds: int) -> list[dict[str, Any]]:
             frames = SECONDS * RATE // key_frames * key_frames
             clips: dict[str, np.ndarray] = {}
 
-            def short(path: Path = path, frames: int = frames, clips: dict = clips) -> None:
+            def short(path: Path = path, frames: int = frames, clips: dict[str, np.ndarray] = clips) -> None:
                 clips["ours"] = prepare_clips(path, spec, frames=frames, fps=float(RATE))
 
-            def in_order(path: Path = path, frames: int = frames, clips: dict = clips) -> None:
+            def in_order(path: Path = path, frames: int = frames, clips: dict[str, np.ndarray] = clips) -> None:
                 clips["order"] = prepare_clips(path, spec, frames=frames, fps=float(RATE), in_order=True)
 
             pairs = [(spent(short), spent(in_order)) for _ in range(min(rounds, 2))]

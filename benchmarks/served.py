@@ -136,7 +136,9 @@ def settled(project: Path, log: Path, **env: str) -> Iterator[Server]:
 def load(address: str, file: Path, *options: str) -> list[list[Any]]:
     """The rows of `benchmarks.load`."""
     command = [sys.executable, "-m", "benchmarks.load", address, str(file), *options]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)["rows"]
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    rows: list[list[Any]] = json.loads(answer)["rows"]
+    return rows
 
 
 def failures(rows: list[list[Any]]) -> dict[str, int]:
@@ -151,4 +153,5 @@ def failures(rows: list[list[Any]]) -> dict[str, int]:
 def rate(rows: list[list[Any]]) -> float:
     """Requests a second; all must have been answered."""
     assert not failures(rows), failures(rows)
-    return len(rows) / (max(row[0] + row[1] for row in rows) - min(row[0] for row in rows))
+    seconds: float = max(row[0] + row[1] for row in rows) - min(row[0] for row in rows)
+    return len(rows) / seconds

@@ -71,7 +71,8 @@ class Bare:
         self.process.stdin.flush()
 
     def spent(self) -> list[float]:
-        return json.loads(self._line())
+        seconds: list[float] = json.loads(self._line())
+        return seconds
 
     def _line(self) -> str:
         assert self.process.stdout is not None

@@ -32,7 +32,7 @@ def main() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         what, amount = line.split()
-        spent = []
+        spent: list[float] = []
         end = time.perf_counter() + float(amount)
         while len(spent) < int(amount) if what == "requests" else time.perf_counter() < end:
             spent.append(turn())

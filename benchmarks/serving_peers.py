@@ -72,7 +72,7 @@ def process(command: list[str], address: str, log: Path, **env: str) -> Iterator
 def answers(address: str) -> bool:
     try:
         with urllib.request.urlopen(f"{address}/health", timeout=5) as answer:
-            return answer.status == 200
+            return bool(answer.status == 200)
     except OSError:
         return False
 

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.client import prefect_client
 from sora.config import Project, Settings
 from sora.operations import nightly_log
+
+if TYPE_CHECKING:
+    from prefect import Flow
+    from prefect.client.orchestration import SyncPrefectClient
 
 NIGHTLY = "flows.nightly.nightly"
 TRAIN = "flows.training.train"
@@ -77,7 +81,7 @@ def _register(project: Project, settings: Settings) -> Registered:
     return Registered(pool, f"nightly/{settings.name}", f"train/{settings.name}" if train_pool else None, train_pool)
 
 
-def _ensure_pool(client: Any, name: str) -> None:
+def _ensure_pool(client: SyncPrefectClient, name: str) -> None:
     """Creates a process pool; one that exists, of any type, is left as its owner made it."""
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
@@ -91,11 +95,11 @@ def _ensure_pool(client: Any, name: str) -> None:
             client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=template))
 
 
-def _deploy(client: Any, name: str, entrypoint: str, pool: str, **options: Any) -> None:
+def _deploy(client: SyncPrefectClient, name: str, entrypoint: str, pool: str, **options: Any) -> None:
     from prefect.flows import load_flow_from_entrypoint
     from prefect.utilities.callables import parameter_schema
 
-    flow: Any = load_flow_from_entrypoint(entrypoint)
+    flow: Flow[..., Any] = load_flow_from_entrypoint(entrypoint)
     client.create_deployment(
         flow_id=client.create_flow_from_name(flow.name),
         name=name,

@@ -33,7 +33,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _may_pass(_task: Any, _run: Any, state: State) -> bool:
+def _may_pass(_task: object, _run: object, state: State) -> bool:
     """Retry only what may pass by itself: a server or child that failed, not a wrong input or a full disk."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, ServiceError) and not isinstance(error, DiskFull)

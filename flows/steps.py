@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flows.records import Case, Evaluation, Night, NightResult, SplitFacts
 from flows.work import EVALUATED, Evaluated, Work
@@ -17,6 +17,7 @@ from sora.config import Project, Settings
 from sora.core import redaction
 from sora.core.errors import PromotionFailed
 from sora.core.ledger import Recorded
+from sora.core.processes import Emit, Event
 from sora.core.progress import Bar, bar, say
 from sora.core.records import Decision
 from sora.learning.training import TrainJob, TrainResult
@@ -24,8 +25,6 @@ from sora.registry import Registry, RunsPort, Smoke
 
 if TYPE_CHECKING:
     from sora.judging.evaluation import EvalJob
-
-Event = dict[str, Any]  # what a child process says, as JSON
 
 
 def open_registry(project: Project, settings: Settings) -> Registry:
@@ -245,7 +244,7 @@ def publish(night: Night, case: Case, result: NightResult, evaluation: Evaluatio
     return (*pages, f"evaluation: {kept / 'index.html'}")
 
 
-def live(runs: RunsPort, run_id: str, update: Bar) -> Callable[[Event], None]:
+def live(runs: RunsPort, run_id: str, update: Bar) -> Emit:
     """For `training.run`: a bar over all epochs, and each epoch's metrics to MLflow as they come."""
 
     def on_event(event: Event) -> None:
@@ -262,7 +261,7 @@ def live(runs: RunsPort, run_id: str, update: Bar) -> Callable[[Event], None]:
     return on_event
 
 
-def evaluating(update: Bar) -> Callable[[Event], None]:
+def evaluating(update: Bar) -> Emit:
     """For `evaluation.run`: a bar over the videos of each model."""
 
     def on_event(event: Event) -> None:

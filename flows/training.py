@@ -32,8 +32,9 @@ from flows.steps import job_for, live
 from sora.config import Project, Settings, parse
 from sora.core import provenance
 from sora.core.errors import InputError, ServiceError
+from sora.core.processes import Emit
 from sora.core.progress import Bar, bar, say
-from sora.learning.training import Emit, TrainResult
+from sora.learning.training import TrainResult
 from sora.registry import Registry, RunsPort
 
 HANDOVER = PurePosixPath("handover/table.parquet")  # artifacts of the run: to the worker …

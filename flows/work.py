@@ -24,7 +24,7 @@ class Step(Generic[T]):
     """
 
     name: str
-    write: Callable[[T], Any]
+    write: Callable[[T], object]
     read: Callable[[Any], T]
 
 
@@ -35,13 +35,13 @@ class Evaluated:
     champion_version: int | None
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not a text")
     return value
 
 
-def _number(value: Any) -> int:
+def _number(value: object) -> int:
     if not isinstance(value, int):
         raise TypeError(f"{value!r} is not a number")
     return value

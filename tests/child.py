@@ -6,12 +6,13 @@ import os
 import signal
 import sys
 import time
+from typing import Any
 
 from sora.core.errors import InputError
-from sora.core.processes import child_main
+from sora.core.processes import Emit, child_main
 
 
-def body(job, emit):
+def body(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     print("working", file=sys.stderr, flush=True)
     if job["do"] == "die":
         os.kill(os.getpid(), signal.SIGKILL)

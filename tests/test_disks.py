@@ -25,7 +25,7 @@ from tests.videos import make_video
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small project on a good disk."""
     folder = tmp_path_factory.mktemp("made")
     for label in ("a", "b"):
@@ -60,7 +60,7 @@ class Disk:
 
 
 @pytest.fixture
-def disk(tmp_path, request) -> Iterator[Disk]:
+def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Disk]:
     place = tmp_path / "disk"
     place.mkdir()
     size = getattr(request, "param", "9m")
@@ -83,7 +83,7 @@ VERBS = [
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
-def test_a_disk_with_nothing_free(made, disk, verb):
+def test_a_disk_with_nothing_free(made: Path, disk: Disk, verb: tuple[str, ...]) -> None:
     shutil.copytree(made / "project", disk.project)
     disk.fill()
     done = sora(disk.project, *verb)
@@ -93,7 +93,7 @@ def test_a_disk_with_nothing_free(made, disk, verb):
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
-def test_a_read_only_disk(made, disk, verb):
+def test_a_read_only_disk(made: Path, disk: Disk, verb: tuple[str, ...]) -> None:
     shutil.copytree(made / "project", disk.project)
     disk.read_only()
     done = sora(disk.project, *verb)
@@ -103,7 +103,7 @@ def test_a_read_only_disk(made, disk, verb):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("disk", ["4m", "9m", "13m"], indirect=True)
-def test_a_disk_that_fills_while_the_servers_start(made, disk):
+def test_a_disk_that_fills_while_the_servers_start(made: Path, disk: Disk) -> None:
     shutil.copytree(made / "project", disk.project)
     done = sora(disk.project, "run")
     assert done.returncode == 3, (done.stdout, done.stderr)
@@ -112,7 +112,7 @@ def test_a_disk_that_fills_while_the_servers_start(made, disk):
 
 
 @pytest.mark.parametrize("disk", ["4m"], indirect=True)
-def test_init_on_a_small_and_on_a_read_only_disk(made, disk):
+def test_init_on_a_small_and_on_a_read_only_disk(made: Path, disk: Disk) -> None:
     done = sora(disk.place, "init", str(disk.project), "--data", str(made / "videos"))
     assert done.returncode == 3 and "bytes free" in done.stderr and "another disk" in done.stderr
     disk.read_only()
@@ -122,7 +122,7 @@ def test_init_on_a_small_and_on_a_read_only_disk(made, disk):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("disk", ["120m"], indirect=True)
-def test_gc_frees_a_disk_with_nothing_free(made, disk):
+def test_gc_frees_a_disk_with_nothing_free(made: Path, disk: Disk) -> None:
     shutil.copytree(made / "project", disk.project)
     log = disk.project / ".sora" / "logs" / "prefect.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def test_gc_frees_a_disk_with_nothing_free(made, disk):
     assert "prefect.log" in json.loads(done.stdout)["items"][0]["what"] and log.stat().st_size == 1_000_000
 
 
-def test_gc_keeps_what_it_freed_where_that_is_too_little(made, disk):
+def test_gc_keeps_what_it_freed_where_that_is_too_little(made: Path, disk: Disk) -> None:
     shutil.copytree(made / "project", disk.project)
     work = disk.project / ".sora" / "work" / "0123"
     work.mkdir(parents=True)
@@ -148,7 +148,7 @@ def test_gc_keeps_what_it_freed_where_that_is_too_little(made, disk):
     assert ("is full" in done.stderr or "no space left" in done.stderr) and "Traceback" not in done.stderr
 
 
-def test_doctor_looks_at_disks_that_others_fail_on(made, disk):
+def test_doctor_looks_at_disks_that_others_fail_on(made: Path, disk: Disk) -> None:
     shutil.copytree(made / "project", disk.project)
     disk.fill()
     checks = {one["name"]: one for one in json.loads(sora(disk.project, "doctor", "--json").stdout)["checks"]}
@@ -158,7 +158,9 @@ def test_doctor_looks_at_disks_that_others_fail_on(made, disk):
     assert not checks["writable"]["ok"] and "read-only" in checks["writable"]["fix"]
 
 
-def test_what_a_failure_says_is_heard_also_where_the_disk_looks_good(tmp_path, monkeypatch):
+def test_what_a_failure_says_is_heard_also_where_the_disk_looks_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "_ROOM", 0)
     for said in (
         "[Errno 28] No space left on device: 'x'",

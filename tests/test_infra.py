@@ -28,12 +28,14 @@ def infra(repository: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def compose(infra: Path) -> dict[str, Any]:
-    return yaml.safe_load((infra / "compose.yaml").read_text())
+    found: dict[str, Any] = yaml.safe_load((infra / "compose.yaml").read_text())
+    return found
 
 
 @pytest.fixture(scope="module")
 def services(compose: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return compose["services"]
+    found: dict[str, dict[str, Any]] = compose["services"]
+    return found
 
 
 def test_compose_holds_to_the_specification(infra: Path) -> None:

@@ -39,7 +39,7 @@ def names() -> dict[str, str]:
     return {
         "facts": provenance.FACTS,
         "clips": provenance.CLIPS,
-        **provenance.STAGES,
+        **{str(stage): name for stage, name in provenance.STAGES.items()},
         "learning": provenance.LEARNING,
     }
 
@@ -99,7 +99,8 @@ def _computed() -> dict[str, Any]:
 
 
 def _defaults(section: str) -> dict[str, Any]:
-    return Settings().of_learning()[section]
+    found: dict[str, Any] = Settings().of_learning()[section]
+    return found
 
 
 def _clip() -> list[Any]:
@@ -130,7 +131,8 @@ def _losses(work: Path, out: Path, joined: pd.DataFrame, classes: tuple[str, ...
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, dict[str, Any]]:
-    return json.loads(GOLDEN.read_text())
+    found: dict[str, dict[str, Any]] = json.loads(GOLDEN.read_text())
+    return found
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -92,7 +92,7 @@ def test_the_archives_hold_the_packages_with_their_data(repository: Path, archiv
     with zipfile.ZipFile(archives / "sora_video-0.1.0-py3-none-any.whl") as wheel:
         names = set(wheel.namelist())
     wanted = {str(it.relative_to(repository)) for top in ("sora", "flows") for it in (repository / top).rglob("*.py")}
-    data = {"sora/templates/params.yaml"} | {
+    data = {"sora/templates/params.yaml", "sora/py.typed"} | {
         str(it.relative_to(repository)) for it in (repository / "sora" / "serving" / "page").iterdir() if it.is_file()
     }
     assert wanted | data <= names

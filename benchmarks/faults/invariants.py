@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.faults.processes import Case, Verb, role_of
 from sora.config import Project
 from sora.core.errors import SoraError
+from sora.core.records import ModelVersion
 from sora.dataset import versioning
 from sora.operations import doctor
 from sora.runtime import lifecycle
@@ -108,7 +110,7 @@ def _temporary(case: Case, project: Project, finished: bool) -> Finding:
     return Finding("no temporary file", not left, ", ".join(sorted(left)[:12]))
 
 
-def _champion(versions: list, champion: int | None, had_champion: bool) -> Finding:
+def _champion(versions: Sequence[ModelVersion], champion: int | None, had_champion: bool) -> Finding:
     holders = [one.version for one in versions if "champion" in one.aliases]
     if champion is None:
         return Finding("one champion", not had_champion and not holders, "none")

@@ -114,7 +114,7 @@ def role_of(process: psutil.Process) -> str:
         for name, words in _ROLES:
             if any(word in command for word in words):
                 return name
-        return process.name()
+        return str(process.name())
     except psutil.Error:
         return "gone"
 

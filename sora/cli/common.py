@@ -45,13 +45,13 @@ def current_project() -> Project:
     return find_project(given or Path.cwd())
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """Prints one JSON document on standard output."""
     echo(json_text(json.dumps(value, ensure_ascii=False, allow_nan=False)))
 
 
-def _keep(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
-    def callback(ctx: click.Context, _: click.Parameter, value: Any) -> None:
+def _keep(name: str) -> Callable[[click.Context, click.Parameter, object], None]:
+    def callback(ctx: click.Context, _: click.Parameter, value: object) -> None:
         if value:
             ctx.find_root().meta[f"sora.{name}"] = value
 

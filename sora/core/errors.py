@@ -38,11 +38,11 @@ class SoraError(Exception):
     def __str__(self) -> str:
         return f"{self.message}\n  fix: {self.fix}" if self.fix else self.message
 
-    def __reduce__(self) -> tuple:  # crosses process pools, keyword argument included
+    def __reduce__(self) -> tuple[Any, ...]:  # crosses process pools, keyword argument included
         return _rebuild, (type(self), self.message, self.__dict__)
 
 
-def _rebuild(cls: type[SoraError], message: str, state: dict) -> SoraError:
+def _rebuild(cls: type[SoraError], message: str, state: dict[str, Any]) -> SoraError:
     error = cls.__new__(cls)
     Exception.__init__(error, message)
     error.__dict__.update(state)

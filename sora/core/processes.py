@@ -26,6 +26,8 @@ from typing import IO, Any
 from sora.core.errors import DiskFull, ServiceError, SoraError
 
 # Telemetry of every dependency off, and no chatter on standard output.
+Event = dict[str, Any]  # what a child says while it works, as JSON: its kind is at "event"
+Emit = Callable[[Event], None]
 QUIET_ENV = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -87,7 +89,7 @@ def die_with(parent: int) -> None:
             os._exit(1)
 
 
-def start_child(command: list[str], **options: Any) -> subprocess.Popen:
+def start_child(command: list[str], **options: Any) -> subprocess.Popen[Any]:
     """`subprocess.Popen` with a quiet environment, of a process that dies with this one."""
     options.setdefault("env", quiet_environment())
     return subprocess.Popen(command, preexec_fn=die_with_parent, **options)
@@ -145,9 +147,7 @@ class Child:
         assert self._process.stdin is not None
         return self._process.stdin
 
-    def result(
-        self, job: dict[str, Any], on_event: Callable[[dict[str, Any]], None] = lambda event: None
-    ) -> dict[str, Any]:
+    def result(self, job: dict[str, Any], on_event: Emit = lambda event: None) -> dict[str, Any]:
         """Gives it the job and waits: its result event.
 
         Raises:
@@ -184,7 +184,7 @@ class Child:
 def run_child(
     module: str,
     job: dict[str, Any],
-    on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+    on_event: Emit = lambda event: None,
     *,
     log: Path | None = None,
     env: dict[str, str] | None = None,
@@ -194,7 +194,7 @@ def run_child(
         return child.result(job, on_event)
 
 
-def error_event(error: SoraError | OSError) -> dict[str, Any]:
+def error_event(error: SoraError | OSError) -> Event:
     """What a child tells its parent about an error; `rebuild_error` makes it an error again."""
     if isinstance(error, SoraError):
         kind, message, fix = type(error).__name__, error.message, error.fix
@@ -207,7 +207,7 @@ def error_event(error: SoraError | OSError) -> dict[str, Any]:
     return {"event": "error", "kind": kind, "message": message, "fix": fix, "rule": getattr(error, "rule", None)}
 
 
-def rebuild_error(event: dict[str, Any]) -> SoraError:
+def rebuild_error(event: Event) -> SoraError:
     """The error that `error_event` described, of its class."""
     import sora.core.errors
 
@@ -216,7 +216,7 @@ def rebuild_error(event: dict[str, Any]) -> SoraError:
     return kind(event["message"], fix=event.get("fix", ""), **options)
 
 
-def child_main(body: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], dict[str, Any]]) -> None:
+def child_main(body: Callable[[dict[str, Any], Emit], dict[str, Any]]) -> None:
     """The other end of a `Child`: calls `body(job, emit)` with its job and reports what it returned or raised."""
     die_with_parent()
     line = sys.stdin.readline()
@@ -225,7 +225,7 @@ def child_main(body: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]]
     job = json.loads(line)
     stream = os.fdopen(int(os.environ["SORA_EVENTS"]), "w", encoding="utf-8", buffering=1)
 
-    def emit(event: dict[str, Any]) -> None:
+    def emit(event: Event) -> None:
         stream.write(json.dumps(event) + "\n")
 
     try:

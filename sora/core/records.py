@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+Sampling = Literal["uniform", "window"]
+Aspect = Literal["stretch", "crop", "pad"]
+Equalise = Literal["none", "histogram", "clahe"]
 Outcome = Literal["promoted", "refused", "unchanged"]
 LABEL_SEPARATOR = "|"  # between several labels of one video (`sora.core.labels`)
 THRESHOLD = 0.5  # a multi-label model answers the classes that are at least so probable
@@ -73,12 +76,12 @@ class ClipSpec:
     frames: int = 16
     height: int = 112
     width: int = 112
-    sampling: Literal["uniform", "window"] = "uniform"
+    sampling: Sampling = "uniform"
     window_seconds: float = 2.0  # window sampling: the span that one clip covers
     max_clips: int = 8  # window sampling: at most so many clips a video, evenly spread
-    aspect: Literal["stretch", "crop", "pad"] = "crop"
+    aspect: Aspect = "crop"
     gamma: float = 1.0  # below 1 brightens dark footage; 1 leaves it
-    equalise: Literal["none", "histogram", "clahe"] = "none"
+    equalise: Equalise = "none"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -61,7 +61,7 @@ def params_text(text: str) -> str:
     return found if done else yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True)
 
 
-def _replaced(text: str, root: Any) -> str:
+def _replaced(text: str, root: yaml.Node | None) -> str:
     spans = sorted(_secrets(root), reverse=True)
     for start, end, value in spans:
         text = text[:start] + value + text[end:]
@@ -69,7 +69,7 @@ def _replaced(text: str, root: Any) -> str:
     return _URL.sub(lambda match: match[0] if match[0] in kept else _host(match[0]), text)
 
 
-def _secrets(root: Any) -> Iterator[tuple[int, int, str]]:
+def _secrets(root: yaml.Node | None) -> Iterator[tuple[int, int, str]]:
     """(start, end, what to put there) of each value in the text that is or may hold a secret."""
     for section, name, value in _values(root):
         if value.tag == "tag:yaml.org,2002:null":
@@ -81,7 +81,7 @@ def _secrets(root: Any) -> Iterator[tuple[int, int, str]]:
             yield *span, without_login(value.value)
 
 
-def _values(root: Any) -> Iterator[tuple[str, str, yaml.Node]]:
+def _values(root: yaml.Node | None) -> Iterator[tuple[str, str, yaml.Node]]:
     """(section, key, value) of a mapping of mappings."""
     if not isinstance(root, yaml.MappingNode):
         return

@@ -169,7 +169,7 @@ def described() -> str:
 
 def _landlock_abi(libc: ctypes.CDLL) -> int:
     """0 where the kernel has none or has it switched off."""
-    return max(0, libc.syscall(_CREATE_RULESET, None, 0, _VERSION))
+    return max(0, int(libc.syscall(_CREATE_RULESET, None, 0, _VERSION)))
 
 
 def _missing_of_landlock(abi: int) -> list[str]:
@@ -201,7 +201,7 @@ class _Program(ctypes.Structure):
 
 def _has_seccomp(libc: ctypes.CDLL, machine: _Machine) -> bool:
     action = ctypes.c_uint32(_ERRNO)
-    return libc.syscall(machine.seccomp, _GET_ACTION_AVAILABLE, 0, ctypes.byref(action)) == 0
+    return bool(libc.syscall(machine.seccomp, _GET_ACTION_AVAILABLE, 0, ctypes.byref(action)) == 0)
 
 
 def _no_seccomp() -> str:

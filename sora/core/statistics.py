@@ -40,7 +40,8 @@ def clip_probabilities(logits: np.ndarray, temperature: float = 1.0, multilabel:
         return 0.5 + 0.5 * np.tanh(scaled / 2)  # the sigmoid, without overflow
     scaled -= scaled.max(axis=1, keepdims=True, initial=-np.inf)
     clips = np.exp(scaled)
-    return clips / clips.sum(axis=1, keepdims=True)
+    shares: np.ndarray = clips / clips.sum(axis=1, keepdims=True)
+    return shares
 
 
 def video_probabilities(
@@ -82,9 +83,12 @@ def fit_temperature(logits: np.ndarray, owner: np.ndarray, labels: np.ndarray) -
 
 def answered(probabilities: np.ndarray, multilabel: bool) -> np.ndarray:
     """`(videos, classes) bool`: the most probable class, or those of at least `records.THRESHOLD`."""
+    given: np.ndarray
     if multilabel:
-        return probabilities >= THRESHOLD
-    return np.arange(probabilities.shape[1]) == probabilities.argmax(axis=1)[:, None]
+        given = probabilities >= THRESHOLD
+    else:
+        given = np.arange(probabilities.shape[1]) == probabilities.argmax(axis=1)[:, None]
+    return given
 
 
 def decisions(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +103,8 @@ def decisions(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
 
 def _bin(confidence: np.ndarray, bins: int) -> np.ndarray:
     """Number of the bin, (low, high] as in Guo et al., that each confidence falls into."""
-    return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    number: np.ndarray = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    return number
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[tuple[float, float, int]]:

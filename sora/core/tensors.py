@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+Shape = tuple[Any, ...]  # of a batch, as Keras hands it to layers: numbers, None for a side that is open
 VIDEO = "video"  # the name of a clip's frames
 _BYTES = {"uint8": 1, "int16": 2, "float16": 2, "float32": 4}  # dtype → bytes of an element
 

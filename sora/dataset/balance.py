@@ -16,4 +16,5 @@ def change(own: Number, wanted: Number, have: Number) -> Number:
     better; summed over the classes of a unit it says what putting the unit there costs. Of arrays it is taken element
     by element.
     """
-    return own / wanted * (own - 2 * (wanted - have))
+    cost: Number = own / wanted * (own - 2 * (wanted - have))
+    return cost

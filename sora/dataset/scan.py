@@ -7,7 +7,7 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def scan(folder: Path, settings: Settings) -> list[Found]:
     return sorted(found, key=lambda one: one.path)
 
 
-def _walk(folder: Path, below: str, listed: dict) -> Iterator[tuple[str, str | None, str]]:
+def _walk(folder: Path, below: str, listed: Container[str]) -> Iterator[tuple[str, str | None, str]]:
     """(path, problem, detail) of files and of what can't be entered."""
     try:
         entries = list(os.scandir(folder))

@@ -32,7 +32,8 @@ def words(signatures: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
 
 def distance(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Bits that differ; (…, 3) uint64 each, broadcast."""
-    return np.bitwise_count(left ^ right).sum(axis=-1, dtype=np.int16)
+    bits: np.ndarray = np.bitwise_count(left ^ right).sum(axis=-1, dtype=np.int16)
+    return bits
 
 
 def near_duplicates(manifest: pd.DataFrame, bits: int) -> np.ndarray:

@@ -198,7 +198,8 @@ def _components(count: int, pairs: np.ndarray, *codes: np.ndarray) -> np.ndarray
     if not count:
         return np.empty(0, np.int64)
     graph = coo_array((np.ones(len(edges), bool), (edges[:, 0], edges[:, 1])), shape=(count, count))
-    return connected_components(graph, directed=False)[1].astype(np.int64)
+    numbers: np.ndarray = connected_components(graph, directed=False)[1].astype(np.int64)
+    return numbers
 
 
 @dataclass(frozen=True)

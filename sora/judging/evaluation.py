@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from sora.config import Validate
 from sora.core import labels, statistics
 from sora.core.errors import InputError, ServiceError, VideoError
 from sora.core.files import atomic
-from sora.core.processes import child_main, run_child
+from sora.core.processes import Emit, child_main, run_child
 from sora.core.records import ClipSpec, EvalReport, Recipe, Split, schema_of
 from sora.core.tensors import VIDEO
 from sora.judging.report import measure
@@ -28,6 +28,7 @@ from sora.media import pool
 from sora.store import augment
 
 if TYPE_CHECKING:
+    import keras
     import pandas as pd
 
     from sora.store.shards import ShardSet
@@ -85,9 +86,7 @@ class EvalOutcome:
         return {"recipe": self.recipe.to_dict(), "reports": reports, "folder": str(self.folder)}
 
 
-def run(
-    job: EvalJob, on_event: Callable[[dict[str, Any]], None] = lambda event: None, log: Path | None = None
-) -> dict[str, EvalOutcome]:
+def run(job: EvalJob, on_event: Emit = lambda event: None, log: Path | None = None) -> dict[str, EvalOutcome]:
     """Evaluates every model of the job in one child process.
 
     Events: {"event": "evaluate", "name": model, "done": videos, "total": of so many}.
@@ -131,7 +130,7 @@ def file_digest(path: Path) -> str:
 # ---- the child's side ----
 
 
-def evaluate(value: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def evaluate(value: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Body of the child: evaluates the models of the job and leaves a folder each."""
     import pandas as pd
 
@@ -188,9 +187,7 @@ def _job(value: dict[str, Any]) -> EvalJob:
     return EvalJob(**{**value, "models": models})
 
 
-def _evaluate_one(
-    job: EvalJob, model: EvalModel, table: pd.DataFrame, shards: ShardSet, emit: Callable[[dict[str, Any]], None]
-) -> _Judged:
+def _evaluate_one(job: EvalJob, model: EvalModel, table: pd.DataFrame, shards: ShardSet, emit: Emit) -> _Judged:
     digest = file_digest(Path(model.file))
     if model.recipe is None:
         recipe = Recipe(
@@ -276,7 +273,7 @@ def _unsure_below(part: _Part, recipe: Recipe, precision: float) -> float:
     return statistics.unsure_below(served.max(axis=1, initial=0), served.argmax(axis=1) == part.truth, precision)
 
 
-def _load(path: Path, recipe: Recipe) -> Any:
+def _load(path: Path, recipe: Recipe) -> keras.Model:
     import keras
 
     import sora.model.classifier  # noqa: F401  (registers the layers that the file names)
@@ -319,12 +316,12 @@ def _clips(table: pd.DataFrame, shards: ShardSet, recipe: Recipe, job: EvalJob) 
 
 
 def _logits(
-    model: Any,
+    model: keras.Model,
     clips: Iterator[np.ndarray],
     videos: int,
     batch: int,
     name: str,
-    emit: Callable[[dict[str, Any]], None],
+    emit: Emit,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`(clips, classes) float32` logits and `(clips,) int` owners; every call has the same batch size, traced once."""
     from sora.model import classifier
@@ -353,7 +350,7 @@ def _logits(
     return np.concatenate([np.zeros((0, model.output_shape[-1]), np.float32), *results]), np.array(owner, int)
 
 
-def _golden(model: Any, recipe: Recipe, seed: int) -> dict[str, Any]:
+def _golden(model: keras.Model, recipe: Recipe, seed: int) -> dict[str, Any]:
     clips = augment.views(golden_clip(recipe.clip, seed)[None], recipe.views)
     logits = np.asarray(model.predict_on_batch(clips), np.float32)
     owner = np.zeros(len(clips), int)
@@ -361,7 +358,7 @@ def _golden(model: Any, recipe: Recipe, seed: int) -> dict[str, Any]:
     return {"seed": seed, "probabilities": [float(p) for p in probabilities]}
 
 
-def _latency(model: Any, recipe: Recipe) -> float:
+def _latency(model: keras.Model, recipe: Recipe) -> float:
     """Milliseconds of a warmed call for one clip in its views, the median of 20."""
     import time
 

@@ -26,7 +26,8 @@ Mode = Literal["better", "not_worse"]
 def mcnemar(wins: int, losses: int) -> float:
     """Exact one-sided p-value (McNemar 1947) of `wins` or more out of `wins + losses` if either were as likely."""
     wins, trials = int(wins), int(wins + losses)  # numpy's integers would overflow below
-    return sum(comb(trials, k) for k in range(wins, trials + 1)) / 2**trials
+    p: float = sum(comb(trials, k) for k in range(wins, trials + 1)) / 2**trials
+    return p
 
 
 def mode_of(gate: Gate, new_data: bool) -> Mode:

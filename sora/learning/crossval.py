@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sora.config import Settings
 from sora.core.files import atomic, writing
+from sora.core.processes import Emit
 from sora.core.records import Recipe, Split, schema_of
 from sora.judging import evaluation
 from sora.learning import training
@@ -34,7 +34,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
     return {**{name: values[name] for name in ("classes", "clip", "model", "eval")}, "train": train}
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """A short name of a JSON-able value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -46,7 +46,7 @@ def answers(
     settings: Settings,
     *,
     judged: Split,
-    on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+    on_event: Emit = lambda event: None,
 ) -> dict[str, Any]:
     """Trains on the table's `train` (early stopping on its `val`) and answers for its `judged` videos.
 

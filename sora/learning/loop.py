@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from keras import ops
 
 from sora.config import Train
 from sora.core.errors import InputError
+from sora.core.processes import Emit
 from sora.learning import checkpoint
 from sora.store.batches import Batch, Batches
 
@@ -142,7 +142,7 @@ class EpochEnd(keras.callbacks.Callback):  # type: ignore[misc]
         monitor: str,
         path: Path,
         fingerprint: str,
-        emit: Callable[[dict[str, Any]], None],
+        emit: Emit,
     ) -> None:
         super().__init__()
         self.data, self.train, self.monitor, self.path, self.emit = data, train, monitor, path, emit

@@ -11,8 +11,8 @@ import hashlib
 import json
 import os
 import statistics
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +21,17 @@ from sora import __version__
 from sora.config import Model, Train
 from sora.core import files
 from sora.core.errors import InputError, ServiceError
-from sora.core.processes import child_main, run_child
+from sora.core.processes import Emit, child_main, run_child
 from sora.core.records import ClipSpec
 
 if TYPE_CHECKING:
+    import keras
     import pandas as pd
+    import tensorflow as tf
 
     from sora.learning import loop
     from sora.store.batches import Batches, ClipSource
 
-Emit = Callable[[dict[str, Any]], None]
 MODEL_FILE = "model.keras"
 CHECKPOINT_FILE = "checkpoint.npz"
 
@@ -140,7 +141,7 @@ class _Footage:
 class _Fitting:
     """A compiled model, its data, and what happens at the end of each epoch."""
 
-    model: Any  # keras.Model
+    model: keras.Model
     data: loop.ClipDataset
     end: loop.EpochEnd
     resumed_from: int  # epochs that an interrupted run had done
@@ -247,8 +248,8 @@ def _result(job: TrainJob, fitting: _Fitting) -> TrainResult:
     )
 
 
-def _built(job: TrainJob) -> Any:
-    """The job's model (keras.Model) with random weights, under the dtype policy of the moment."""
+def _built(job: TrainJob) -> keras.Model:
+    """The job's model with random weights, under the dtype policy of the moment."""
     from sora.model import classifier
 
     return classifier.build(Model(**job.model), ClipSpec.from_dict(job.clip), len(job.classes))
@@ -321,9 +322,9 @@ class Machine:
     name: str  # "tensorflow cpu", "tensorflow 2 x gpu", "jax gpu"
     precision: str  # Keras dtype policy
     jit: bool | str
-    strategy: Any = None  # tf.distribute.Strategy over several devices
+    strategy: tf.distribute.Strategy | None = None  # over several devices
 
-    def scope(self) -> Any:
+    def scope(self) -> AbstractContextManager[object]:
         return self.strategy.scope() if self.strategy is not None else nullcontext()
 
 
@@ -378,7 +379,7 @@ def _accelerator(backend: str) -> str:
     )
 
 
-def _feed(data: loop.ClipDataset) -> Any:
+def _feed(data: loop.ClipDataset) -> loop.ClipDataset | tf.data.Dataset:
     """What Keras's `fit` is given: the data themselves, but with TensorFlow a `tf.data.Dataset` of them.
 
     Keras makes the same of a `PyDataset`, with autotuning. At the end of an iterator TensorFlow waits for the
@@ -405,7 +406,7 @@ def _feed(data: loop.ClipDataset) -> Any:
     return dataset.apply(tf.data.experimental.assert_cardinality(len(batches))).prefetch(1).with_options(options)
 
 
-def _save(model: Any, path: Path) -> None:
+def _save(model: keras.Model, path: Path) -> None:
     """The whole model or nothing. Keras insists on the suffix."""
     draft = path.with_name("draft.keras")
     with files.writing(path):

@@ -52,6 +52,7 @@ def split(model: keras.Model) -> Parts:
     joining = [layer for name, layer in layers.items() if name.startswith("lateral_")]
 
     def maps(clips: Any) -> list[Any]:
+        found: list[Any]
         stem, *found = low.feature_maps(layers["motion"](clips), training=False)
         if high is None:
             return found

@@ -16,6 +16,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from sora.core.tensors import Shape
 from sora.model.streams import pooled
 
 
@@ -81,7 +82,7 @@ class BiasConv(keras.layers.Layer):
             else keras.layers.Conv2D(filters, size, kernel_initializer="he_normal", **common)
         )
 
-    def build(self, input_shape: tuple) -> None:
+    def build(self, input_shape: Shape) -> None:
         self.convolution.build((None, *input_shape[2:]))
 
     def call(self, x: Any) -> Any:
@@ -91,7 +92,7 @@ class BiasConv(keras.layers.Layer):
             x = ops.relu6(x)
         return ops.reshape(x, (-1, time, *x.shape[1:]))
 
-    def compute_output_shape(self, input_shape: tuple) -> tuple:
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         height, width = (None if side is None else -(-side // self.stride) for side in input_shape[2:4])
         return (*input_shape[:2], height, width, self.filters or input_shape[-1])
 
@@ -122,7 +123,7 @@ class InvertedResidual(keras.layers.Layer):
         self.depthwise = BiasConv(None, size, stride=stride, dtype=self.dtype_policy)
         self.narrow = BiasConv(filters, activate=False, dtype=self.dtype_policy)
 
-    def build(self, input_shape: tuple) -> None:
+    def build(self, input_shape: Shape) -> None:
         shape = tuple(input_shape)
         self.adds = self.stride == 1 and shape[-1] == self.filters
         if self.expand > 1:
@@ -137,7 +138,7 @@ class InvertedResidual(keras.layers.Layer):
         inside = self.narrow(self.depthwise(inside))
         return x + inside if self.adds else inside
 
-    def compute_output_shape(self, input_shape: tuple) -> tuple:
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return (*self.depthwise.compute_output_shape(input_shape)[:-1], self.filters)
 
     def get_config(self) -> dict[str, Any]:
@@ -181,7 +182,7 @@ class BackboneStream(keras.layers.Layer):
         ]
         self.head = BiasConv(HEAD, dtype=self.dtype_policy)
 
-    def build(self, input_shape: tuple) -> None:
+    def build(self, input_shape: Shape) -> None:
         self.stem.build(input_shape)
         shape = self.stem.compute_output_shape(input_shape)
         for row in self.rows:
@@ -226,7 +227,7 @@ class BackboneStream(keras.layers.Layer):
                 found += [part for part in (block.widen, block.depthwise, block.narrow) if part is not None]
         return [*found, self.head]
 
-    def compute_output_shape(self, input_shape: tuple) -> list[tuple]:
+    def compute_output_shape(self, input_shape: Shape) -> list[Shape]:
         widths = [BACKBONES[self.backbone][number].filters for number in LEVELS]
         return [(*input_shape[:2], width) for width in (*widths, HEAD)]
 

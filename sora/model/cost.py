@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from sora.core.tensors import Shape
 from sora.model.backbone import BiasConv
 from sora.model.fusion import GramMatrix
 from sora.model.residual import FrameConv, ResidualBlock
@@ -26,13 +27,13 @@ def flops(layer: keras.layers.Layer) -> int:
     """
     shape = _shape(layer)
     if isinstance(layer, FrameConv):
-        return 2 * _numbers(layer.compute_output_shape(shape)) * layer.size**2 * shape[-1]
+        return 2 * _numbers(layer.compute_output_shape(shape)) * layer.size**2 * int(shape[-1])
     if isinstance(layer, BiasConv):
-        return 2 * _numbers(layer.compute_output_shape(shape)) * layer.size**2 * (shape[-1] if layer.filters else 1)
+        return 2 * _numbers(layer.compute_output_shape(shape)) * layer.size**2 * int(shape[-1] if layer.filters else 1)
     if isinstance(layer, keras.layers.Dense):
-        return 2 * _numbers(shape) * layer.units
+        return 2 * _numbers(shape) * int(layer.units)
     if isinstance(layer, GramMatrix):
-        return 2 * _numbers(shape) * shape[-1]
+        return 2 * _numbers(shape) * int(shape[-1])
     inner = _inner(layer)
     if not inner and any(len(weight.shape) > 1 for weight in layer.weights):
         raise TypeError(f"can't count what {type(layer).__name__} {layer.name!r} costs")
@@ -82,6 +83,6 @@ def _shape(layer: keras.layers.Layer) -> Any:
     return (layer.get_build_config() or {}).get("input_shape")
 
 
-def _numbers(shape: Any) -> int:
+def _numbers(shape: Shape) -> int:
     """In a tensor of this shape, of one clip."""
     return math.prod(shape[1:])

@@ -7,6 +7,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from sora.core.tensors import Shape
+
 
 def _statistics(level: Any) -> Any:
     """Mean, deviation and mean absolute change over time: `(batch, time, channels)` → `(batch, 3 * channels)` float32.
@@ -40,7 +42,7 @@ class ConcatFusion(keras.layers.Layer):
         super().__init__(**options)
         self.normalisations: list[Any] = []
 
-    def build(self, input_shape: list[tuple]) -> None:
+    def build(self, input_shape: list[Shape]) -> None:
         self.normalisations = [keras.layers.LayerNormalization(dtype=self.dtype_policy) for _ in input_shape]
         for layer, shape in zip(self.normalisations, input_shape, strict=True):
             layer.build((shape[0], 3 * shape[-1]))
@@ -50,7 +52,7 @@ class ConcatFusion(keras.layers.Layer):
         parts = [layer(ops.cast(_statistics(level), self.compute_dtype)) for layer, level in pairs]
         return ops.concatenate(parts, axis=-1)
 
-    def compute_output_shape(self, input_shape: list[tuple]) -> tuple:
+    def compute_output_shape(self, input_shape: list[Shape]) -> Shape:
         return (input_shape[0][0], 3 * sum(shape[-1] for shape in input_shape))
 
 
@@ -79,7 +81,7 @@ class GatedFusion(keras.layers.Layer):
         self.projections: list[Any] = []
         self.gates: Any = None
 
-    def build(self, input_shape: list[tuple]) -> None:
+    def build(self, input_shape: list[Shape]) -> None:
         dtype = self.dtype_policy
         self.normalisations = [keras.layers.LayerNormalization(dtype=dtype) for _ in input_shape]
         self.projections = [keras.layers.Dense(self.width, activation="tanh", dtype=dtype) for _ in input_shape]
@@ -99,7 +101,7 @@ class GatedFusion(keras.layers.Layer):
         gates = ops.reshape(self.gates(ops.mean(h, axis=1)), (-1, len(vectors), self.width))
         return ops.sum(ops.softmax(gates, axis=1) * h, axis=1)
 
-    def compute_output_shape(self, input_shape: list[tuple]) -> tuple:
+    def compute_output_shape(self, input_shape: list[Shape]) -> Shape:
         return (input_shape[0][0], self.width)
 
     def get_config(self) -> dict[str, Any]:
@@ -127,7 +129,7 @@ class GramMatrix(keras.layers.Layer):
         norm = ops.sqrt(ops.sum(ops.square(gram), axis=(1, 2), keepdims=True) + 1e-12)
         return ops.cast(gram / norm, self.compute_dtype)
 
-    def compute_output_shape(self, input_shape: tuple) -> tuple:
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return (input_shape[0], input_shape[2], input_shape[2])
 
 
@@ -161,7 +163,7 @@ class GramFusion(keras.layers.Layer):
         self.projections: list[Any] = []
         self.normalisations: list[Any] = []
 
-    def build(self, input_shape: list[tuple]) -> None:
+    def build(self, input_shape: list[Shape]) -> None:
         shapes = input_shape
         if self.vectors == "frame":
             times = sorted({shape[1] for shape in input_shape})
@@ -187,7 +189,7 @@ class GramFusion(keras.layers.Layer):
         rows = [matrix[:, row, row:] for row in range(self.width)]
         return ops.concatenate(rows, axis=-1)
 
-    def compute_output_shape(self, input_shape: list[tuple]) -> tuple:
+    def compute_output_shape(self, input_shape: list[Shape]) -> Shape:
         return (input_shape[0][0], self.width * (self.width + 1) // 2)
 
     def get_config(self) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from sora.core.tensors import Shape
+
 
 @keras.saving.register_keras_serializable(package="sora")
 class BinaryLogits(keras.layers.Layer):
@@ -24,5 +26,5 @@ class BinaryLogits(keras.layers.Layer):
     def call(self, logit: Any) -> Any:
         return ops.concatenate([ops.zeros_like(logit), logit], axis=-1)
 
-    def compute_output_shape(self, input_shape: tuple) -> tuple:
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return (*input_shape[:-1], 2)

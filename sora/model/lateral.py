@@ -7,6 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from sora.core.tensors import Shape
 from sora.model.residual import FrameConv
 from sora.model.streams import key_frames
 
@@ -37,7 +38,7 @@ class Lateral(keras.layers.Layer):
         self.filters, self.count, self.span = filters, count, span
         self.convolution = FrameConv(filters, 1, dtype=self.dtype_policy)
 
-    def build(self, input_shape: tuple) -> None:
+    def build(self, input_shape: Shape) -> None:
         batch, time, height, width, channels = input_shape
         count = len(key_frames(time, self.count))
         self.convolution.build((batch, count, height, width, self.span * channels))
@@ -50,7 +51,7 @@ class Lateral(keras.layers.Layer):
             neighbours.append(ops.concatenate([x[:, place : place + 1] for place in places], axis=1))
         return self.convolution(ops.concatenate(neighbours, axis=-1), training=training)
 
-    def compute_output_shape(self, input_shape: tuple) -> tuple:
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return (input_shape[0], self.count, *input_shape[2:4], self.filters)
 
     def get_config(self) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def _tensor(storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: t
     return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps, writeable=False)
 
 
-def _calls(state: dict[str, Any]) -> list[tuple[str, tuple]]:
+def _calls(state: dict[str, Any]) -> list[tuple[str, tuple[Any, ...]]]:
     """(name, arguments) of every tensor; a storage stands as its tuple ("storage", kind, key, place, length, …)."""
     for name, value in state.items():
         if not (isinstance(value, _Call) and value.function == "torch._utils _rebuild_tensor_v2"):
@@ -176,7 +176,7 @@ def _calls(state: dict[str, Any]) -> list[tuple[str, tuple]]:
 class _Call:
     """What a pickle asks to call; nobody does."""
 
-    def __init__(self, function: str, arguments: tuple) -> None:
+    def __init__(self, function: str, arguments: tuple[Any, ...]) -> None:
         self.function, self.arguments = function, arguments
 
 

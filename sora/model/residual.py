@@ -11,6 +11,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from sora.core.tensors import Shape
+
 
 @keras.saving.register_keras_serializable(package="sora")
 class TemporalShift(keras.layers.Layer):
@@ -42,7 +44,7 @@ class TemporalShift(keras.layers.Layer):
         earlier = ops.concatenate([x[:, 1:, ..., moved : 2 * moved], nothing], axis=1)
         return ops.concatenate([later, earlier, x[..., 2 * moved :]], axis=-1)
 
-    def compute_output_shape(self, input_shape: tuple) -> tuple:
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
 
     def get_config(self) -> dict[str, Any]:
@@ -80,7 +82,7 @@ class FrameConv(keras.layers.Layer):
         )
         self.normalisation = keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-3, dtype=self.dtype_policy)
 
-    def build(self, input_shape: tuple) -> None:
+    def build(self, input_shape: Shape) -> None:
         self.convolution.build((None, *input_shape[2:]))
         self.normalisation.build(self.convolution.compute_output_shape((None, *input_shape[2:])))
 
@@ -92,7 +94,7 @@ class FrameConv(keras.layers.Layer):
             x = ops.relu(x)
         return ops.reshape(x, (-1, time, *x.shape[1:]))
 
-    def compute_output_shape(self, input_shape: tuple) -> tuple:
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         height, width = (None if side is None else -(-side // self.stride) for side in input_shape[2:4])
         return (*input_shape[:2], height, width, self.filters)
 
@@ -129,7 +131,7 @@ class ResidualBlock(keras.layers.Layer):
         self.pool = keras.layers.AveragePooling2D(stride, padding="same", dtype=self.dtype_policy)
         self.shortcut: FrameConv | None = None
 
-    def build(self, input_shape: tuple) -> None:
+    def build(self, input_shape: Shape) -> None:
         self.first.build(input_shape)
         self.second.build(self.first.compute_output_shape(input_shape))
         if self.stride > 1 or input_shape[-1] != self.filters:
@@ -147,7 +149,7 @@ class ResidualBlock(keras.layers.Layer):
             x = self.shortcut(x, training=training)
         return ops.relu(branch + x)
 
-    def compute_output_shape(self, input_shape: tuple) -> tuple:
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return self.first.compute_output_shape(input_shape)
 
     def get_config(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from sora.core.tensors import Shape
 from sora.model.residual import FrameConv, ResidualBlock
 
 _LUMA = (0.299, 0.587, 0.114)  # BT.601
@@ -48,7 +49,7 @@ class Motion(keras.layers.Layer):
         result = ops.concatenate([(luma - mean) / deviation, since, until], axis=-1)
         return ops.cast(result, self.compute_dtype)
 
-    def compute_output_shape(self, input_shape: tuple) -> tuple:
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return (*input_shape[:-1], 3)
 
 
@@ -76,7 +77,7 @@ class KeyFrames(keras.layers.Layer):
         x = ops.cast(ops.concatenate(chosen, axis=1), self.compute_dtype)
         return x / 127.5 - 1.0
 
-    def compute_output_shape(self, input_shape: tuple) -> tuple:
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return (input_shape[0], len(key_frames(input_shape[1], self.count)), *input_shape[2:])
 
     def get_config(self) -> dict[str, Any]:
@@ -162,9 +163,9 @@ class ResidualStream(keras.layers.Layer):
                 maps.append(x)
         return maps
 
-    def compute_output_shape(self, input_shape: Any) -> list[tuple]:
+    def compute_output_shape(self, input_shape: Any) -> list[Shape]:
         own = _with_maps(input_shape)[0]
-        features: list[tuple] = [(*own[:2], width) for width in self.filters]
+        features: list[Shape] = [(*own[:2], width) for width in self.filters]
         if not self.maps:
             return features
         maps = [self.stem.compute_output_shape(own)]
@@ -178,7 +179,7 @@ class ResidualStream(keras.layers.Layer):
         return {**super().get_config(), **own}
 
 
-def _with_maps(input_shape: Any) -> list[tuple]:
+def _with_maps(input_shape: Any) -> list[Shape]:
     """The shapes of a stream's inputs; JSON has made lists of tuples."""
     several = isinstance(input_shape[0], list | tuple)
     return [tuple(shape) for shape in (input_shape if several else [input_shape])]

@@ -442,7 +442,7 @@ class _Backup:
         info.size, info.mode, info.mtime = size, 0o700 if executable else 0o600, int(changed or time.time())
         hashing = _Hashing(source, md5=md5)
         try:
-            self.tar.addfile(info, hashing)  # type: ignore[arg-type]
+            self.tar.addfile(info, hashing)
         except OSError as error:
             if "unexpected end of data" in str(error):
                 raise ServiceError(f"{name} became shorter while it was read", fix="run `sora backup` again") from error

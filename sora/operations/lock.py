@@ -29,7 +29,8 @@ def holder(project: Project) -> dict[str, Any] | None:
             return None
     except Timeout:
         try:
-            return json.loads(project.run_note.read_text(encoding="utf-8"))
+            note: dict[str, Any] = json.loads(project.run_note.read_text(encoding="utf-8"))
+            return note
         except (OSError, ValueError):
             return {"pid": None, "since": "unknown"}
 

@@ -59,7 +59,8 @@ def due(schedule: Schedule, now: datetime) -> datetime:
 
     local = now.astimezone(ZoneInfo(schedule.timezone))
     # get_prev is strict: a second later, so that the very moment counts as fired.
-    return croniter(schedule.cron, local + timedelta(seconds=1)).get_prev(datetime)
+    fired: datetime = croniter(schedule.cron, local + timedelta(seconds=1)).get_prev(datetime)
+    return fired
 
 
 def missed(last: Nightly | None, now: datetime, schedule: Schedule) -> datetime | None:

@@ -273,7 +273,7 @@ def _number(value: float) -> float | str:
     return "NaN" if math.isnan(number) else ("Infinity" if number > 0 else "-Infinity")  # JSON has none of them
 
 
-def _flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in params.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
@@ -281,7 +281,7 @@ def _flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _is_file(key: str, value: Any) -> bool:
+def _is_file(key: str, value: object) -> bool:
     return isinstance(value, str) and "." in key and "/" not in key and key != _FACTS
 
 

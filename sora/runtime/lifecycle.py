@@ -195,9 +195,10 @@ def backup(
 ) -> Made:
     """All of the project in the new file `target`; raises what `sora.operations.backup.backup` does."""
     from sora.operations import backup as backups
+    from sora.operations.needed import KEEP
 
     backups.check_target(project, target)  # before a server starts
     with open_registry(project) as registry:
         return backups.backup(
-            project, registry, target, keep=backups.KEEP if keep is None else keep, data=data, progress=progress
+            project, registry, target, keep=KEEP if keep is None else keep, data=data, progress=progress
         )

@@ -96,7 +96,8 @@ class Predictor:
         clips = augment.views(clips, self.recipe.views)
         logits = self._batched(self._call, clips)
         shares = statistics.clip_probabilities(logits, self.recipe.temperature, self.recipe.multilabel)
-        return shares.reshape(count, -1, shares.shape[1]).mean(axis=1)
+        mean: np.ndarray = shares.reshape(count, -1, shares.shape[1]).mean(axis=1)
+        return mean
 
     def embeddings(self, clips: np.ndarray) -> np.ndarray:
         """The representation of each clip: what the layer before the last one answers. Compiled at the first call.
@@ -118,7 +119,7 @@ class Predictor:
         _ = self._embed
 
     @cached_property
-    def _embed(self) -> Any:
+    def _embed(self) -> Callable[[np.ndarray], np.ndarray]:
         from sora.model import classifier
 
         try:
@@ -131,12 +132,12 @@ class Predictor:
                 f"version {self.version} has no representation: {error}", fix="promote a version that Sora trained"
             ) from error
 
-    def _batched(self, call: Any, clips: np.ndarray) -> np.ndarray:
+    def _batched(self, call: Callable[[np.ndarray], np.ndarray], clips: np.ndarray) -> np.ndarray:
         """The answers of a compiled call, which is asked in sizes of `BATCH_SIZES` only."""
         rows = [self._padded(call, clips[start : start + MAX_BATCH]) for start in range(0, len(clips), MAX_BATCH)]
         return np.concatenate(rows)
 
-    def _padded(self, call: Any, clips: np.ndarray) -> np.ndarray:
+    def _padded(self, call: Callable[[np.ndarray], np.ndarray], clips: np.ndarray) -> np.ndarray:
         count = len(clips)
         size = next(size for size in BATCH_SIZES if size >= count)
         if size > count:
@@ -230,7 +231,7 @@ def _loaded(model_file: Path, recipe: Recipe, version: int) -> keras.Model:
     return model
 
 
-def _compiled(model: keras.Model) -> Any:
+def _compiled(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
     """A function `(n, time, height, width, rgb) uint8 → (n, width of the model's output) float`, for any n."""
     import keras
 
@@ -241,7 +242,7 @@ def _compiled(model: keras.Model) -> Any:
     import tensorflow as tf
 
     # One trace with a symbolic batch size: ready in 1.3 × TensorFlow's import, against 2.0 × with one a size.
-    @tf.function(input_signature=[tf.TensorSpec(model.input_shape, tf.uint8)], autograph=False)
+    @tf.function(input_signature=[tf.TensorSpec(model.input_shape, tf.uint8)], autograph=False)  # type: ignore[untyped-decorator]  # TensorFlow has no types
     def call(clips: Any) -> Any:
         return model(classifier.fed(model, {VIDEO: clips}), training=False)
 
@@ -262,7 +263,7 @@ def _attributing(model: keras.Model, recipe: Recipe) -> Callable[[np.ndarray, in
     parts = attribution.split(model)
     signature = [tf.TensorSpec((1, *shape), tf.uint8), tf.TensorSpec((), tf.int32)]
 
-    @tf.function(input_signature=signature, autograph=False)
+    @tf.function(input_signature=signature, autograph=False)  # type: ignore[untyped-decorator]  # TensorFlow has no types
     def call(clip: Any, label: Any) -> Any:
         maps = parts.maps(clip)
         features = attribution.pooled(maps)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sora.core.processes import child_main
+from sora.core.processes import Emit, child_main
 from sora.core.records import Recipe
 from sora.runtime.predictor import Predictor, prepare_backend
 
 
-def body(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def body(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """`{"model_file", "recipe", "version"}` → `{"difference", "seconds"}`; raises what `Predictor` does."""
     start = time.perf_counter()
     predictor = Predictor(Path(job["model_file"]), Recipe.from_dict(job["recipe"]), job["version"])

@@ -58,8 +58,8 @@ class DecodePool:
         self._settings = settings
         self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
         self._workers: set[_Worker] = set()
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._endings: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._endings: set[asyncio.Task[object]] = set()
         self._closed = False
         self.replaced = 0  # decoders that died or were killed, since the start
 

@@ -55,8 +55,6 @@ def _spelled(text: str) -> list[str]:
     return spelled
 
 
-
-
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
 def test_nobody_else_spells_a_path_of_the_project(path: Path) -> None:
     spelled = _spelled(path.read_text(encoding="utf-8"))

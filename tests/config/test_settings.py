@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 import sora.config
 from sora.config import Model, Project, Settings, params_yaml, parse, settings_page
@@ -19,19 +21,18 @@ from sora.core.errors import SettingsError
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 PARAMS = ("params.yaml", "sora/templates/params.yaml")
-SECTIONS = {
+SECTIONS: dict[str, type[Section]] = {
     field.alias or name: field.annotation
     for name, field in Settings.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 }
+ALL: list[tuple[str, type[BaseModel]]] = [("", Settings), *SECTIONS.items()]
 FIELDS = [
-    pytest.param(field, id=f"{section}.{name}")
-    for section, model in [("", Settings), *SECTIONS.items()]
-    for name, field in model.model_fields.items()
+    pytest.param(field, id=f"{section}.{name}") for section, model in ALL for name, field in model.model_fields.items()
 ]
 
 
-def uncommented(text: str) -> dict[str, object]:
+def uncommented(text: str) -> dict[str, Any]:
     """The settings of a params.yaml, those that stand there as comments included."""
     value = yaml.safe_load(re.sub(r"^  # (\w+: )", r"  \1", text, flags=re.MULTILINE))
     assert isinstance(value, dict)
@@ -42,7 +43,7 @@ def uncommented(text: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_every_setting_says_what_it_means(field) -> None:
+def test_every_setting_says_what_it_means(field: FieldInfo) -> None:
     assert field.description and field.description == " ".join(field.description.split())
     sentence = field.description[0].isupper() and field.description.endswith(".")
     assert sentence or not field.description.endswith("."), (

@@ -8,6 +8,8 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,7 +97,7 @@ os._exit(0)
 
 
 @pytest.mark.parametrize("without", ["nothing", "landlock", "seccomp"])
-def test_each_thing_that_it_tries_is_refused(without, tmp_path):
+def test_each_thing_that_it_tries_is_refused(without: str, tmp_path: Path) -> None:
     file = tmp_path / "the users.txt"
     file.write_text("kept")
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as local:
@@ -112,7 +114,7 @@ def test_each_thing_that_it_tries_is_refused(without, tmp_path):
     assert [what.split()[0] for what in lacks] == {"nothing": [], "landlock": ["Landlock"]}.get(without, ["seccomp"])
 
 
-def test_it_can_be_done_for_threads_that_run_already():
+def test_it_can_be_done_for_threads_that_run_already() -> None:
     code = """
 import os, sys, threading
 from sora.core import sandbox
@@ -136,14 +138,14 @@ os._exit(0)
     assert done.stdout.strip() == f"[{errno.EPERM}]", done.stderr
 
 
-def test_abort_still_ends_it():
+def test_abort_still_ends_it() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import os; from sora.core import sandbox; sandbox.confine(); os.abort()"], timeout=60
     )
     assert done.returncode == -6
 
 
-def test_memory_is_hidden_from_processes_of_the_same_user():
+def test_memory_is_hidden_from_processes_of_the_same_user() -> None:
     """With root's rights it would be seen all the same, so root's test becomes another user first."""
     code = """
 import ctypes, os
@@ -170,7 +172,7 @@ print(before, look())
     assert done.stdout.split() == ["0", "7"], done.stderr
 
 
-def test_the_command_line_and_stages_hide_their_memory():
+def test_the_command_line_and_stages_hide_their_memory() -> None:
     for code in (
         "from sora.cli import main\ntry:\n    main(['--version'])\nexcept SystemExit:\n    pass",
         "import sys\nfrom sora.dataset.versioning import stages\nstages.main(['none'])",
@@ -180,8 +182,9 @@ def test_the_command_line_and_stages_hide_their_memory():
         assert done.stdout.split()[-1] == "0", done.stderr
 
 
-def test_doctor_says_what_lacks(monkeypatch):
-    def found():
+def test_doctor_says_what_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> dict[str, Any]:
+        check: dict[str, Any]
         (check,) = (check for check in doctor.doctor(None)["checks"] if check["name"] == "sandbox")
         return check
 
@@ -196,7 +199,7 @@ def test_doctor_says_what_lacks(monkeypatch):
     assert "Landlock (" in bare["detail"] and "seccomp (" in bare["detail"] and "by none" in bare["detail"]
 
 
-def test_threads_are_few_before_it():
+def test_threads_are_few_before_it() -> None:
     """Landlock binds the calling thread and those it starts; nothing that Sora imports has started others."""
     code = "import os\nfrom sora.media.video import ffmpeg; from sora.media.video import spans\nffmpeg.import_all()\n"
     code += "print(len(os.listdir('/proc/self/task')))"

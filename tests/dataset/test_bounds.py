@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,7 +23,7 @@ from tests.videos import make_video
 SPEC = ClipSpec(frames=4, height=32, width=32)
 
 
-def settings(**limits) -> Settings:
+def settings(**limits: int) -> Settings:
     return Settings.model_validate({"validate": {"max_rejected": 1, **limits}})
 
 
@@ -39,7 +40,7 @@ def bombs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data
 
 
-def test_bombs_are_quarantined_in_seconds(bombs):
+def test_bombs_are_quarantined_in_seconds(bombs: Path) -> None:
     assert (bombs / "run" / "frames.mp4").stat().st_size < 10_000_000
     assert (bombs / "run" / "pixels.apng").stat().st_size < 5_000_000
     began = time.monotonic()
@@ -63,10 +64,10 @@ def test_bombs_are_quarantined_in_seconds(bombs):
     assert {one.path: one.rule for one in report.rejected} == by_path["error"].dropna().to_dict()
 
 
-def test_each_limit(tmp_path):
+def test_each_limit(tmp_path: Path) -> None:
     video = make_video(tmp_path / "data" / "run" / "a.mp4", frames=24, fps=12)
 
-    def verdict(**limits):
+    def verdict(**limits: int) -> tuple[str | None, str]:
         row = manifest.build(tmp_path / "data", settings(**limits), workers=1).iloc[0]
         return row["error"], row["detail"]
 
@@ -80,7 +81,7 @@ def test_each_limit(tmp_path):
     assert verdict(max_seconds=1) == ("too_large", "longer than 1 seconds")
 
 
-def test_a_file_beyond_max_bytes_is_not_even_read(tmp_path):
+def test_a_file_beyond_max_bytes_is_not_even_read(tmp_path: Path) -> None:
     file = tmp_path / "data" / "run" / "hollow.mp4"
     file.parent.mkdir(parents=True)
     with file.open("wb") as hollow:
@@ -91,20 +92,21 @@ def test_a_file_beyond_max_bytes_is_not_even_read(tmp_path):
     assert time.monotonic() - began < 10
 
 
-def test_verdicts_follow_the_limits_and_facts_stay(tmp_path):
+def test_verdicts_follow_the_limits_and_facts_stay(tmp_path: Path) -> None:
     """Raised limits: what was beyond the old ones is decoded. Lowered ones: what is known is judged as it is."""
     make_video(tmp_path / "data" / "run" / "long.mp4", frames=48, seed=1)
     make_video(tmp_path / "data" / "run" / "short.mp4", frames=12, seed=2)
     file = tmp_path / "manifest.parquet"
 
-    def errors(rules: Settings, decodes: bool = True):
+    def errors(rules: Settings, decodes: bool = True) -> list[str | None]:
         previous = manifest.read(file) if file.exists() else None
         journal = tmp_path / "journal"
         journal.unlink(missing_ok=True)
         found = manifest.build(tmp_path / "data", rules, previous=previous, journal=journal, workers=1)
         assert bool(journal.read_text()) == decodes
         manifest.write(found, file)
-        return found["error"].tolist()
+        verdicts: list[str | None] = found["error"].tolist()
+        return verdicts
 
     assert errors(settings(max_frames=20)) == ["too_large", None]
     assert errors(settings(max_frames=20), decodes=False) == ["too_large", None]
@@ -113,11 +115,11 @@ def test_verdicts_follow_the_limits_and_facts_stay(tmp_path):
     assert errors(settings(), decodes=False) == [None, None]
 
 
-def test_an_interrupted_build_does_not_keep_verdicts_of_other_limits(tmp_path):
+def test_an_interrupted_build_does_not_keep_verdicts_of_other_limits(tmp_path: Path) -> None:
     make_video(tmp_path / "data" / "run" / "a.mp4", frames=24)
     journal = tmp_path / "journal"
 
-    def error(rules):
+    def error(rules: Settings) -> Any:
         return manifest.build(tmp_path / "data", rules, journal=journal, workers=1).iloc[0]["error"]
 
     assert error(settings(max_frames=20)) == "too_large"
@@ -125,7 +127,7 @@ def test_an_interrupted_build_does_not_keep_verdicts_of_other_limits(tmp_path):
     assert error(settings()) is None
 
 
-def test_the_manifest_depends_on_the_limits_and_nothing_else_does(tmp_path):
+def test_the_manifest_depends_on_the_limits_and_nothing_else_does(tmp_path: Path) -> None:
     plain = provenance.stages()
     changed = provenance.stages(False, bounds_of(settings(max_frames=20)))
     assert bounds_of(settings(min_side=8)) == ""
@@ -136,7 +138,7 @@ def test_the_manifest_depends_on_the_limits_and_nothing_else_does(tmp_path):
     assert yaml.safe_load((tmp_path / versioning.CODE_LOCK).read_text())["manifest"] != plain["manifest"]
 
 
-def test_clips_are_bounded_too(tmp_path):
+def test_clips_are_bounded_too(tmp_path: Path) -> None:
     """A file that was exchanged after the manifest: an error that names it, not hours."""
     data = tmp_path / "data"
     video = make_video(data / "run" / "a.mp4")
@@ -147,14 +149,14 @@ def test_clips_are_bounded_too(tmp_path):
     assert not list((tmp_path / "shards").iterdir())
 
 
-def test_real_footage_keeps_within_the_defaults(shared):
+def test_real_footage_keeps_within_the_defaults(shared: Path) -> None:
     for name in ("odd", "kth9"):
         found = manifest.build(shared / name, settings())
         assert not set(found["error"].dropna()) & {"too_large", "too_slow"}
         assert (found["frames"] > 0).sum() >= 9
 
 
-def test_the_templates_show_the_defaults(repository):
+def test_the_templates_show_the_defaults(repository: Path) -> None:
     for file in ("params.yaml", "sora/templates/params.yaml"):
         text = (repository / file).read_text(encoding="utf-8").replace("{", "").replace("}", "")
         section = text[text.index("validate:") : text.index("split:")]

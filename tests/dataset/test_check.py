@@ -53,7 +53,7 @@ def checked(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Val
     return report, out
 
 
-def test_a_folder_is_checked_and_every_bad_file_named(checked: tuple[ValidationReport, Path]):
+def test_a_folder_is_checked_and_every_bad_file_named(checked: tuple[ValidationReport, Path]) -> None:
     report, out = checked
     rules = {r.path: r.rule for r in report.rejected}
     assert rules.pop("jump/cut.mp4") in ("truncated", "unreadable")
@@ -70,7 +70,9 @@ def test_a_folder_is_checked_and_every_bad_file_named(checked: tuple[ValidationR
     assert (out / "data_docs" / "index.html").exists()
 
 
-def test_people_see_counts_rules_fixes_and_where_the_pages_are(checked: tuple[ValidationReport, Path], capsys):
+def test_people_see_counts_rules_fixes_and_where_the_pages_are(
+    checked: tuple[ValidationReport, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     report, out = checked
     show(report, out)
     text = capsys.readouterr().out
@@ -80,14 +82,16 @@ def test_people_see_counts_rules_fixes_and_where_the_pages_are(checked: tuple[Va
     assert "trainable" in text
 
 
-def test_the_default_place_is_the_working_directory(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_default_place_is_the_working_directory(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     report, out = check(videos)
     assert out == tmp_path / checking.DEFAULT_OUT
     assert not report.ok and "too_many_rejected" in {e.rule for e in report.findings("stop")}  # 5 of 11
 
 
-def test_a_report_into_the_checked_folder_is_refused(videos: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_report_into_the_checked_folder_is_refused(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(videos)
     before = snapshot(videos)
     with pytest.raises(InputError, match="into the folder that is checked") as caught:
@@ -95,7 +99,7 @@ def test_a_report_into_the_checked_folder_is_refused(videos: Path, monkeypatch: 
     assert "--out" in caught.value.fix and snapshot(videos) == before
 
 
-def test_no_folder_and_an_empty_folder(tmp_path: Path):
+def test_no_folder_and_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no folder"):
         check(tmp_path / "nothing", out=tmp_path / "out")
     (tmp_path / "empty").mkdir()
@@ -112,7 +116,7 @@ def project(tmp_path: Path) -> Project:
     return Project(root)
 
 
-def test_a_project_is_found_by_its_folder_and_by_its_data(project: Project):
+def test_a_project_is_found_by_its_folder_and_by_its_data(project: Project) -> None:
     (project.data / "dance").mkdir()
     shutil.move(project.data / "wave" / "g00_0.mp4", project.data / "dance" / "1.mp4")
     results = [check(target, progress=None) for target in (project, project.root, project.data)]
@@ -124,7 +128,7 @@ def test_a_project_is_found_by_its_folder_and_by_its_data(project: Project):
     assert sorted(p.name for p in project.root.iterdir()) == [".sora", "data", "params.yaml"]
 
 
-def test_what_a_check_decoded_is_not_decoded_again(project: Project, monkeypatch: pytest.MonkeyPatch):
+def test_what_a_check_decoded_is_not_decoded_again(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     check(project)
     make_video(project.data / "jump" / "new.mp4", seed=77)
     lines = project.journal.read_text().count("\n")
@@ -133,7 +137,7 @@ def test_what_a_check_decoded_is_not_decoded_again(project: Project, monkeypatch
     assert report.videos == 7 and project.journal.read_text().count("\n") == lines + 1
 
 
-def test_the_balance_is_compared_with_the_last_judged_run(project: Project):
+def test_the_balance_is_compared_with_the_last_judged_run(project: Project) -> None:
     project.state.mkdir()
     (project.state / "reference.json").write_text(json.dumps({"jump": 1, "wave": 9}))
     report, _ = check(project)
@@ -165,7 +169,7 @@ ODD = {
 }
 
 
-def test_every_odd_file_gets_its_verdict(shared: Path, tmp_path: Path):
+def test_every_odd_file_gets_its_verdict(shared: Path, tmp_path: Path) -> None:
     files = sorted(p for p in (shared / "odd").iterdir() if p.suffix != ".csv")
     for number, file in enumerate(files):
         target = tmp_path / "odd" / ("one", "two")[number % 2] / file.name
@@ -176,6 +180,6 @@ def test_every_odd_file_gets_its_verdict(shared: Path, tmp_path: Path):
     assert report.videos == 32 and report.accepted == 13
 
 
-def test_good_real_footage_is_not_rejected(shared: Path, tmp_path: Path):
+def test_good_real_footage_is_not_rejected(shared: Path, tmp_path: Path) -> None:
     report, _ = check(shared / "steps27", out=tmp_path / "out")
     assert report.ok and not report.rejected and report.counts == {"action1": 9, "action2": 9, "action3": 9}

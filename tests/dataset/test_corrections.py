@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,7 @@ from sora.dataset.scan import scan
 from tests.e2e.conftest import sora
 from tests.videos import make_video
 
-SAID = {"filename": "klein ö.mp4", "label": "wave", "predicted": "jump", "version": 3}
+SAID: dict[str, Any] = {"filename": "klein ö.mp4", "label": "wave", "predicted": "jump", "version": 3}
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [make_video(folder / f"{seed}.mp4", seed=seed) for seed in (21, 22, 23, 24)]
 
 
-def test_a_clip_is_kept_under_its_digest(inbox, clips):
+def test_a_clip_is_kept_under_its_digest(inbox: Inbox, clips: list[Path]) -> None:
     entry = inbox.add(clips[0], **SAID)
     content = clips[0].read_bytes()
     assert entry.id == sha256(content).hexdigest() and entry.suffix == ".mp4" and entry.bytes == len(content)
@@ -49,7 +51,7 @@ def test_a_clip_is_kept_under_its_digest(inbox, clips):
     assert inbox.folder.stat().st_mode & 0o077 == 0
 
 
-def test_the_same_bytes_are_one_entry(inbox, clips):
+def test_the_same_bytes_are_one_entry(inbox: Inbox, clips: list[Path]) -> None:
     first = inbox.add(clips[0], **SAID)
     again = inbox.add(clips[0], **{**SAID, "label": "jump", "filename": "other.mp4"})
     assert inbox.entries() == [again]
@@ -57,7 +59,7 @@ def test_the_same_bytes_are_one_entry(inbox, clips):
     assert (again.id, again.filename, again.received) == (first.id, first.filename, first.received)
 
 
-def test_the_quota_of_clips_and_of_bytes(project, inbox, clips):
+def test_the_quota_of_clips_and_of_bytes(project: Project, inbox: Inbox, clips: list[Path]) -> None:
     for clip in clips[:3]:
         inbox.add(clip, **SAID)
     with pytest.raises(InboxFull, match="3 of 3") as caught:
@@ -73,13 +75,15 @@ def test_the_quota_of_clips_and_of_bytes(project, inbox, clips):
     assert small.entries() == []
 
 
-def test_what_a_crash_left_does_not_count_and_goes(inbox, clips, monkeypatch):
-    def full(*_):
+def test_what_a_crash_left_does_not_count_and_goes(
+    inbox: Inbox, clips: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     inbox.add(clips[0], **SAID)
     with monkeypatch.context() as patch:
-        patch.setattr(inboxes.shutil, "copyfileobj", full)
+        patch.setattr(shutil, "copyfileobj", full)
         with pytest.raises(DiskFull):
             inbox.add(clips[1], **SAID)
     (inbox.folder / f"{'a' * 64}.mp4").write_bytes(b"its entry was not written")
@@ -92,7 +96,7 @@ def test_what_a_crash_left_does_not_count_and_goes(inbox, clips, monkeypatch):
     assert len(list(inbox.folder.iterdir())) == 6
 
 
-def test_accepting_puts_it_where_the_next_run_finds_it(project, inbox, clips):
+def test_accepting_puts_it_where_the_next_run_finds_it(project: Project, inbox: Inbox, clips: list[Path]) -> None:
     entry = inbox.add(clips[0], **SAID)
     path = inbox.accept(entry.id[:8])
     assert path.as_posix() == f"wave/corrections/{entry.id[:12]}.mp4"
@@ -104,7 +108,7 @@ def test_accepting_puts_it_where_the_next_run_finds_it(project, inbox, clips):
         inbox.accept(entry.id)
 
 
-def test_accepting_under_another_label(project, inbox, clips):
+def test_accepting_under_another_label(project: Project, inbox: Inbox, clips: list[Path]) -> None:
     entry = inbox.add(clips[0], **SAID)
     with pytest.raises(InputError, match="none of the classes"):
         inbox.accept(entry.id, "swim")
@@ -112,7 +116,7 @@ def test_accepting_under_another_label(project, inbox, clips):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", ""])
-def test_accepting_into_a_table(project, inbox, clips, end):
+def test_accepting_into_a_table(project: Project, inbox: Inbox, clips: list[Path], end: str) -> None:
     rows = ["label, path,group", 'jump,"jump/old.mp4",anna', "wave,wave/old.mp4,"]
     table = project.data / "labels.csv"
     table.write_bytes(("\ufeff" + (end or "\n").join(rows) + end).encode())
@@ -126,7 +130,7 @@ def test_accepting_into_a_table(project, inbox, clips, end):
     assert len(lines) == 4 and all(line.endswith(end or "\n") for line in lines)
 
 
-def test_accepting_several_labels(project, inbox, clips):
+def test_accepting_several_labels(project: Project, inbox: Inbox, clips: list[Path]) -> None:
     entry = inbox.add(clips[0], **{**SAID, "label": "jump|wave"})
     (project.root / "params.yaml").write_text("classes: [jump, wave]\nmodel: {head: multilabel}\n", encoding="utf-8")
     with pytest.raises(InputError, match="a folder gives one label"):
@@ -140,12 +144,14 @@ def test_accepting_several_labels(project, inbox, clips):
     assert found[path.as_posix()].label == "jump|wave" and found[path.as_posix()].problem is None
 
 
-def test_accepting_again_after_a_crash_completes_it(project, inbox, clips, monkeypatch):
+def test_accepting_again_after_a_crash_completes_it(
+    project: Project, inbox: Inbox, clips: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = project.data / "labels.csv"
     table.write_text("path,label\njump/old.mp4,jump\nwave/old.mp4,wave\n", encoding="utf-8")
     entry = inbox.add(clips[0], **SAID)
 
-    def crash(*_):
+    def crash(*_: object) -> None:
         raise KeyboardInterrupt
 
     for step in ("_append_row", "_remove"):
@@ -160,7 +166,7 @@ def test_accepting_again_after_a_crash_completes_it(project, inbox, clips, monke
     assert all(one.problem is None for one in scan(project.data, project.settings()))
 
 
-def test_bytes_that_data_holds_already_are_refused(project, inbox):
+def test_bytes_that_data_holds_already_are_refused(project: Project, inbox: Inbox) -> None:
     entry = inbox.add(project.data / "jump" / "old.mp4", **SAID)
     with pytest.raises(InputError, match=r"jump/old\.mp4"):
         inbox.accept(entry.id)
@@ -170,7 +176,7 @@ def test_bytes_that_data_holds_already_are_refused(project, inbox):
 
 
 @pytest.mark.parametrize("label", ["", ".", "..", "../out", "a/b", "a\\b"])
-def test_a_label_is_never_a_path(project, inbox, clips, label):
+def test_a_label_is_never_a_path(project: Project, inbox: Inbox, clips: list[Path], label: str) -> None:
     (project.root / "params.yaml").write_text("classes: []\n", encoding="utf-8")
     entry = inbox.add(clips[0], **SAID)
     with pytest.raises(InputError, match="name of a folder"):
@@ -178,14 +184,14 @@ def test_a_label_is_never_a_path(project, inbox, clips, label):
 
 
 @pytest.mark.parametrize("ident", ["", "*", "../x", "a" * 65, "A" * 64, "abc", "0" * 64])
-def test_ids_that_name_nothing(inbox, clips, ident):
+def test_ids_that_name_nothing(inbox: Inbox, clips: list[Path], ident: str) -> None:
     inbox.add(clips[0], **SAID)
     for action in (inbox.find, inbox.accept, inbox.reject):
         with pytest.raises(NoEntry):
             action(ident)
 
 
-def test_an_inbox_that_cannot_be_written(project, clips):
+def test_an_inbox_that_cannot_be_written(project: Project, clips: list[Path]) -> None:
     project.state.write_text("a file where a folder should be", encoding="utf-8")
     with pytest.raises(ServiceError):
         Inbox(project, 3, 10_000_000).add(clips[0], **SAID)
@@ -203,11 +209,11 @@ def test_an_inbox_that_cannot_be_written(project, clips):
         (b"", ".video"),
     ],
 )
-def test_the_suffix_comes_from_the_bytes(head, suffix):
+def test_the_suffix_comes_from_the_bytes(head: bytes, suffix: str) -> None:
     assert suffix_of(head) == suffix
 
 
-def test_review_at_the_terminal(project, inbox, clips):
+def test_review_at_the_terminal(project: Project, inbox: Inbox, clips: list[Path]) -> None:
     for clip in clips[:2]:
         inbox.add(clip, **SAID)
     first, second = inbox.entries()
@@ -227,7 +233,9 @@ def test_review_at_the_terminal(project, inbox, clips):
     assert both.returncode == 2
 
 
-def test_records_of_sources_are_bounded_and_never_in_the_way(project, inbox, clips, monkeypatch):
+def test_records_of_sources_are_bounded_and_never_in_the_way(
+    project: Project, inbox: Inbox, clips: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(inboxes, "_MOST_SOURCES", 2)
     monkeypatch.setattr(inboxes, "_MOST_SAID", 3)
     for name in ("a", "b", "c", "d", "e"):
@@ -248,7 +256,7 @@ def test_records_of_sources_are_bounded_and_never_in_the_way(project, inbox, cli
         assert inbox.sources()["d"].refused == 1
 
 
-def test_entries_from_before_sources_are_reviewed_like_others(inbox, clips):
+def test_entries_from_before_sources_are_reviewed_like_others(inbox: Inbox, clips: list[Path]) -> None:
     entry = inbox.add(clips[0], **SAID, source="phone")
     file = inbox.folder / f"{entry.id}.json"
     old = {name: value for name, value in json.loads(file.read_text()).items() if name != "sources"}
@@ -259,7 +267,7 @@ def test_entries_from_before_sources_are_reviewed_like_others(inbox, clips):
     assert inbox.sources() == {}
 
 
-def test_the_verb_names_who_is_refused_often(project, inbox, clips):
+def test_the_verb_names_who_is_refused_often(project: Project, inbox: Inbox, clips: list[Path]) -> None:
     for _ in range(3):
         inbox.reject(inbox.add(clips[0], **SAID, source="phone").id)
     inbox.add(clips[0], **SAID, source="phone")

@@ -11,7 +11,9 @@ import threading
 import time
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 
 from sora.config import Settings
@@ -24,12 +26,12 @@ from tests.videos import make_folder, make_video
 SETTINGS = Settings()
 
 
-def build(*args, **options):
+def build(*args: Any, **options: Any) -> pd.DataFrame:
     """With one process: starting them is what takes time here."""
     return manifest.build(*args, **{"workers": 1, **options})
 
 
-def rows(folder: Path, settings: Settings = SETTINGS) -> dict[str, tuple]:
+def rows(folder: Path, settings: Settings = SETTINGS) -> dict[str, tuple[str | None, str | None, str | None]]:
     return {one.path: (one.label, one.group, one.problem) for one in scan(folder, settings)}
 
 
@@ -43,7 +45,7 @@ def touch(folder: Path, *paths: str) -> Path:
 # --- which files, which labels ----------------------------------------------------------------------------------------
 
 
-def test_the_first_folder_is_the_label(tmp_path):
+def test_the_first_folder_is_the_label(tmp_path: Path) -> None:
     touch(tmp_path, "run/a.mp4", "run/deep/er/b.avi", "jump high/ü 日本\n.mp4", "c.mp4")
     assert rows(tmp_path) == {
         "run/a.mp4": ("run", None, None),
@@ -54,37 +56,37 @@ def test_the_first_folder_is_the_label(tmp_path):
     assert [one.path for one in scan(tmp_path, SETTINGS)] == sorted(rows(tmp_path))
 
 
-def test_files_that_are_no_video_by_name_are_ignored(tmp_path):
+def test_files_that_are_no_video_by_name_are_ignored(tmp_path: Path) -> None:
     names = "README readme.md LICENSE LICENCE.txt LICENSE-MIT notes.txt labels.json .hidden.mp4 .git/a.mp4 Thumbs.db"
     touch(tmp_path, "run/a.mp4", *(f"run/{name}" for name in names.split()))
     assert list(rows(tmp_path)) == ["run/a.mp4"]
 
 
 @pytest.mark.parametrize("name", ["readme.mp4", "license.avi", "a.jpg", "a", "a.zip", "log", "my.readme.mov"])
-def test_other_names_are_looked_at(name):
+def test_other_names_are_looked_at(name: str) -> None:
     assert not ignored(name)
 
 
-def test_a_class_may_have_a_documents_name(tmp_path):
+def test_a_class_may_have_a_documents_name(tmp_path: Path) -> None:
     touch(tmp_path, "log/a.mp4", "license/b.mp4", "x.md/c.mp4")
     assert {label for label, *_ in rows(tmp_path).values()} == {"log", "license", "x.md"}
 
 
-def test_classes_outside_the_settings_are_unknown(tmp_path):
+def test_classes_outside_the_settings_are_unknown(tmp_path: Path) -> None:
     touch(tmp_path, "run/a.mp4", "jump/b.mp4")
     found = rows(tmp_path, Settings(classes=("run",)))
     assert found["run/a.mp4"][2] is None
     assert found["jump/b.mp4"] == ("jump", None, "unknown_label")
 
 
-def test_groups_come_from_the_pattern(tmp_path):
+def test_groups_come_from_the_pattern(tmp_path: Path) -> None:
     touch(tmp_path, "run/person07_a.mp4", "run/b.mp4")
     found = rows(tmp_path, Settings.model_validate({"split": {"group_pattern": r"(person\d+)"}}))
     assert found["run/person07_a.mp4"][1] == "person07"
     assert found["run/b.mp4"][1] is None
 
 
-def test_labels_csv_decides(tmp_path):
+def test_labels_csv_decides(tmp_path: Path) -> None:
     touch(tmp_path, "x/a.mp4", "x/b c.mp4", "x/d.mp4", "e.mp4")
     text = "\ufeffpath, label ,group\nx/a.mp4,run,g1\n./x\\b c.mp4, jump ,\ne.mp4,,\n"
     (tmp_path / "labels.csv").write_text(text, encoding="utf-8")
@@ -97,7 +99,7 @@ def test_labels_csv_decides(tmp_path):
     }
 
 
-def test_labels_csv_meets_either_unicode_form(tmp_path):
+def test_labels_csv_meets_either_unicode_form(tmp_path: Path) -> None:
     touch(tmp_path, "x/u\u0308.mp4")
     (tmp_path / "labels.csv").write_text("path,label\nx/\u00fc.mp4,run\n", encoding="utf-8")
     assert rows(tmp_path) == {"x/u\u0308.mp4": ("run", None, None)}
@@ -114,7 +116,7 @@ def test_labels_csv_meets_either_unicode_form(tmp_path):
         (b"path,label\nx/\xff.mp4,run\n", "can't be read"),
     ],
 )
-def test_a_bad_labels_csv_is_an_input_error(tmp_path, text, words):
+def test_a_bad_labels_csv_is_an_input_error(tmp_path: Path, text: str | bytes, words: str) -> None:
     touch(tmp_path, "x/a.mp4")
     (tmp_path / "labels.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=words) as caught:
@@ -122,12 +124,12 @@ def test_a_bad_labels_csv_is_an_input_error(tmp_path, text, words):
     assert caught.value.fix
 
 
-def test_a_missing_folder_is_an_input_error(tmp_path):
+def test_a_missing_folder_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no folder"):
         scan(tmp_path / "none", SETTINGS)
 
 
-def test_links_are_reported_and_never_followed(tmp_path):
+def test_links_are_reported_and_never_followed(tmp_path: Path) -> None:
     outside = make_folder(tmp_path / "outside", classes=("run",), groups=1, frames=4)
     data = touch(tmp_path / "data", "run/a.mp4")
     (data / "run" / "link.mp4").symlink_to(outside / "run" / "g00_0.mp4")
@@ -140,7 +142,7 @@ def test_links_are_reported_and_never_followed(tmp_path):
     assert "g00_0.mp4" in built.loc["run/link.mp4", "detail"]
 
 
-def test_pipes_and_names_that_are_not_utf8(tmp_path):
+def test_pipes_and_names_that_are_not_utf8(tmp_path: Path) -> None:
     touch(tmp_path, "run/a.mp4")
     os.mkfifo(tmp_path / "run" / "pipe.mp4")
     (Path(os.fsdecode(os.fsencode(tmp_path / "run") + b"/\xff.mp4"))).write_bytes(b"x")
@@ -150,7 +152,7 @@ def test_pipes_and_names_that_are_not_utf8(tmp_path):
     manifest.write(build(tmp_path, SETTINGS), tmp_path / "m.parquet")
 
 
-def test_what_may_not_be_read_is_unreadable(tmp_path):
+def test_what_may_not_be_read_is_unreadable(tmp_path: Path) -> None:
     """As another user where the tests run as root, whom permissions don't stop."""
     code = (
         "import os, sys; from pathlib import Path\n"
@@ -178,7 +180,7 @@ def test_what_may_not_be_read_is_unreadable(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four good videos, a copy, and files of every bad kind."""
     data = tmp_path_factory.mktemp("manifest") / "data"
     make_folder(data, classes=("jump", "wave"), groups=2, frames=12)
@@ -191,18 +193,18 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def built(folder):
+def built(folder: Path) -> pd.DataFrame:
     return build(folder, SETTINGS)
 
 
-def test_the_table_has_the_records_columns(built):
+def test_the_table_has_the_records_columns(built: pd.DataFrame) -> None:
     assert list(built.columns) == [field.name for field in fields(VideoRecord)]
     assert list(built["path"]) == sorted(built["path"])
     for row in built.to_dict("records"):
         VideoRecord(**row)
 
 
-def test_verdicts(built):
+def test_verdicts(built: pd.DataFrame) -> None:
     errors = dict(zip(built["path"], built["error"], strict=True))
     assert {path: error for path, error in errors.items() if error} == {
         "loose.bin": "not_a_video",
@@ -215,7 +217,7 @@ def test_verdicts(built):
     assert loose["frames"] == 12 and loose["label"] is None  # decoded all the same
 
 
-def test_it_survives_the_file_and_is_the_same_bytes(built, tmp_path):
+def test_it_survives_the_file_and_is_the_same_bytes(built: pd.DataFrame, tmp_path: Path) -> None:
     manifest.write(built, tmp_path / "a.parquet")
     again = manifest.read(tmp_path / "a.parquet")
     assert again.equals(built) and again.attrs == built.attrs
@@ -224,7 +226,7 @@ def test_it_survives_the_file_and_is_the_same_bytes(built, tmp_path):
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["a.parquet", "b.parquet"]
 
 
-def test_reading_what_is_none_is_an_input_error(tmp_path):
+def test_reading_what_is_none_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         manifest.read(tmp_path / "none.parquet")
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
@@ -236,7 +238,7 @@ def decodes(journal: Path) -> int:
     return len(journal.read_text().splitlines())
 
 
-def test_known_bytes_are_not_decoded_again(folder, built, tmp_path):
+def test_known_bytes_are_not_decoded_again(folder: Path, built: pd.DataFrame, tmp_path: Path) -> None:
     data = shutil.copytree(folder, tmp_path / "data")
     journal = tmp_path / "journal"
     assert build(data, SETTINGS, previous=built, journal=journal).equals(built)
@@ -254,13 +256,13 @@ def test_known_bytes_are_not_decoded_again(folder, built, tmp_path):
     assert build(data, SETTINGS, previous=classed, journal=journal).equals(after)
 
 
-def test_copies_are_decoded_once(folder, built, tmp_path):
+def test_copies_are_decoded_once(folder: Path, built: pd.DataFrame, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     assert build(folder, SETTINGS, journal=journal).equals(built)
     assert decodes(journal) == built["sha256"].nunique()
 
 
-def test_an_interrupted_build_resumes_from_its_journal(folder, built, tmp_path):
+def test_an_interrupted_build_resumes_from_its_journal(folder: Path, built: pd.DataFrame, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     build(folder, SETTINGS, journal=journal)
     lines = journal.read_bytes().splitlines(keepends=True)
@@ -271,7 +273,9 @@ def test_an_interrupted_build_resumes_from_its_journal(folder, built, tmp_path):
     assert decodes(journal) == len(lines) + 1
 
 
-def test_facts_of_other_code_are_not_reused(folder, built, tmp_path, monkeypatch):
+def test_facts_of_other_code_are_not_reused(
+    folder: Path, built: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     journal = tmp_path / "journal"
     monkeypatch.setattr("sora.core.provenance.facts", lambda: "other")
     after = build(folder, SETTINGS, previous=built, journal=journal)
@@ -281,14 +285,14 @@ def test_facts_of_other_code_are_not_reused(folder, built, tmp_path, monkeypatch
     assert decodes(journal) == 2 * built["sha256"].nunique()
 
 
-def test_progress_goes_from_none_to_all(folder):
+def test_progress_goes_from_none_to_all(folder: Path) -> None:
     seen = []
     build(folder, SETTINGS, progress=lambda done, total: seen.append((done, total)))
     assert seen[0] == (0, len(seen) - 1) and seen[-1] == (len(seen) - 1,) * 2
     assert [done for done, _ in seen] == list(range(len(seen)))
 
 
-def test_an_empty_folder_gives_an_empty_table(tmp_path):
+def test_an_empty_folder_gives_an_empty_table(tmp_path: Path) -> None:
     built = build(tmp_path, SETTINGS)
     assert len(built) == 0 and list(built.columns) == list(manifest.COLUMNS)
     manifest.write(built, tmp_path / "m.parquet")
@@ -299,7 +303,7 @@ def test_an_empty_folder_gives_an_empty_table(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def long_video(tmp_path_factory):
+def long_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Takes a second or more to decode."""
     return make_video(tmp_path_factory.mktemp("long") / "long.mp4", frames=250, size=(640, 480), codec="mpeg4")
 
@@ -319,7 +323,7 @@ def kill_whoever_reads(path: Path, stop: threading.Event) -> None:
                 continue
 
 
-def test_a_decoder_that_dies_costs_one_file(folder, long_video, tmp_path):
+def test_a_decoder_that_dies_costs_one_file(folder: Path, long_video: Path, tmp_path: Path) -> None:
     data = shutil.copytree(folder, tmp_path / "data")
     victim = data / "jump" / "victim.mp4"
     shutil.copy(long_video, victim)
@@ -337,7 +341,7 @@ def test_a_decoder_that_dies_costs_one_file(folder, long_video, tmp_path):
     assert again.loc["jump/victim.mp4", "frames"] == 250
 
 
-def test_ctrl_c_ends_it_promptly(long_video, tmp_path):
+def test_ctrl_c_ends_it_promptly(long_video: Path, tmp_path: Path) -> None:
     for number in range(6):
         (tmp_path / "data" / "run").mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / "run" / f"{number}.mp4").write_bytes(long_video.read_bytes() + bytes([number]))

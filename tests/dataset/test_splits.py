@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from sora.config import Settings
 from sora.core.errors import InputError, ServiceError
+from sora.core.records import VideoRecord
 from sora.dataset import similar, splits
 from tests.dataset.rows import manifest, row
 
@@ -28,7 +29,8 @@ def where(assignment: splits.Assignment) -> dict[str, str]:
 
 
 def counts(assignment: splits.Assignment) -> dict[str, int]:
-    return assignment.ledger["split"].value_counts().to_dict()
+    found: dict[str, int] = assignment.ledger["split"].value_counts().to_dict()
+    return found
 
 
 def flipped(signature: str, *bits: int) -> str:
@@ -41,7 +43,7 @@ def flipped(signature: str, *bits: int) -> str:
 # ---------------------------------------------------------------------------------------------------- assignment
 
 
-def test_shares_are_met_and_classes_balanced():
+def test_shares_are_met_and_classes_balanced() -> None:
     table = manifest(row(f"{label}/{i}.mp4") for label in "ab" for i in range(100))
     result = splits.assign(table, EMPTY, SETTINGS)
     assert result.added == 200
@@ -53,13 +55,13 @@ def test_shares_are_met_and_classes_balanced():
     }
 
 
-def test_three_single_videos_a_class_make_one_for_each_split():  # kth9: nine clips of nine persons
+def test_three_single_videos_a_class_make_one_for_each_split() -> None:  # kth9: nine clips of nine persons
     table = manifest(row(f"{label}/{i}.mp4", group=f"{label}{i}") for label in "abc" for i in range(3))
     split = table["sha256"].map(where(splits.assign(table, EMPTY, SETTINGS)))
     assert (pd.crosstab(table["label"], split) == 1).all(axis=None)
 
 
-def test_three_persons_make_one_for_each_split():  # steps27: each person shows every action
+def test_three_persons_make_one_for_each_split() -> None:  # steps27: each person shows every action
     table = manifest(
         row(f"{label}/{person}{trial}.avi", group=person)
         for label in "abc" for person in ("P1", "P2", "P3") for trial in range(3)
@@ -69,7 +71,7 @@ def test_three_persons_make_one_for_each_split():  # steps27: each person shows 
     assert sorted(name for names in by_person for name in names) == ["test", "train", "val"]
 
 
-def test_two_units_serve_train_and_test_and_one_serves_train():
+def test_two_units_serve_train_and_test_and_one_serves_train() -> None:
     table = manifest([row("a/1.mp4"), row("a/2.mp4"), row("b/1.mp4")])
     result = splits.assign(table, EMPTY, SETTINGS)
     split = dict(zip(table["path"], table["sha256"].map(where(result)), strict=True))
@@ -78,7 +80,7 @@ def test_two_units_serve_train_and_test_and_one_serves_train():
     assert any("class b has no video in val and test" in note for note in result.notes)
 
 
-def test_a_large_group_does_not_fill_the_test_split():
+def test_a_large_group_does_not_fill_the_test_split() -> None:
     sizes = {"big": 100, "large": 90, **{f"g{i}": 10 for i in range(11)}}
     table = manifest(row(f"a/{g}_{i}.mp4", group=g) for g, n in sizes.items() for i in range(n))
     found = counts(splits.assign(table, EMPTY, SETTINGS))
@@ -86,7 +88,7 @@ def test_a_large_group_does_not_fill_the_test_split():
     assert 30 <= found["test"] <= 60 and 30 <= found["val"] <= 60
 
 
-def test_order_of_rows_does_not_matter_and_the_seed_does():
+def test_order_of_rows_does_not_matter_and_the_seed_does() -> None:
     table = manifest(row(f"{label}/{i}.mp4", group=f"g{i % 9}") for label in "ab" for i in range(30))
     shuffled = table.sample(frac=1, random_state=3).reset_index(drop=True)
     first, second = splits.assign(table, EMPTY, SETTINGS), splits.assign(shuffled, EMPTY, SETTINGS)
@@ -95,7 +97,7 @@ def test_order_of_rows_does_not_matter_and_the_seed_does():
     assert where(other) != where(first)
 
 
-def test_nothing_known_of_groups_is_said_once():
+def test_nothing_known_of_groups_is_said_once() -> None:
     table = manifest(row(f"a/{i}.mp4") for i in range(20))
     first = splits.assign(table, EMPTY, SETTINGS)
     assert sum("no groups are known" in note for note in first.notes) == 1
@@ -105,12 +107,12 @@ def test_nothing_known_of_groups_is_said_once():
     assert not grouped.notes
 
 
-def test_nothing_accepted_gives_nothing():
+def test_nothing_accepted_gives_nothing() -> None:
     result = splits.assign(manifest([]), EMPTY, SETTINGS)
     assert (len(result.ledger), result.added, result.rejections) == (0, 0, [])
 
 
-def test_near_duplicates_share_a_split_also_across_groups():
+def test_near_duplicates_share_a_split_also_across_groups() -> None:
     rows = []
     for i in range(40):
         first = row(f"a/{i}.mp4", group=f"g{i}")
@@ -128,7 +130,7 @@ def test_near_duplicates_share_a_split_also_across_groups():
 # ------------------------------------------------------------------------------------------------ as data grows
 
 
-def test_a_group_stays_where_it_was_also_when_its_old_videos_are_gone():
+def test_a_group_stays_where_it_was_also_when_its_old_videos_are_gone() -> None:
     old = manifest(row(f"a/{i}.mp4", group=f"g{i}") for i in range(12))
     first = splits.assign(old, EMPTY, SETTINGS)
     new = manifest(row(f"a/new{i}.mp4", group=f"g{i}") for i in range(12))
@@ -144,7 +146,7 @@ def two_sides() -> tuple[pd.DataFrame, pd.DataFrame]:
     return table, ledger
 
 
-def test_a_new_video_that_ties_two_splits_together_is_rejected_alone():
+def test_a_new_video_that_ties_two_splits_together_is_rejected_alone() -> None:
     old, ledger = two_sides()
     bridge = row("a/bridge.mp4", group="gy", signature=flipped(old.at[0, "signature"], 1, 2))
     innocent = row("a/innocent.mp4", group="gx")
@@ -160,7 +162,7 @@ def test_a_new_video_that_ties_two_splits_together_is_rejected_alone():
     pd.testing.assert_frame_equal(result.ledger.iloc[:2], ledger)
 
 
-def test_of_a_chain_between_two_splits_only_one_link_is_rejected():
+def test_of_a_chain_between_two_splits_only_one_link_is_rejected() -> None:
     old, ledger = two_sides()
     target = old.at[1, "signature"]
     start = old.at[0, "signature"]
@@ -181,7 +183,7 @@ def test_of_a_chain_between_two_splits_only_one_link_is_rejected():
         assert len(sides) == 1
 
 
-def test_a_group_made_known_too_late_keeps_its_old_videos_and_takes_no_new_ones():
+def test_a_group_made_known_too_late_keeps_its_old_videos_and_takes_no_new_ones() -> None:
     old, ledger = two_sides()
     ledger["group"] = ""
     old["group"] = "g"
@@ -191,7 +193,7 @@ def test_a_group_made_known_too_late_keeps_its_old_videos_and_takes_no_new_ones(
     assert "more than one split" in result.rejections[0].detail
 
 
-def test_old_near_duplicates_on_two_sides_are_left_alone():
+def test_old_near_duplicates_on_two_sides_are_left_alone() -> None:
     old, ledger = two_sides()
     old.loc[1, "signature"] = flipped(old.at[0, "signature"], 7)
     fresh = row("a/fresh.mp4", group="gz")
@@ -207,7 +209,7 @@ def growing(draw: st.DrawFn) -> list[pd.DataFrame]:
     """A folder of videos on several nights: some come, some go; groups and near-duplicates at random."""
     rng = random.Random(draw(st.integers(0, 2**32)))
     total = draw(st.integers(1, 40))
-    rows = []
+    rows: list[VideoRecord] = []
     for i in range(total):
         signature = None
         if rows and rng.random() < 0.3:
@@ -225,8 +227,9 @@ def growing(draw: st.DrawFn) -> list[pd.DataFrame]:
 
 @settings(max_examples=100, deadline=None)
 @given(growing())
-def test_no_group_on_two_sides_and_no_video_ever_moves(nights: list[pd.DataFrame]):
-    ledger, seen = EMPTY, {}
+def test_no_group_on_two_sides_and_no_video_ever_moves(nights: list[pd.DataFrame]) -> None:
+    ledger = EMPTY
+    seen: dict[str, str] = {}
     for table in nights:
         result = splits.assign(table, ledger, SETTINGS)
         pd.testing.assert_frame_equal(result.ledger.iloc[: len(ledger)].reset_index(drop=True), ledger)
@@ -252,7 +255,7 @@ def test_no_group_on_two_sides_and_no_video_ever_moves(nights: list[pd.DataFrame
 
 
 @pytest.mark.parametrize("count", [300, 6000])  # compared one by one, and by bands
-def test_near_duplicates_connect_what_is_near(count: int):
+def test_near_duplicates_connect_what_is_near(count: int) -> None:
     rng = np.random.default_rng(count)
     words = rng.integers(0, 2**64, (count, 3), dtype=np.uint64)
     words[:, 0] &= np.uint64(0xFFFF)  # black bars: 48 bits say nothing
@@ -267,7 +270,7 @@ def test_near_duplicates_connect_what_is_near(count: int):
     assert len(pairs) == planted and (pairs[:, 0] < pairs[:, 1]).all()
 
 
-def test_thousands_of_like_signatures_are_chained_not_paired():
+def test_thousands_of_like_signatures_are_chained_not_paired() -> None:
     rng = np.random.default_rng(0)
     base = row("a/1.mp4").signature
     near = [flipped(base, *rng.choice(192, 4, replace=False).tolist()) for _ in range(4000)]
@@ -277,7 +280,7 @@ def test_thousands_of_like_signatures_are_chained_not_paired():
     assert pairs.max() < 8000  # no texture, no likeness
 
 
-def test_zero_bits_means_equal_signatures_only():
+def test_zero_bits_means_equal_signatures_only() -> None:
     base = row("a/1.mp4").signature
     table = pd.DataFrame({"signature": [base, flipped(base, 5), base, "", ""]})
     assert similar.near_duplicates(table, 0).tolist() == [[0, 2]]
@@ -294,7 +297,7 @@ def ledger_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_append_keeps_every_byte_of_the_old_rows(ledger_file: Path):
+def test_append_keeps_every_byte_of_the_old_rows(ledger_file: Path) -> None:
     before = ledger_file.read_bytes()
     assert before.startswith(b"sha256,split,group\n")
     more = splits.assign(manifest(row(f"a/more{i}.mp4") for i in range(5)), splits.read(ledger_file), SETTINGS)
@@ -304,13 +307,13 @@ def test_append_keeps_every_byte_of_the_old_rows(ledger_file: Path):
     assert [p.name for p in ledger_file.parent.iterdir()] == ["splits.csv"]
 
 
-def test_nothing_new_writes_nothing(tmp_path: Path):
+def test_nothing_new_writes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "splits.csv"
     splits.append(path, splits.assign(manifest([]), splits.read(path), SETTINGS))
     assert not path.exists()
 
 
-def test_a_torn_last_line_is_noticed(ledger_file: Path):
+def test_a_torn_last_line_is_noticed(ledger_file: Path) -> None:
     whole = ledger_file.read_bytes()
     for cut in (1, 2, 30):
         ledger_file.write_bytes(whole[:-cut])
@@ -332,14 +335,14 @@ def test_a_torn_last_line_is_noticed(ledger_file: Path):
         (f'sha256,split,group\n{"a" * 64},train,"open\n', "no CSV"),
     ],
 )
-def test_a_damaged_ledger_is_refused(tmp_path: Path, text: str, message: str):
+def test_a_damaged_ledger_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "splits.csv"
     path.write_text(text)
     with pytest.raises(InputError, match=message):
         splits.read(path)
 
 
-def test_a_ledger_that_changed_meanwhile_is_not_overwritten(ledger_file: Path):
+def test_a_ledger_that_changed_meanwhile_is_not_overwritten(ledger_file: Path) -> None:
     stale = splits.read(ledger_file)
     first = splits.assign(manifest([row("a/x.mp4")]), stale, SETTINGS)
     second = splits.assign(manifest([row("a/y.mp4")]), stale, SETTINGS)
@@ -349,7 +352,7 @@ def test_a_ledger_that_changed_meanwhile_is_not_overwritten(ledger_file: Path):
     pd.testing.assert_frame_equal(splits.read(ledger_file), first.ledger)
 
 
-def test_a_failing_disk_leaves_the_old_ledger(ledger_file: Path):
+def test_a_failing_disk_leaves_the_old_ledger(ledger_file: Path) -> None:
     before = ledger_file.read_bytes()
     more = splits.assign(manifest(row(f"a/m{i}.mp4") for i in range(200)), splits.read(ledger_file), SETTINGS)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -365,7 +368,7 @@ def test_a_failing_disk_leaves_the_old_ledger(ledger_file: Path):
     assert [p.name for p in ledger_file.parent.iterdir()] == ["splits.csv"]
 
 
-def test_digest_tells_splits_apart_and_ignores_the_rest():
+def test_digest_tells_splits_apart_and_ignores_the_rest() -> None:
     a, b, c = (hashlib.sha256(x).hexdigest() for x in (b"a", b"b", b"c"))
     ledger = pd.DataFrame({"sha256": [a, b, c], "split": ["train", "test", "val"], "group": [""] * 3})
     assert splits.digest(ledger, [a, b]) == splits.digest(ledger.iloc[[1, 0]], [b, a, a])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -22,17 +23,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
-def first(running: Running) -> dict:
+def first(running: Running) -> dict[str, Any]:
     """The first run."""
-    return sora_json(running.project, "run")
+    result: dict[str, Any] = sora_json(running.project, "run")
+    return result
 
 
-def served(running: Running, version: int, seconds: float = 40) -> dict:
+def served(running: Running, version: int, seconds: float = 40) -> dict[str, Any]:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         answer = httpx.get(f"{running.api}/v1/model")
         if answer.status_code == 200 and answer.json()["version"] == version:
-            return answer.json()
+            model: dict[str, Any] = answer.json()
+            return model
         time.sleep(0.3)
     raise AssertionError(f"version {version} is not served: {answer.status_code} {answer.text[:500]}")
 
@@ -43,19 +46,19 @@ def test_everything_answers(running: Running) -> None:
     assert httpx.get(f"{running.api}/healthz").status_code == 200
 
 
-def test_run_reports_the_contract(first: dict) -> None:
+def test_run_reports_the_contract(first: dict[str, Any]) -> None:
     assert first["outcome"] in ("promoted", "refused")
     assert first["version"] == 1 and first["reasons"] and len(first["data_version"]) == 32
     assert {"test/accuracy", "test/macro_f1", "test/ece"} <= set(first["metrics"])
 
 
-def test_nothing_changed_is_unchanged(running: Running, first: dict) -> None:
+def test_nothing_changed_is_unchanged(running: Running, first: dict[str, Any]) -> None:
     again = sora_json(running.project, "run")
     assert again["outcome"] == "unchanged"
     assert again["data_version"] == first["data_version"] and again["run_id"] == first["run_id"]
 
 
-def test_the_run_is_in_mlflow_and_prefect(running: Running, first: dict) -> None:
+def test_the_run_is_in_mlflow_and_prefect(running: Running, first: dict[str, Any]) -> None:
     where, login = f"{running.mlflow}/api/2.0/mlflow/runs/get", secret(Project(running.project)).pair
     run = httpx.get(where, params={"run_id": first["run_id"]}, auth=login).json()["run"]
     assert run["info"]["status"] == "FINISHED"
@@ -70,7 +73,7 @@ def test_the_run_is_in_mlflow_and_prefect(running: Running, first: dict) -> None
     assert {"nightly", "recall", "confusion"} <= {artifact["key"] for artifact in artifacts}
 
 
-def test_the_webhook_is_not_stored(running: Running, first: dict) -> None:
+def test_the_webhook_is_not_stored(running: Running, first: dict[str, Any]) -> None:
     """Neither among MLflow's parameters nor in its artifacts, nor in Prefect's database."""
     state = running.project / ".sora"
     files = [file for file in state.rglob("*") if file.is_file()]
@@ -79,7 +82,7 @@ def test_the_webhook_is_not_stored(running: Running, first: dict) -> None:
     assert state.stat().st_mode & 0o777 == 0o700
 
 
-def test_promoted_by_hand_and_served(running: Running, first: dict) -> None:
+def test_promoted_by_hand_and_served(running: Running, first: dict[str, Any]) -> None:
     assert sora_json(running.project, "promote", "1")["champion"] == 1
     model = served(running, 1)
     assert model["classes"] == ["jump", "wave"]
@@ -91,7 +94,7 @@ def test_promoted_by_hand_and_served(running: Running, first: dict) -> None:
     assert over_http["probabilities"] == pytest.approx(answer["probabilities"], abs=1e-4)
 
 
-def test_predict_answers_what_it_can(running: Running, first: dict, tmp_path: Path) -> None:
+def test_predict_answers_what_it_can(running: Running, first: dict[str, Any], tmp_path: Path) -> None:
     good = next((running.project / "data").rglob("*.mp4"))
     bad = tmp_path / "text.mp4"
     bad.write_text("no video")
@@ -99,7 +102,7 @@ def test_predict_answers_what_it_can(running: Running, first: dict, tmp_path: Pa
     assert "error" in answers[0] and answers[1]["label"] and "error" in answers[2]
 
 
-def test_new_data_is_judged_anew(running: Running, first: dict) -> None:
+def test_new_data_is_judged_anew(running: Running, first: dict[str, Any]) -> None:
     splits = (running.project / "splits.csv").read_text()
     for number in range(2):
         make_video(running.project / "data" / "jump" / f"g20_{number}.mp4", seed=900 + number)
@@ -111,7 +114,7 @@ def test_new_data_is_judged_anew(running: Running, first: dict) -> None:
     assert versions[2]["decision"] == result["outcome"] and versions[2]["reasons"] == result["reasons"]
 
 
-def test_rollback_and_the_server_follows(running: Running, first: dict) -> None:
+def test_rollback_and_the_server_follows(running: Running, first: dict[str, Any]) -> None:
     sora_json(running.project, "promote", "2")
     served(running, 2)
     assert sora_json(running.project, "rollback") == {"champion": 1, "previous": 2}
@@ -120,7 +123,7 @@ def test_rollback_and_the_server_follows(running: Running, first: dict) -> None:
     assert done.returncode == 1 and not done.stdout and "fix" in done.stderr
 
 
-def test_reproduce(running: Running, first: dict) -> None:
+def test_reproduce(running: Running, first: dict[str, Any]) -> None:
     before = subprocess.run(["git", "status", "--short"], cwd=running.project, capture_output=True, text=True).stdout
     result = sora_json(running.project, "reproduce", "1")
     assert result["matches"] and result["metrics"]["test/accuracy"] == first["metrics"]["test/accuracy"]
@@ -128,12 +131,12 @@ def test_reproduce(running: Running, first: dict) -> None:
     assert before == after
 
 
-def test_gc_spares_what_is_needed(running: Running, first: dict) -> None:
+def test_gc_spares_what_is_needed(running: Running, first: dict[str, Any]) -> None:
     sora_json(running.project, "gc", "--keep", "1")
     assert sora_json(running.project, "reproduce", "1")["matches"]
 
 
-def test_two_runs_at_once_and_killed_ones_go_on(running: Running, first: dict) -> None:
+def test_two_runs_at_once_and_killed_ones_go_on(running: Running, first: dict[str, Any]) -> None:
     long = subprocess.Popen([*SORA, "run", "--force"], cwd=running.project, stderr=subprocess.PIPE, text=True)
     wait_for_step(running.project, "run")
     second = sora(running.project, "run", "--json")
@@ -145,7 +148,7 @@ def test_two_runs_at_once_and_killed_ones_go_on(running: Running, first: dict) -
     assert sora_json(running.project, "run", "--force")["outcome"] in ("promoted", "refused")
 
 
-def test_killed_after_each_step(running: Running, first: dict) -> None:
+def test_killed_after_each_step(running: Running, first: dict[str, Any]) -> None:
     """SIGKILL once a step is done, again and again: every try goes on where the last was, to one version."""
     known = len(sora_json(running.project, "models"))
     for step in ("splits", "run", "fit", "evaluated", "register"):
@@ -171,31 +174,31 @@ def trigger_nightly(running: Running) -> str:
     with prefect_client(Project(running.project)) as prefect:
         found = prefect.post("/deployments/filter", json={}).json()
         nightly = next(one for one in found if one["name"] != "train" and one["status"])
-        return prefect.post(f"/deployments/{nightly['id']}/create_flow_run", json={}).json()["id"]
+        return str(prefect.post(f"/deployments/{nightly['id']}/create_flow_run", json={}).json()["id"])
 
 
 def ended(running: Running, flow_run: str, seconds: float = 180) -> str:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with prefect_client(Project(running.project)) as prefect:
-            state = prefect.get(f"/flow_runs/{flow_run}").json()["state_type"]
+            state: str = prefect.get(f"/flow_runs/{flow_run}").json()["state_type"]
         if state in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
             return state
         time.sleep(0.5)
     raise AssertionError("the flow run did not end")
 
 
-def test_the_scheduled_nightly_runs_in_the_worker(running: Running, first: dict) -> None:
+def test_the_scheduled_nightly_runs_in_the_worker(running: Running, first: dict[str, Any]) -> None:
     assert ended(running, trigger_nightly(running)) == "COMPLETED"
 
 
-def test_doctor_finds_all_in_order(running: Running, first: dict) -> None:
+def test_doctor_finds_all_in_order(running: Running, first: dict[str, Any]) -> None:
     checks = {check["name"]: check for check in sora_json(running.project, "doctor")["checks"]}
     assert all(set(check) == {"name", "ok", "detail", "fix"} for check in checks.values())
     assert not [check for check in checks.values() if not check["ok"]]
 
 
-def test_validation_stops_the_run(running: Running, first: dict) -> None:
+def test_validation_stops_the_run(running: Running, first: dict[str, Any]) -> None:
     """Most videos broken: the run ends with 1 and the champion serves on."""
     data = running.project / "data"
     kept = shutil.copytree(data, running.project.parent / "kept")
@@ -211,7 +214,7 @@ def test_validation_stops_the_run(running: Running, first: dict) -> None:
         shutil.move(kept, data)
 
 
-def test_ctrl_c_ends_all(running: Running, first: dict) -> None:
+def test_ctrl_c_ends_all(running: Running, first: dict[str, Any]) -> None:
     """Last: nothing of `sora up` is left behind."""
     tree = psutil.Process(running.process.pid).children(recursive=True)
     assert len(tree) >= 4

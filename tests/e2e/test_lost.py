@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> N
         assert word in done.stderr
 
 
-def check_of(project: Path, name: str) -> dict:
+def check_of(project: Path, name: str) -> dict[str, Any]:
     return next(one for one in sora_json(project, "doctor")["checks"] if one["name"] == name)
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -40,22 +41,22 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(project: Path) -> dict:
+def first(project: Path) -> dict[str, Any]:
     checked = sora_json(project, "check")
     assert checked["ok"] and checked["accepted"] == 40
-    result = sora_json(project, "run")
+    result: dict[str, Any] = sora_json(project, "run")
     assert result["outcome"] == "promoted", result["reasons"]
     return result
 
 
-def test_a_run_learns_both_attributes(project: Path, first: dict) -> None:
+def test_a_run_learns_both_attributes(project: Path, first: dict[str, Any]) -> None:
     assert first["metrics"]["test/accuracy"] > 0.5  # exact match; 0.25 by chance
     assert {"test/macro_f1", "test/ece", "test/mean_average_precision"} <= set(first["metrics"])
     assert sora_json(project, "run")["outcome"] == "unchanged"
     assert "There is no confusion matrix" in (project / ".sora" / "last_evaluation" / "index.html").read_text()
 
 
-def test_predict_and_its_neighbours(project: Path, first: dict) -> None:
+def test_predict_and_its_neighbours(project: Path, first: dict[str, Any]) -> None:
     video = project / "data" / "000.mp4"  # bright, left
     [answer] = sora_json(project, "predict", str(video))
     assert set(answer) == {"path", "label", "probabilities", "version", "labels"}
@@ -70,7 +71,7 @@ def test_predict_and_its_neighbours(project: Path, first: dict) -> None:
     assert "4 classes, head multilabel" in sora(project, "model", "describe").stdout
 
 
-def test_it_is_served_with_both_labels(project: Path, first: dict) -> None:
+def test_it_is_served_with_both_labels(project: Path, first: dict[str, Any]) -> None:
     log = project.parent / "serve.log"
     with log.open("w") as sink:
         server = subprocess.Popen(
@@ -96,7 +97,7 @@ def test_it_is_served_with_both_labels(project: Path, first: dict) -> None:
         server.wait(60)
 
 
-def test_other_heads_read_the_same_table_otherwise(project: Path, first: dict) -> None:
+def test_other_heads_read_the_same_table_otherwise(project: Path, first: dict[str, Any]) -> None:
     """The manifest is made anew when the head changes, though no stage of dvc.yaml names it."""
     set_params(project, model={"head": "multiclass"})
     try:

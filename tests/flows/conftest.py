@@ -20,11 +20,11 @@ from sora.core.processes import quiet_environment, start_child
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 def wait_until(
-    condition: Callable[[], object], seconds: float, what: str, process: subprocess.Popen | None = None
+    condition: Callable[[], object], seconds: float, what: str, process: subprocess.Popen[bytes] | None = None
 ) -> None:
     until = time.monotonic() + seconds
     while not condition():
@@ -38,12 +38,12 @@ def wait_until(
 def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2) as reply:
-            return reply.status == 200
+            return bool(reply.status == 200)
     except OSError:
         return False
 
 
-def start_prefect(home: Path, port: int) -> subprocess.Popen:
+def start_prefect(home: Path, port: int) -> subprocess.Popen[bytes]:
     """A Prefect server as a child of this process; returns when it answers."""
     home.mkdir(parents=True, exist_ok=True)
     environment = quiet_environment(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ class Receiver:
         self.codes = [200]
         self.delay = 0.0
         self.location = "/elsewhere"
-        self.received: list[dict] = []
+        self.received: list[dict[str, Any]] = []
         self.methods: list[str] = []
         receiver = self
 
@@ -256,7 +257,7 @@ def test_a_missed_nightly_is_told_once_and_tried_again_until_delivered(receiver:
 
 
 def test_the_module_as_a_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project = _project(tmp_path, None)
     monkeypatch.setattr("sys.argv", ["alerts", str(tmp_path)])

@@ -109,6 +109,7 @@ def test_of_the_nights_that_are_due_after_a_weekend_only_the_newest_runs(prefect
     from prefect import flow
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
+    from prefect.client.schemas.objects import FlowRun
     from prefect.flow_engine import run_flow
 
     project = _project(tmp_path, "name: weekend\nschedule: {cron: '0 2 * * *'}\n")
@@ -122,8 +123,13 @@ def test_of_the_nights_that_are_due_after_a_weekend_only_the_newest_runs(prefect
             json={"start_time": weekend_ago.isoformat(), "min_runs": 5},
         ).raise_for_status()
         found = client.read_flow_runs(deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment])))
-    runs = sorted(found, key=lambda run: run.expected_start_time)
-    due = [run for run in runs if run.expected_start_time < datetime.now(UTC)]
+
+    def start(run: FlowRun) -> datetime:
+        assert run.expected_start_time is not None
+        return run.expected_start_time
+
+    runs = sorted(found, key=start)
+    due = [run for run in runs if start(run) < datetime.now(UTC)]
     assert len(due) == 3 < len(runs)  # those of tonight and tomorrow count for nothing yet
 
     @flow

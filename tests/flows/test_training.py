@@ -189,8 +189,10 @@ def test_without_a_worker_the_error_says_how_to_start_one_and_nothing_stays_queu
         training.request_training(site.night(), run_id, work)
     assert f"prefect worker start --pool {POOL}" in caught.value.fix
     with get_client(sync_client=True) as client:
-        (newest, *_) = sorted(client.read_flow_runs(), key=lambda run: run.created, reverse=True)
-    assert newest.state.is_cancelled() or newest.state.type.value == "CANCELLING"
+        states = {run.created: run.state for run in client.read_flow_runs() if run.created is not None}
+    newest = states[max(states)]
+    assert newest is not None
+    assert newest.is_cancelled() or newest.type.value == "CANCELLING"
 
 
 def _without_workers(look: Any) -> Any:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +41,7 @@ def with_wrong(videos: int, wrong: set[int]) -> EvalReport:
     return report("".join("ab"[(number % 2) ^ (number in wrong)] for number in range(videos)))
 
 
-def judge(candidate: EvalReport, champion: EvalReport | None = None, gate: Gate = GATE, **more) -> Decision:
+def judge(candidate: EvalReport, champion: EvalReport | None = None, gate: Gate = GATE, **more: Any) -> Decision:
     return decide(candidate, champion, gate, **{"new_data": True, **more})
 
 
@@ -243,7 +245,7 @@ def test_equals_disagree_as_the_simulation_states(repository: Path) -> None:
     assert won - lost == pytest.approx(0.05)
 
 
-def _benchmark(repository: Path):
+def _benchmark(repository: Path) -> ModuleType:
     import importlib.util
 
     spec = importlib.util.spec_from_file_location("gate", repository / "benchmarks" / "gate.py")

@@ -4,6 +4,7 @@ import gc
 import json
 import re
 import sys
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -233,7 +234,7 @@ def test_videos_are_in_the_order_of_sha256() -> None:
 
 def test_slices() -> None:
     right = np.array([True] * 20 + [False] * 10)
-    facts = {
+    facts: dict[str, Sequence[Any]] = {
         "brightness": list(range(30)),
         "duration": [2.0] * 30,
         "codec": ["h264"] * 29 + [None],

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
-from sora import cli
+from sora.cli.failures import run_verb
 from sora.config import Project
 from sora.core.errors import InputError
 from sora.dataset import manifest
@@ -21,7 +22,7 @@ from tests.videos import make_video
 CLASSES = ("<i>dark</i>", "bright")  # the first must never become markup
 
 
-def answers(labels: list[int], probabilities: np.ndarray) -> list[dict]:
+def answers(labels: list[int], probabilities: np.ndarray) -> list[dict[str, Any]]:
     return [
         {"sha256": f"{n:064x}", "path": f"{n}.mp4", "label": "abc"[label], "probabilities": p.tolist()}
         for n, (label, p) in enumerate(zip(labels, probabilities, strict=True))
@@ -106,15 +107,15 @@ def test_the_page_shows_frames_and_escapes_labels(world: SimpleNamespace) -> Non
 
 
 def test_what_is_done_is_not_done_again(
-    world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("trained again")
 
     monkeypatch.setattr(training, "run", never)
-    code = cli._run(["data", "audit", "--folds", "2", "--json", "--project", str(world.project.root)])
+    code = run_verb(["data", "audit", "--folds", "2", "--json", "--project", str(world.project.root)])
     assert code == 0 and json.loads(capsys.readouterr().out) == world.result
-    assert cli._run(["data", "audit", "--folds", "2", "--project", str(world.project.root)]) == 0
+    assert run_verb(["data", "audit", "--folds", "2", "--project", str(world.project.root)]) == 0
     assert "labels are suspect" in capsys.readouterr().out
     with pytest.raises(AssertionError, match="trained again"):
         audit.audit(world.project, folds=3)

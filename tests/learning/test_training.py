@@ -37,7 +37,7 @@ def job(shard_folder: tuple[Path, pd.DataFrame], tmp_path: Path) -> Callable[...
     """Makes a job of 3 epochs; keywords go to settings.Train, `table` replaces the table, `out` names its folder."""
 
     def make(
-        *, table: pd.DataFrame | None = None, out: str = "out", model: dict | None = None, **train: Any
+        *, table: pd.DataFrame | None = None, out: str = "out", model: dict[str, Any] | None = None, **train: Any
     ) -> TrainJob:
         shards, rows = shard_folder
         file = tmp_path / f"{out}.csv"
@@ -68,7 +68,8 @@ def weights(file: str) -> list[np.ndarray]:
 
     import sora.model.classifier  # noqa: F401  (registers the layers that the file names)
 
-    return keras.saving.load_model(file, safe_mode=True, compile=False).get_weights()
+    found: list[np.ndarray] = keras.saving.load_model(file, safe_mode=True, compile=False).get_weights()
+    return found
 
 
 def kinds(events: Events, kind: str) -> Events:
@@ -112,8 +113,8 @@ def test_killed_and_run_again_it_ends_as_if_it_had_not_been(
     for one, other in zip(uninterrupted.history, resumed.history, strict=True):
         for name in ("loss", "accuracy", "val_loss", "val_accuracy"):
             assert one[name] == other[name], name
-    for one, other in zip(weights(uninterrupted.model), weights(resumed.model), strict=True):
-        np.testing.assert_array_equal(one, other)
+    for weight, again in zip(weights(uninterrupted.model), weights(resumed.model), strict=True):
+        np.testing.assert_array_equal(weight, again)
 
 
 def test_the_child_dies_with_its_parent(job: Callable[..., TrainJob], tmp_path: Path) -> None:
@@ -158,7 +159,9 @@ def test_a_finished_job_run_again_trains_no_more_unless_its_checkpoint_is_damage
     assert anew.history[0]["loss"] == first.history[0]["loss"]  # one machine, one seed
 
 
-def test_early_stopping_gives_back_the_best_epoch(job: Callable[..., TrainJob], shard_folder: tuple) -> None:
+def test_early_stopping_gives_back_the_best_epoch(
+    job: Callable[..., TrainJob], shard_folder: tuple[Path, pd.DataFrame]
+) -> None:
     """Labels without meaning: validation gets worse while training goes on."""
     table = shard_folder[1].copy()
     rng = np.random.default_rng(0)
@@ -171,7 +174,9 @@ def test_early_stopping_gives_back_the_best_epoch(job: Callable[..., TrainJob], 
     assert _validation_loss(result.model, job(), table) == pytest.approx(min(losses), rel=1e-3)
 
 
-def test_averaged_weights_are_what_is_validated_and_kept(job: Callable[..., TrainJob], shard_folder: tuple) -> None:
+def test_averaged_weights_are_what_is_validated_and_kept(
+    job: Callable[..., TrainJob], shard_folder: tuple[Path, pd.DataFrame]
+) -> None:
     result = training.fit(job(epochs=4, ema=0.5, learning_rate=0.01, mix_up=0.2))
     losses = [epoch["val_loss"] for epoch in result.history]
     assert _validation_loss(result.model, job(), shard_folder[1]) == pytest.approx(min(losses), rel=1e-3)
@@ -215,7 +220,7 @@ def _validation_loss(model: str, job: TrainJob, table: pd.DataFrame) -> float:
 
 
 def test_without_validation_clips_it_watches_the_training_loss(
-    job: Callable[..., TrainJob], shard_folder: tuple
+    job: Callable[..., TrainJob], shard_folder: tuple[Path, pd.DataFrame]
 ) -> None:
     events: Events = []
     table = shard_folder[1].assign(split="train")
@@ -275,7 +280,10 @@ def test_a_folder_that_can_not_be_made(job: Callable[..., TrainJob], tmp_path: P
     ],
 )
 def test_a_wrong_table_is_named(
-    job: Callable[..., TrainJob], shard_folder: tuple, change: Callable, message: str
+    job: Callable[..., TrainJob],
+    shard_folder: tuple[Path, pd.DataFrame],
+    change: Callable[[pd.DataFrame], pd.DataFrame],
+    message: str,
 ) -> None:
     with pytest.raises(InputError, match=message):
         training.fit(job(table=change(shard_folder[1])))
@@ -289,7 +297,7 @@ def test_wrong_shards_are_named(job: Callable[..., TrainJob], tmp_path: Path) ->
 
 
 def test_a_shard_that_is_lost_while_training_is_named(
-    job: Callable[..., TrainJob], shard_folder: tuple, tmp_path: Path
+    job: Callable[..., TrainJob], shard_folder: tuple[Path, pd.DataFrame], tmp_path: Path
 ) -> None:
     import shutil
 
@@ -301,7 +309,7 @@ def test_a_shard_that_is_lost_while_training_is_named(
         training.fit(replace(job(), shards=str(copy)))
 
 
-def test_errors_cross_to_the_parent(job: Callable[..., TrainJob], shard_folder: tuple) -> None:
+def test_errors_cross_to_the_parent(job: Callable[..., TrainJob], shard_folder: tuple[Path, pd.DataFrame]) -> None:
     with pytest.raises(InputError, match="split `train` is empty"):
         training.run(job(table=shard_folder[1].iloc[:0]))
 

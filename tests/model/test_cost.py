@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -72,7 +74,7 @@ def _profiled(model: keras.Model, spec: ClipSpec) -> int:
 
     shape = (1, spec.frames, spec.height, spec.width, 3)
 
-    @tf.function(input_signature=[tf.TensorSpec(shape, tf.uint8)], autograph=False)
+    @tf.function(input_signature=[tf.TensorSpec(shape, tf.uint8)], autograph=False)  # type: ignore[untyped-decorator]  # TensorFlow has no types
     def call(clips: tf.Tensor) -> tf.Tensor:
         return model(clips, training=False)
 
@@ -82,7 +84,7 @@ def _profiled(model: keras.Model, spec: ClipSpec) -> int:
     found = profiler.profile(graph, cmd="op", options=options.with_empty_output().build())
     counts: dict[str, int] = {}
 
-    def collect(node) -> None:
+    def collect(node: Any) -> None:
         for child in node.children:
             counts[child.name] = child.float_ops
             collect(child)

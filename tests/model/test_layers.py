@@ -100,7 +100,7 @@ def _flat(value: Any) -> list[np.ndarray]:
 
 
 @parametrised
-def test_shape(make: Callable, shape: Any, expected: Any) -> None:
+def test_shape(make: Callable[..., Any], shape: Any, expected: Any) -> None:
     layer = make()
     expected = expected if isinstance(expected, list) else [expected]
     found = _flat(layer(_some(shape)))
@@ -114,7 +114,7 @@ def test_shape(make: Callable, shape: Any, expected: Any) -> None:
 
 
 @parametrised
-def test_configuration_round_trip(make: Callable, shape: Any, expected: Any) -> None:
+def test_configuration_round_trip(make: Callable[..., Any], shape: Any, expected: Any) -> None:
     layer = make(name="named")
     config = layer.get_config()
     again = type(layer).from_config(config)
@@ -124,7 +124,9 @@ def test_configuration_round_trip(make: Callable, shape: Any, expected: Any) -> 
 
 
 @parametrised
-def test_saved_and_loaded_it_answers_the_same(make: Callable, shape: Any, expected: Any, tmp_path: Path) -> None:
+def test_saved_and_loaded_it_answers_the_same(
+    make: Callable[..., Any], shape: Any, expected: Any, tmp_path: Path
+) -> None:
     model = _model(make(), shape)
     rng = np.random.default_rng(1)  # weights of a trained layer, not those it starts with
     model.set_weights([np.abs(w + rng.normal(0, 0.1, w.shape)).astype(w.dtype) for w in model.get_weights()])
@@ -135,7 +137,7 @@ def test_saved_and_loaded_it_answers_the_same(make: Callable, shape: Any, expect
 
 
 @parametrised
-def test_every_weight_gets_a_finite_gradient(make: Callable, shape: Any, expected: Any) -> None:
+def test_every_weight_gets_a_finite_gradient(make: Callable[..., Any], shape: Any, expected: Any) -> None:
     model = _model(make(), shape)
     if not model.trainable_weights:
         pytest.skip("no weights")
@@ -156,7 +158,7 @@ def test_every_weight_gets_a_finite_gradient(make: Callable, shape: Any, expecte
 
 @parametrised
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-def test_mixed_precision(make: Callable, shape: Any, expected: Any, policy: str) -> None:
+def test_mixed_precision(make: Callable[..., Any], shape: Any, expected: Any, policy: str) -> None:
     half = make(dtype=policy)
     found = half(_some(shape))
     kinds = {keras.backend.standardize_dtype(v.dtype) for v in (found if isinstance(found, list) else [found])}
@@ -225,7 +227,8 @@ def test_concat_of_a_still_clip_has_no_deviation() -> None:
     level = np.ones((1, 4, 2), np.float32) * np.array([1.0, 5.0], np.float32)
     layer = fusion.ConcatFusion()
     moving = level * np.arange(4, dtype=np.float32)[None, :, None]
-    assert not np.allclose(*(keras.ops.convert_to_numpy(layer([x])) for x in (level, moving)), atol=0.1)
+    one, other = (keras.ops.convert_to_numpy(layer([x])) for x in (level, moving))
+    assert not np.allclose(one, other, atol=0.1)
 
 
 def test_a_fraction_out_of_range_is_refused() -> None:

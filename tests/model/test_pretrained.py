@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NoReturn
 
 import keras
 import numpy as np
@@ -24,7 +27,7 @@ KNOWN = {
     "china": ("sklearn", "datasets/images/china.jpg", 698),  # palace
     "flower": ("sklearn", "datasets/images/flower.jpg", 985),  # daisy, the nearest that there is
 }
-SCALES = {
+SCALES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "-1 to 1": lambda x: x / 127.5 - 1,
     "0 to 1": lambda x: x / 255,
     "mean and deviation": lambda x: (x / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225),
@@ -38,7 +41,7 @@ def tensors() -> pretrained.Tensors:
 
 
 @pytest.fixture(scope="module")
-def stream(tensors) -> BackboneStream:
+def stream(tensors: pretrained.Tensors) -> BackboneStream:
     made = BackboneStream("efficientnet-lite0", trainable=False)
     made.build((None, 1, 224, 224, 3))
     for layer, weights in zip(made.convolutions(), pretrained.folded_weights(tensors), strict=True):
@@ -54,7 +57,9 @@ def _photograph(name: str) -> np.ndarray:
     path = Path(str(found.origin)).parent / file if found else Path(file)
     if not path.is_file():
         pytest.skip(f"{package} has no {file}")
-    picture = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+    stored = cv2.imread(str(path))
+    assert stored is not None
+    picture = cv2.cvtColor(stored, cv2.COLOR_BGR2RGB)
     side = int(min(picture.shape[:2]) * 0.875)
     top, left = (picture.shape[0] - side) // 2, (picture.shape[1] - side) // 2
     picture = picture[top : top + side, left : left + side]
@@ -62,7 +67,9 @@ def _photograph(name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_photographs_are_known_best_at_the_scale_that_we_give(name, stream, tensors):
+def test_photographs_are_known_best_at_the_scale_that_we_give(
+    name: str, stream: BackboneStream, tensors: pretrained.Tensors
+) -> None:
     confidence = {}
     for words, scale in SCALES.items():
         features = stream(np.asarray(scale(_photograph(name)), np.float32)[None, None])[-1]
@@ -74,7 +81,7 @@ def test_photographs_are_known_best_at_the_scale_that_we_give(name, stream, tens
     assert max(confidence, key=confidence.__getitem__) == "-1 to 1", confidence
 
 
-def test_folding_changes_no_answer():
+def test_folding_changes_no_answer() -> None:
     rng = np.random.default_rng(0)
     for depthwise in (False, True):
         kernel = rng.normal(size=(3, 3, 4, 1 if depthwise else 6)).astype(np.float32)
@@ -89,7 +96,7 @@ def test_folding_changes_no_answer():
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_mobilenet_from_keras_answers_the_same():
+def test_mobilenet_from_keras_answers_the_same() -> None:
     published = keras.applications.MobileNetV2(weights=None, include_top=False, input_shape=(64, 64, 3))
     rng = np.random.default_rng(0)  # statistics of a trained network, not those that it starts with
     published.set_weights([np.abs(w) + rng.uniform(0, 0.1, w.shape) if w.ndim == 1 else w
@@ -104,7 +111,7 @@ def test_mobilenet_from_keras_answers_the_same():
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_model_gets_them_and_keeps_them_frozen(tmp_path):
+def test_a_model_gets_them_and_keeps_them_frozen(tmp_path: Path) -> None:
     config = Model(**SMALL, backbone="efficientnet-lite0")
     model = classifier.build(config, ClipSpec(frames=4, height=32, width=32), 3)
     high = model.get_layer("high")
@@ -119,14 +126,15 @@ def test_a_model_gets_them_and_keeps_them_frozen(tmp_path):
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras", safe_mode=True)
     assert not again.get_layer("high").trainable_weights
-    np.testing.assert_allclose(*(keras.ops.convert_to_numpy(one(clips)) for one in (model, again)), rtol=1e-5)
+    one, other = (keras.ops.convert_to_numpy(each(clips)) for each in (model, again))
+    np.testing.assert_allclose(one, other, rtol=1e-5)
     tuned = classifier.build(config.model_copy(update={"backbone_trainable": True}), ClipSpec(4, 32, 32), 3)
     assert tuned.get_layer("high").trainable_weights
 
 
-def test_a_pickle_that_would_call_something_is_refused(tmp_path):
+def test_a_pickle_that_would_call_something_is_refused(tmp_path: Path) -> None:
     class Evil:
-        def __reduce__(self):
+        def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(tmp_path / "made"),)
 
     header = pickle.dumps(1, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2)
@@ -136,9 +144,9 @@ def test_a_pickle_that_would_call_something_is_refused(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-def test_a_file_that_was_changed_or_is_missing_is_refused(tmp_path, monkeypatch):
+def test_a_file_that_was_changed_or_is_missing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Found:
-        def locate_file(self, name):
+        def locate_file(self, name: str) -> Path:
             return tmp_path / "weights.pth"
 
     monkeypatch.setattr(pretrained, "distribution", lambda name: Found())
@@ -148,16 +156,16 @@ def test_a_file_that_was_changed_or_is_missing_is_refused(tmp_path, monkeypatch)
     with pytest.raises(ServiceError, match="not the file"):
         pretrained.lite0_tensors()
 
-    def missing(name):
-        raise pretrained.PackageNotFoundError(name)
+    def missing(name: str) -> NoReturn:
+        raise PackageNotFoundError(name)
 
     monkeypatch.setattr(pretrained, "distribution", missing)
     with pytest.raises(InputError, match="needs the package"):
         pretrained.lite0_tensors()
 
 
-def test_weights_that_cannot_be_downloaded(monkeypatch):
-    def offline(**options):
+def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(**options: object) -> NoReturn:
         raise Exception("URL fetch failure on https://…: None -- Name or service not known")
 
     monkeypatch.setattr(keras.applications, "MobileNetV2", offline)
@@ -167,6 +175,6 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
     assert "efficientnet-lite0" in raised.value.fix
 
 
-def test_the_widths_that_the_fusion_reads():
+def test_the_widths_that_the_fusion_reads() -> None:
     found = BackboneStream("efficientnet-lite0").compute_output_shape((None, 4, 112, 112, 3))
     assert [shape[-1] for shape in found] == [40, 112, HEAD]

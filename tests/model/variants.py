@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sora.config import Model
 from tests.clips import SMALL
 
-VARIANTS: dict[str, dict] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "concat": {},
     "gated": {"fusion": "gated", "gated_width": 24},
     "gram": {"fusion": "gram", "gram_width": 16},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_whole_ones_are_in_order_and_untouched(project: Project, name: str) -> N
 
 @pytest.mark.parametrize("harm", [cut, noise, zeros])
 @pytest.mark.parametrize("name", databases.NAMES)
-def test_damage_is_named_with_the_fix(project: Project, name: str, harm) -> None:
+def test_damage_is_named_with_the_fix(project: Project, name: str, harm: Callable[[Path], None]) -> None:
     harm(databases.file_of(project, name))
     found = databases.look(project, name)
     assert found.damage and "sora restore" in found.fix

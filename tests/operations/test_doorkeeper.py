@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -154,7 +155,7 @@ def test_many_that_need_it_at_once_have_one_secret(tmp_path: Path) -> None:
         "from sora.config import Project\n"
         "sys.stdin.readline(); print(secret(Project(Path(sys.argv[1]))).auth_string)"
     )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     many = [subprocess.Popen([sys.executable, "-c", code, str(project.root)], **pipes) for _ in range(6)]
     for one in many:
         assert one.stdin is not None

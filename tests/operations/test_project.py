@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -68,7 +69,7 @@ def test_a_folder_becomes_a_project(tmp_path: Path) -> None:
     settings = project.settings()
     assert (settings.name, settings.classes) == ("My-project", ("jump", "wave", "été 2"))
     assert versioning.data_version(project)
-    git = {"cwd": project.root, "capture_output": True, "text": True, "check": True}
+    git: dict[str, Any] = {"cwd": project.root, "capture_output": True, "text": True, "check": True}
     assert subprocess.run(["git", "status", "--porcelain"], **git).stdout == ""
     assert subprocess.run(["git", "rev-list", "--count", "HEAD"], **git).stdout.strip() == "1"
     assert not (project.data / "README.md").exists()

@@ -169,7 +169,7 @@ def test_an_alias_moved_by_hand_can_be_rolled_back(registry: Registry, tmp_path:
 def _promote_and_die(uri: str, name: str, version: int, cache: str, moment: str) -> None:
     registry = Registry(uri, name)
 
-    def die(*_: object) -> None:
+    def die(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if moment == "history":  # recorded, but the rest is not done

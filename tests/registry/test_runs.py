@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -73,8 +74,9 @@ def line(server: SimpleNamespace) -> Iterator[Line]:
     line.cut()
 
 
-def run_of(registry: Registry, run_id: str) -> dict:
-    return registry._rest.get("runs/get", run_id=run_id)["run"]
+def run_of(registry: Registry, run_id: str) -> dict[str, Any]:
+    run: dict[str, Any] = registry._rest.get("runs/get", run_id=run_id)["run"]
+    return run
 
 
 def test_a_run_holds_what_was_logged(registry: Registry, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -85,7 +86,10 @@ def run(project: Project, capsys: pytest.CaptureFixture[str], *arguments: str, c
 def by_keras(project: Project, path: Path) -> np.ndarray:
     (file,) = model_cache(project).glob("*/model.keras")
     model = classifier.embedding_model(keras.saving.load_model(file, compile=False))
-    return np.asarray(model.predict_on_batch(prepare_clips(path, project.settings().clip.spec()))).mean(axis=0)
+    mean: np.ndarray = np.asarray(model.predict_on_batch(prepare_clips(path, project.settings().clip.spec()))).mean(
+        axis=0
+    )
+    return mean
 
 
 def test_vectors_of_files(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,11 +134,11 @@ def test_vectors_are_computed_once_and_only_what_lacks(project: Project, capsys:
     paths = learned(project)
     seen: list[tuple[int, int]] = []
 
-    def ask() -> dict:
+    def ask() -> dict[str, Any]:
         seen.clear()
         return representation.similar(project, project.data / paths[0], progress=lambda *now: seen.append(now))
 
-    def same(found: dict) -> bool:
+    def same(found: dict[str, Any]) -> bool:
         """Batches of other sizes round differently."""
         pairs = zip(found["neighbours"], first["neighbours"], strict=True)
         return all(one == {**other, "similarity": pytest.approx(other["similarity"], abs=1e-5)} for one, other in pairs)

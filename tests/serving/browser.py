@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
+from websockets.sync.connection import Connection
 
 from sora.core.processes import start_child
 from tests import programs
@@ -30,7 +31,7 @@ _KEYS = {
 class Browser:
     """One tab. `requested` has every address that it asked, `complaints` what its console said."""
 
-    def __init__(self, line: ClientConnection) -> None:
+    def __init__(self, line: Connection) -> None:
         self._line = line
         self._number = 0
         self._events: list[dict[str, Any]] = []
@@ -46,7 +47,8 @@ class Browser:
             message = json.loads(self._line.recv(timeout=60))
             if message.get("id") == self._number:
                 assert "error" not in message, f"{method}: {message['error']}"
-                return message["result"]
+                result: dict[str, Any] = message["result"]
+                return result
             self._note(message)
 
     def _note(self, event: dict[str, Any]) -> None:
@@ -66,7 +68,8 @@ class Browser:
             for number, event in enumerate(self._events):
                 if event["method"] == method:
                     del self._events[number]
-                    return event["params"]
+                    told: dict[str, Any] = event["params"]
+                    return told
             self.js("0")  # whatever came meanwhile is noted
             time.sleep(0.05)
         raise AssertionError(f"no {method} within {seconds} s")
@@ -157,7 +160,7 @@ def chromium(folder: Path) -> Iterator[Browser]:
             child.wait()
 
 
-def _port(file: Path, child: subprocess.Popen) -> int:
+def _port(file: Path, child: subprocess.Popen[bytes]) -> int:
     end = time.monotonic() + 60
     while time.monotonic() < end:
         assert child.poll() is None, "Chromium ended at its start"

@@ -83,7 +83,7 @@ def other_golden(recipe: Recipe) -> Recipe:
 
 
 @pytest.fixture(scope="session")
-def api(models, tmp_path_factory) -> Iterator[Standing]:
+def api(models: list[Made], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standing]:
     """A real server of version 1 for all tests that leave it as it was."""
     folder = tmp_path_factory.mktemp("api")
     models[0].promote(ModelCache(folder / "registry"))

@@ -12,9 +12,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -49,7 +50,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def standing(folder: Path, *, env: dict[str, str] | None = None, **settings: object) -> Iterator[Standing]:
+def standing(folder: Path, *, env: dict[str, str] | None = None, **settings: Any) -> Iterator[Standing]:
     """A server over FOLDER/registry; its temporary files lie in FOLDER/tmp."""
     port = free_port()
     (folder / "tmp").mkdir(exist_ok=True, parents=True)
@@ -72,14 +73,14 @@ def standing(folder: Path, *, env: dict[str, str] | None = None, **settings: obj
 
 
 class Standing:
-    def __init__(self, process: subprocess.Popen, client: httpx.Client, folder: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], client: httpx.Client, folder: Path) -> None:
         self.process, self.client, self.folder = process, client, folder
 
     @property
     def port(self) -> int:
         return int(self.client.base_url.port or 0)
 
-    def until(self, condition, seconds: float = 90) -> None:
+    def until(self, condition: Callable[..., object], seconds: float = 90) -> None:
         """Waits until `condition()` is true; connection errors count as false."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -95,7 +96,7 @@ class Standing:
     def until_ready(self) -> None:
         self.until(lambda: self.client.get("/readyz").status_code == 200)
 
-    def send(self, path: Path, name: str | None = None, **options: object) -> httpx.Response:
+    def send(self, path: Path, name: str | None = None, **options: Any) -> httpx.Response:
         with path.open("rb") as stream:
             return self.client.post("/v1/predict", files={"file": (name or path.name, stream)}, **options)
 

@@ -11,6 +11,7 @@ import socket
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -18,18 +19,19 @@ import pytest
 
 from sora.config import Serve
 from sora.core.errors import ServiceError, VideoError
+from sora.registry import ChampionRef
 from sora.runtime.predictor import Predictor
 from sora.serving import follow, uploads
 from sora.serving.app import create_app
 from sora.serving.batcher import Batcher
 from sora.serving.decode_pool import DecodePool
 from sora.serving.source import ModelCache
-from tests.serving.conftest import SPEC, other_golden
+from tests.serving.conftest import SPEC, Made, other_golden
 from tests.serving.inside import ready, running, send, true, until
 
 
-def test_no_champion_yet_and_then_the_first(models, video, tmp_path):
-    async def story():
+def test_no_champion_yet_and_then_the_first(models: list[Made], video: Path, tmp_path: Path) -> None:
+    async def story() -> None:
         async with running(tmp_path) as (client, context):
             await until(true(lambda: context.follower.none))
             for answer in (await client.get("/readyz"), await send(client, video)):
@@ -46,12 +48,14 @@ def test_no_champion_yet_and_then_the_first(models, video, tmp_path):
     asyncio.run(story())
 
 
-def test_without_a_registry_the_cache_serves_also_after_a_restart(models, video, tmp_path):
+def test_without_a_registry_the_cache_serves_also_after_a_restart(
+    models: list[Made], video: Path, tmp_path: Path
+) -> None:
     registry = ModelCache(tmp_path / "registry")
     models[0].promote(registry)
     models[0].put(ModelCache(tmp_path / "cache"))  # as `RegistrySource` leaves it there
 
-    async def first():
+    async def first() -> None:
         async with running(tmp_path) as (client, context):
             await until(ready(client))
             (registry.folder / "champion.json").write_text("{broken", encoding="utf-8")
@@ -60,7 +64,7 @@ def test_without_a_registry_the_cache_serves_also_after_a_restart(models, video,
             following = (await client.get("/v1/model")).json()["following"]
             assert following["registry"] == "unreachable" and "broken" not in following["problem"][:20]
 
-    async def second():
+    async def second() -> None:
         async with running(tmp_path) as (client, context):
             await until(ready(client, 1))
             assert context.follower.problem
@@ -71,11 +75,11 @@ def test_without_a_registry_the_cache_serves_also_after_a_restart(models, video,
     asyncio.run(second())
 
 
-def test_nothing_in_the_cache_and_no_registry(tmp_path):
+def test_nothing_in_the_cache_and_no_registry(tmp_path: Path) -> None:
     (tmp_path / "registry").mkdir()
     (tmp_path / "registry" / "champion.json").write_text("[]", encoding="utf-8")
 
-    async def story():
+    async def story() -> None:
         async with running(tmp_path) as (client, context):
             await until(true(lambda: context.follower.problem))
             answer = await client.get("/readyz")
@@ -84,23 +88,28 @@ def test_nothing_in_the_cache_and_no_registry(tmp_path):
     asyncio.run(story())
 
 
-def test_a_refused_champion_at_the_start_leaves_the_last_good_one(models, video, tmp_path):
+def test_a_refused_champion_at_the_start_leaves_the_last_good_one(
+    models: list[Made], video: Path, tmp_path: Path
+) -> None:
     cache, registry = ModelCache(tmp_path / "cache"), ModelCache(tmp_path / "registry")
     models[0].promote(cache)
     models[1].put(registry, other_golden(models[1].recipe))
     registry.remember(models[1].champion)
 
-    async def story():
+    async def story() -> None:
         async with running(tmp_path) as (client, context):
             await until(ready(client))
             assert (await send(client, video)).json()["version"] == 1
-            assert context.follower.refused.champion.version == 2
-        assert cache.champion().version == 1
+            assert context.follower.refused is not None and context.follower.refused.champion.version == 2
+        champion = cache.champion()
+        assert champion is not None and champion.version == 1
 
     asyncio.run(story())
 
 
-def test_a_refusal_is_written_down_with_the_version(models, tmp_path, monkeypatch):
+def test_a_refusal_is_written_down_with_the_version(
+    models: list[Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where that fails at first, and not for ever."""
     models[0].promote(ModelCache(tmp_path / "cache"))
     registry = ModelCache(tmp_path / "registry")
@@ -109,7 +118,7 @@ def test_a_refusal_is_written_down_with_the_version(models, tmp_path, monkeypatc
     write = ModelCache.refused
     tried, failures = 0, 2
 
-    def failing(self, champion, reason):
+    def failing(self: ModelCache, champion: ChampionRef, reason: str) -> None:
         nonlocal tried
         tried += 1
         if tried <= failures:
@@ -119,14 +128,15 @@ def test_a_refusal_is_written_down_with_the_version(models, tmp_path, monkeypatc
     monkeypatch.setattr(ModelCache, "refused", failing)
     note = registry.model_folder(models[1].champion.digest) / "refused.txt"
 
-    async def story():
+    async def story() -> None:
         nonlocal tried, failures
         async with running(tmp_path) as (_, context):
             await until(true(note.exists))
             text = note.read_text()
             assert "differs" in text and socket.gethostname() in text
             await asyncio.sleep(0.3)
-            assert tried == 3 and context.follower.current.champion.version == 1
+            current = context.follower.current
+            assert tried == 3 and current is not None and current.champion.version == 1
             tried, failures = 0, 100
             models[0].promote(registry)
             await until(true(lambda: context.follower.refused is None))
@@ -138,7 +148,7 @@ def test_a_refusal_is_written_down_with_the_version(models, tmp_path, monkeypatc
     asyncio.run(story())
 
 
-def test_a_damaged_cache_is_refused(models, tmp_path):
+def test_a_damaged_cache_is_refused(models: list[Made], tmp_path: Path) -> None:
     cache = ModelCache(tmp_path / "cache")
     models[0].promote(cache)
     file = cache.model_folder(models[0].champion.digest) / "model.keras"
@@ -146,7 +156,7 @@ def test_a_damaged_cache_is_refused(models, tmp_path):
     (tmp_path / "registry").mkdir()
     (tmp_path / "registry" / "champion.json").write_text("no", encoding="utf-8")
 
-    async def story():
+    async def story() -> None:
         async with running(tmp_path) as (client, context):
             await until(true(lambda: context.follower.refused))
             answer = await client.get("/readyz")
@@ -155,7 +165,9 @@ def test_a_damaged_cache_is_refused(models, tmp_path):
     asyncio.run(story())
 
 
-def test_a_registry_that_hangs_does_not_hold_the_start_up(models, tmp_path, monkeypatch):
+def test_a_registry_that_hangs_does_not_hold_the_start_up(
+    models: list[Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(follow, "ASK_SECONDS", 0.3)
     models[0].promote(ModelCache(tmp_path / "cache"))
     release = threading.Event()
@@ -163,12 +175,12 @@ def test_a_registry_that_hangs_does_not_hold_the_start_up(models, tmp_path, monk
     class Hanging(ModelCache):
         asked = 0
 
-        def champion(self):
+        def champion(self) -> None:
             self.asked += 1
             release.wait(60)
             return None
 
-    async def story():
+    async def story() -> None:
         source = Hanging(tmp_path / "registry")
         app = create_app(Serve(poll_seconds=0.05, decode_workers=1), source, ModelCache(tmp_path / "cache"))
         context = app.state.context
@@ -180,13 +192,14 @@ def test_a_registry_that_hangs_does_not_hold_the_start_up(models, tmp_path, monk
     asyncio.run(story())
 
 
-def test_beyond_the_queue_is_429(models, video, tmp_path):
+def test_beyond_the_queue_is_429(models: list[Made], video: Path, tmp_path: Path) -> None:
     models[0].promote(ModelCache(tmp_path / "registry"))
 
-    async def story():
+    async def story() -> None:
         async with running(tmp_path, queue=2, decode_timeout=2) as (client, context):
             await until(ready(client))
             assert (await send(client, video)).status_code == 200
+            assert context.pool is not None
             (stopped,) = context.pool.pids
             os.kill(stopped, signal.SIGSTOP)
             under_way = [asyncio.create_task(send(client, video)) for _ in range(2)]
@@ -201,7 +214,7 @@ def test_beyond_the_queue_is_429(models, video, tmp_path):
     asyncio.run(story())
 
 
-def test_requests_that_wait_share_one_call(models, video, tmp_path):
+def test_requests_that_wait_share_one_call(models: list[Made], video: Path, tmp_path: Path) -> None:
     """While the model is busy, what arrives makes the next batch."""
     predictor = Predictor(models[0].file, models[0].recipe, 1)
     other = Predictor(models[1].file, models[1].recipe, 2)
@@ -212,11 +225,11 @@ def test_requests_that_wait_share_one_call(models, video, tmp_path):
         def __init__(self) -> None:
             pass
 
-        def probabilities(self, clips):
+        def probabilities(self, clips: np.ndarray) -> np.ndarray:
             gate.wait(30)
             return np.ones((len(clips), 3))
 
-    async def story():
+    async def story() -> tuple[list[int], list[Any]]:
         sizes: list[int] = []
         batcher = Batcher(sizes.append)
         await batcher.start()
@@ -242,11 +255,11 @@ def test_requests_that_wait_share_one_call(models, video, tmp_path):
     np.testing.assert_allclose(answers[7].probabilities, predictor.probabilities(clips), atol=1e-5)
 
 
-def test_tokens(models, video, tmp_path):
+def test_tokens(models: list[Made], video: Path, tmp_path: Path) -> None:
     models[0].promote(ModelCache(tmp_path / "registry"))
     token = "a-long-enough-token"
 
-    async def story():
+    async def story() -> None:
         async with running(tmp_path, tokens=("another-token-of-this", token)) as (client, _):
             await until(ready(client))
             for path in ("/", "/page/page.js", "/healthz", "/readyz", "/openapi.json"):
@@ -265,13 +278,15 @@ def test_tokens(models, video, tmp_path):
     asyncio.run(story())
 
 
-def test_a_full_disk_says_so_and_leaves_nothing(models, video, tmp_path, monkeypatch):
+def test_a_full_disk_says_so_and_leaves_nothing(
+    models: list[Made], video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     models[0].promote(ModelCache(tmp_path / "registry"))
 
-    def full(self) -> None:
+    def full(self: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    async def story():
+    async def story() -> None:
         async with running(tmp_path) as (client, context):
             await until(ready(client))
             with monkeypatch.context() as patch:
@@ -284,10 +299,10 @@ def test_a_full_disk_says_so_and_leaves_nothing(models, video, tmp_path, monkeyp
     asyncio.run(story())
 
 
-def test_a_decoder_out_of_memory_costs_one_request(video, tmp_path):
+def test_a_decoder_out_of_memory_costs_one_request(video: Path, tmp_path: Path) -> None:
     huge = replace(SPEC, frames=256, height=1024, width=1024)  # 805 MB of clips
 
-    async def story():
+    async def story() -> None:
         pool = DecodePool(Serve(decode_workers=1, decode_memory=700_000_000))
         await pool.start()
         try:
@@ -301,10 +316,12 @@ def test_a_decoder_out_of_memory_costs_one_request(video, tmp_path):
     asyncio.run(story())
 
 
-def test_a_decoder_holds_no_secret_and_cannot_write(video, tmp_path, monkeypatch):
+def test_a_decoder_holds_no_secret_and_cannot_write(
+    video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SORA_API_TOKEN", "a-long-enough-token")
 
-    async def story():
+    async def story() -> None:
         pool = DecodePool(Serve(decode_workers=1))
         await pool.start()
         try:
@@ -321,10 +338,10 @@ def test_a_decoder_holds_no_secret_and_cannot_write(video, tmp_path, monkeypatch
     asyncio.run(story())
 
 
-def test_no_decoder_to_be_had_is_503(models, video, tmp_path):
+def test_no_decoder_to_be_had_is_503(models: list[Made], video: Path, tmp_path: Path) -> None:
     models[0].promote(ModelCache(tmp_path / "registry"))
 
-    async def story():
+    async def story() -> None:
         async with running(tmp_path, decode_memory=100_000_000) as (client, _):  # too little to import OpenCV
             await until(ready(client))
             for _ in range(3):
@@ -334,10 +351,12 @@ def test_no_decoder_to_be_had_is_503(models, video, tmp_path):
     asyncio.run(story())
 
 
-def test_an_unexpected_failure_is_a_problem_without_insides(models, video, tmp_path, monkeypatch):
+def test_an_unexpected_failure_is_a_problem_without_insides(
+    models: list[Made], video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     models[0].promote(ModelCache(tmp_path / "registry"))
 
-    async def story():
+    async def story() -> None:
         async with running(tmp_path) as (client, context):
             await until(ready(client))
             monkeypatch.setattr(context.batcher, "answer", None)

@@ -6,31 +6,34 @@ import asyncio
 import os
 import signal
 import threading
+from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from sora.serving.source import ModelCache
-from tests.serving.conftest import SPEC
-from tests.serving.inside import ready, running, send, true, until
+from tests.serving.conftest import SPEC, Made
+from tests.serving.inside import Condition, ready, running, send, true, until
 from tests.videos import make_video
 
 
-def _files(*named: tuple[str, bytes]) -> list:
+def _files(*named: tuple[str, bytes]) -> list[tuple[str, tuple[str, bytes]]]:
     return [("file", pair) for pair in named]
 
 
-def answered(client, video):
-    async def condition():
+def answered(client: httpx.AsyncClient, video: Path) -> Condition:
+    async def condition() -> bool:
         return (await send(client, video)).status_code == 200
 
     return condition
 
 
-def _problem(answer: httpx.Response, status: int, kind: str) -> dict:
+def _problem(answer: httpx.Response, status: int, kind: str) -> dict[str, Any]:
     assert answer.status_code == status, answer.text
-    document = answer.json()
+    document: dict[str, Any] = answer.json()
     assert document["type"] == f"urn:sora:problem:{kind}" and document["fix"]
     return document
 
@@ -38,13 +41,16 @@ def _problem(answer: httpx.Response, status: int, kind: str) -> dict:
 # -- the deadline --
 
 
-def test_time_that_the_video_took_is_504_and_time_behind_others_503(models, video, tmp_path):
+def test_time_that_the_video_took_is_504_and_time_behind_others_503(
+    models: list[Made], video: Path, tmp_path: Path
+) -> None:
     models[0].promote(ModelCache(tmp_path / "registry"))
 
-    async def story():
+    async def story() -> None:
         async with running(tmp_path, request_timeout=1.5) as (client, context):
             await until(ready(client))
             await send(client, video)  # the decoder is up
+            assert context.pool is not None
             (stopped,) = context.pool.pids
             os.kill(stopped, signal.SIGSTOP)
             one, two = await asyncio.gather(send(client, video), send(client, video))
@@ -57,11 +63,11 @@ def test_time_that_the_video_took_is_504_and_time_behind_others_503(models, vide
     asyncio.run(story())
 
 
-def test_time_spent_waiting_for_the_model_is_503(models, video, tmp_path):
+def test_time_spent_waiting_for_the_model_is_503(models: list[Made], video: Path, tmp_path: Path) -> None:
     models[0].promote(ModelCache(tmp_path / "registry"))
     gate = threading.Event()
 
-    async def story():
+    async def story() -> None:
         async with running(tmp_path, request_timeout=1) as (client, context):
             await until(ready(client))
             await send(client, video)
@@ -78,14 +84,14 @@ def test_time_spent_waiting_for_the_model_is_503(models, video, tmp_path):
     asyncio.run(story())
 
 
-def test_the_upload_counts(models, tmp_path):
+def test_the_upload_counts(models: list[Made], tmp_path: Path) -> None:
     models[0].promote(ModelCache(tmp_path / "registry"))
 
-    async def slowly():
+    async def slowly() -> AsyncIterator[bytes]:
         yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
         await asyncio.sleep(30)
 
-    async def story():
+    async def story() -> None:
         async with running(tmp_path, request_timeout=0.3) as (client, context):
             await until(ready(client))
             headers = {"content-type": "multipart/form-data; boundary=b"}
@@ -99,12 +105,12 @@ def test_the_upload_counts(models, tmp_path):
 # -- several files --
 
 
-def test_several_files_get_an_answer_or_a_problem_each(models, video, tmp_path):
+def test_several_files_get_an_answer_or_a_problem_each(models: list[Made], video: Path, tmp_path: Path) -> None:
     models[0].promote(ModelCache(tmp_path / "registry"))
     content = video.read_bytes()
     other = make_video(tmp_path / "other.mp4", seed=7).read_bytes()
 
-    async def story():
+    async def story() -> None:
         async with running(tmp_path, max_files=4) as (client, context):
             await until(ready(client))
             alone = {name: (await client.post("/v1/predict", files=_files((name, data)))).json()
@@ -127,15 +133,18 @@ def test_several_files_get_an_answer_or_a_problem_each(models, video, tmp_path):
     asyncio.run(story())
 
 
-def test_the_deadline_of_a_call_leaves_the_answers_that_were_ready(models, video, tmp_path):
+def test_the_deadline_of_a_call_leaves_the_answers_that_were_ready(
+    models: list[Made], video: Path, tmp_path: Path
+) -> None:
     models[0].promote(ModelCache(tmp_path / "registry"))
     content = video.read_bytes()
     slow = make_video(tmp_path / "slow.mp4", frames=900, fps=25, size=(640, 480)).read_bytes()
 
-    async def story():
+    async def story() -> None:
         async with running(tmp_path, request_timeout=1.5) as (client, context):
             await until(ready(client))
             await send(client, video)
+            assert context.pool is not None
             (pid,) = context.pool.pids
             asked = asyncio.create_task(
                 client.post("/v1/predict", files=_files(("a", content), ("slow", slow), ("b", content)))
@@ -152,11 +161,11 @@ def test_the_deadline_of_a_call_leaves_the_answers_that_were_ready(models, video
     asyncio.run(story())
 
 
-def test_files_and_bytes_of_a_call_are_bounded(models, video, tmp_path):
+def test_files_and_bytes_of_a_call_are_bounded(models: list[Made], video: Path, tmp_path: Path) -> None:
     models[0].promote(ModelCache(tmp_path / "registry"))
     content = video.read_bytes()
 
-    async def story():
+    async def story() -> None:
         async with running(tmp_path, max_files=2, max_bytes=len(content) + 100) as (client, context):
             await until(ready(client))
             assert (await send(client, video)).status_code == 200
@@ -170,11 +179,13 @@ def test_files_and_bytes_of_a_call_are_bounded(models, video, tmp_path):
     asyncio.run(story())
 
 
-def test_a_failure_of_the_server_fails_the_whole_call(models, video, tmp_path, monkeypatch):
+def test_a_failure_of_the_server_fails_the_whole_call(
+    models: list[Made], video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     models[0].promote(ModelCache(tmp_path / "registry"))
     content = video.read_bytes()
 
-    async def story():
+    async def story() -> None:
         async with running(tmp_path) as (client, context):
             await until(ready(client))
             monkeypatch.setattr(context.batcher, "answer", None)
@@ -188,14 +199,14 @@ def test_a_failure_of_the_server_fails_the_whole_call(models, video, tmp_path, m
 # -- the timeline --
 
 
-def test_a_long_video_has_a_timeline(models, video, tmp_path):
+def test_a_long_video_has_a_timeline(models: list[Made], video: Path, tmp_path: Path) -> None:
     registry = ModelCache(tmp_path / "registry")
     windows = replace(SPEC, sampling="window", window_seconds=0.5, max_clips=3)
     models[0].put(registry, replace(models[0].recipe, clip=windows))
     registry.remember(models[0].champion)
     short = make_video(tmp_path / "short.mp4", frames=6, fps=12)
 
-    async def story():
+    async def story() -> None:
         async with running(tmp_path) as (client, _):
             await until(ready(client))
             body = (await send(client, video)).json()  # 24 frames at 12 a second
@@ -215,10 +226,10 @@ def test_a_long_video_has_a_timeline(models, video, tmp_path):
     asyncio.run(story())
 
 
-def test_one_clip_has_a_timeline_on_request(models, video, tmp_path):
+def test_one_clip_has_a_timeline_on_request(models: list[Made], video: Path, tmp_path: Path) -> None:
     models[0].promote(ModelCache(tmp_path / "registry"))
 
-    async def story():
+    async def story() -> None:
         async with running(tmp_path) as (client, _):
             await until(ready(client))
             asked = await client.post("/v1/predict?timeline=1", files=_files(("v", video.read_bytes())))

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,7 @@ def sora(api: Standing) -> Iterator[Client]:
         yield client
 
 
-def test_an_answer(sora, video):
+def test_an_answer(sora: Client, video: Path) -> None:
     assert sora.ready()
     answer = sora.predict(video)
     assert isinstance(answer, Answer) and answer.version == 1 and answer.data_version == "data1"
@@ -43,10 +44,14 @@ def test_an_answer(sora, video):
     assert answer.label == max(answer.probabilities, key=answer.probabilities.__getitem__)
     assert answer.timeline == () and answer.span is None and answer.labels is None
     timeline = sora.predict(str(video), timeline=True)
-    assert timeline.timeline[0].label == answer.label and timeline.span.end == timeline.timeline[0].end == 2.0
+    assert (
+        timeline.timeline[0].label == answer.label
+        and timeline.span
+        and timeline.span.end == timeline.timeline[0].end == 2.0
+    )
 
 
-def test_open_files(sora, video):
+def test_open_files(sora: Client, video: Path) -> None:
     expected = sora.predict(video).label
     with video.open("rb") as stream:
         stream.seek(100)  # sent from its beginning all the same
@@ -57,13 +62,13 @@ def test_open_files(sora, video):
         assert sora.predict(pipe).label == expected
 
 
-def test_the_model(sora):
+def test_the_model(sora: Client) -> None:
     model = sora.model()
     assert model.version == 1 and model.classes == CLASSES and model.metrics == {"test/accuracy": 0.5}
     assert model.limits["files"] == 4 and model.following["registry"] == "ok" and model.multilabel is False
 
 
-def test_refusals_carry_the_problem_document(sora, tmp_path):
+def test_refusals_carry_the_problem_document(sora: Client, tmp_path: Path) -> None:
     text = tmp_path / "a.mp4"
     text.write_text("no video")
     with pytest.raises(ApiProblem) as refused:
@@ -79,11 +84,12 @@ def test_refusals_carry_the_problem_document(sora, tmp_path):
         sora.predict(tmp_path / "absent.mp4")
 
 
-def test_several(sora, video, tmp_path):
+def test_several(sora: Client, video: Path, tmp_path: Path) -> None:
     text = tmp_path / "a.mp4"
     text.write_text("no video")
     other = make_video(tmp_path / "other.mp4", seed=9)
     one, two, three = sora.predict_all([video, text, other])
+    assert isinstance(one, Answer) and isinstance(three, Answer)
     assert one == _but_seconds(sora.predict(video), one) and three.filename == "other.mp4"
     assert isinstance(two, ApiProblem) and two.kind == "not-a-video"
     assert sora.predict_all([]) == []
@@ -102,7 +108,7 @@ def _but_seconds(answer: Answer, other: Answer) -> Answer:
     return replace(answer, seconds=other.seconds, probabilities=other.probabilities)
 
 
-def test_a_token(api, video):
+def test_a_token(api: Standing, video: Path) -> None:
     file = TokenFile(api.folder / "tokens.json")
     token = file.add("program")
     try:
@@ -121,7 +127,7 @@ def test_a_token(api, video):
 class Told(BaseHTTPRequestHandler):
     """Answers as `script` says, a step a request: (status, headers, body), or None to hang up. The last one stays."""
 
-    script: list
+    script: list[Any]
     seen: list[tuple[float, int]]
 
     def do_POST(self) -> None:
@@ -160,7 +166,7 @@ def told(*script: object, port: int = 0) -> Iterator[tuple[str, type[Told]]]:
 class ThreadPool:
     """A thread for as long as the block, whose end is waited for."""
 
-    def __init__(self, work) -> None:
+    def __init__(self, work: Callable[[], None]) -> None:
         self._thread = threading.Thread(target=work)
 
     def __enter__(self) -> None:
@@ -175,11 +181,16 @@ def _fill(descriptor: int, data: bytes) -> None:
         pipe.write(data)
 
 
-BUSY = (429, {"Retry-After": "0", "Content-Type": "application/problem+json"}, b'{"detail": "busy", "fix": "wait"}')
-GOOD = (200, {}, json.dumps(ANSWER).encode())
+Step = tuple[int, dict[str, str], bytes]
+BUSY: Step = (
+    429,
+    {"Retry-After": "0", "Content-Type": "application/problem+json"},
+    b'{"detail": "busy", "fix": "wait"}',
+)
+GOOD: Step = (200, {}, json.dumps(ANSWER).encode())
 
 
-def test_a_busy_server_is_asked_again_with_the_whole_file(tmp_path):
+def test_a_busy_server_is_asked_again_with_the_whole_file(tmp_path: Path) -> None:
     file = tmp_path / "x.bin"
     file.write_bytes(os.urandom(200_000))
     with told(BUSY, (503, {}, b"<html>"), None, GOOD) as (address, server), Client(address) as client:
@@ -191,20 +202,20 @@ def test_a_busy_server_is_asked_again_with_the_whole_file(tmp_path):
 @pytest.mark.parametrize("word", ["fix", "mend"])
 def test_the_fix_of_this_server_and_of_an_older_one(word: str) -> None:
     """Servers called it `mend` before; the client reads both."""
-    refused = (422, {}, json.dumps({"detail": "no video", word: "send a video"}).encode())
+    refused: Step = (422, {}, json.dumps({"detail": "no video", word: "send a video"}).encode())
     with told(refused) as (address, _), Client(address) as client, pytest.raises(ApiProblem) as problem:
         client.predict(io.BytesIO(b"x"))
     assert problem.value.fix == "send a video"
 
 
 @pytest.mark.parametrize("labels", [["a", "b"], []])
-def test_several_labels_of_one_answer(labels):
-    answer = (200, {}, json.dumps({**ANSWER, "labels": labels}).encode())
+def test_several_labels_of_one_answer(labels: list[str]) -> None:
+    answer: Step = (200, {}, json.dumps({**ANSWER, "labels": labels}).encode())
     with told(answer) as (address, _), Client(address) as client:
         assert client.predict(io.BytesIO(b"video")).labels == tuple(labels)
 
 
-def test_it_waits_as_long_as_the_server_asks():
+def test_it_waits_as_long_as_the_server_asks() -> None:
     patient = (503, {"Retry-After": "1"}, b"{}")
     with told(patient, GOOD) as (address, server), Client(address) as client:
         client.predict(io.BytesIO(b"x"))
@@ -212,7 +223,7 @@ def test_it_waits_as_long_as_the_server_asks():
     assert second - first >= 1
 
 
-def test_it_does_not_wait_for_ever():
+def test_it_does_not_wait_for_ever() -> None:
     with told((503, {"Retry-After": "3600"}, b"{}")) as (address, server), Client(address) as client:
         with pytest.raises(ApiProblem):
             client.predict(io.BytesIO(b"x"))
@@ -224,14 +235,14 @@ def test_it_does_not_wait_for_ever():
 
 
 @pytest.mark.parametrize("status", [400, 401, 413, 422, 500, 502, 504, 507])
-def test_what_a_second_attempt_would_not_change_is_said_at_once(status):
+def test_what_a_second_attempt_would_not_change_is_said_at_once(status: int) -> None:
     with told((status, {"Retry-After": "0"}, b"a proxy's page")) as (address, server), Client(address) as client:
         with pytest.raises(ApiProblem, match="a proxy's page") as failed:
             client.predict(io.BytesIO(b"x"))
         assert len(server.seen) == 1 and failed.value.status == status
 
 
-def test_nobody_there_and_then_somebody():
+def test_nobody_there_and_then_somebody() -> None:
     port = free_port()
     with Client(f"http://127.0.0.1:{port}", retries=0) as client:
         assert not client.ready()
@@ -247,7 +258,7 @@ def test_nobody_there_and_then_somebody():
     assert found[0].version == 3
 
 
-def test_a_stream_that_is_gone_is_not_sent_again():
+def test_a_stream_that_is_gone_is_not_sent_again() -> None:
     read, write = os.pipe()
     with told(None) as (address, server), Client(address) as client, os.fdopen(read, "rb") as pipe:
         _fill(write, b"x" * 1000)
@@ -257,12 +268,12 @@ def test_a_stream_that_is_gone_is_not_sent_again():
 
 
 @pytest.mark.parametrize("address", ["localhost:8000", "ftp://x", "", "http://"])
-def test_addresses_that_are_none(address):
+def test_addresses_that_are_none(address: str) -> None:
     with pytest.raises(InputError):
         Client(address)
 
 
-def test_it_imports_nothing_heavy():
+def test_it_imports_nothing_heavy() -> None:
     code = (
         "import sys, sora.client\n"
         "heavy = {'numpy', 'pandas', 'fastapi', 'starlette', 'pydantic', 'yaml', 'tensorflow', 'keras', 'mlflow'}\n"

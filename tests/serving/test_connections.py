@@ -7,11 +7,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 
 from sora.serving.connections import peer_of
 from sora.serving.source import ModelCache
+from tests.serving.conftest import Made
 from tests.serving.standing import Standing, standing
 
 HALF = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "
@@ -20,7 +22,7 @@ HEADER_TIMEOUT = 3
 
 
 @pytest.fixture(scope="module")
-def server(models, tmp_path_factory) -> Iterator[Standing]:
+def server(models: list[Made], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standing]:
     folder = tmp_path_factory.mktemp("connections")
     models[0].promote(ModelCache(folder / "registry"))
     with standing(folder, poll_seconds=0.1, header_timeout=HEADER_TIMEOUT, upload_timeout=5) as it:
@@ -69,7 +71,7 @@ def statuses(server: Standing, seconds: float) -> set[int]:
     return found
 
 
-def test_530_half_headers_take_nothing_from_others(server, video):
+def test_530_half_headers_take_nothing_from_others(server: Standing, video: Path) -> None:
     """Row 5 of the review: they got 503 for 40 s."""
     with half_open(server, 530):
         assert statuses(server, 1) == {200}
@@ -78,7 +80,7 @@ def test_530_half_headers_take_nothing_from_others(server, video):
     assert closed(server, "peer") >= 530 - 128 and closed(server, "headers") > 0
 
 
-def test_530_half_headers_of_many_peers_take_nothing_either(server, video):
+def test_530_half_headers_of_many_peers_take_nothing_either(server: Standing, video: Path) -> None:
     """Each below the bound of a peer, together above the bound of all."""
     before = closed(server, "all")
     with ExitStack() as stack:
@@ -89,7 +91,7 @@ def test_530_half_headers_of_many_peers_take_nothing_either(server, video):
     assert closed(server, "all") > before
 
 
-def test_headers_that_drip_are_answered_408_in_time(server):
+def test_headers_that_drip_are_answered_408_in_time(server: Standing) -> None:
     with connect(server, HALF) as dripping:
         start = time.monotonic()
         answer = b""
@@ -104,7 +106,7 @@ def test_headers_that_drip_are_answered_408_in_time(server):
         assert answer.startswith(b"HTTP/1.1 408 ") and HEADER_TIMEOUT - 1 < time.monotonic() - start < 10
 
 
-def test_a_second_request_is_timed_like_the_first(server):
+def test_a_second_request_is_timed_like_the_first(server: Standing) -> None:
     """uvicorn's own timeout for idle connections ends with the first byte of another request."""
     with connect(server, WHOLE) as kept:
         assert read(kept).startswith(b"HTTP/1.1 200")
@@ -114,13 +116,13 @@ def test_a_second_request_is_timed_like_the_first(server):
         assert time.monotonic() - start < 8
 
 
-def test_a_connection_that_says_nothing_is_closed(server):
+def test_a_connection_that_says_nothing_is_closed(server: Standing) -> None:
     with connect(server) as silent:
         start = time.monotonic()
         assert silent.recv(4096) == b"" and time.monotonic() - start < 8
 
 
-def test_a_slow_client_with_whole_requests_keeps_its_connection(server):
+def test_a_slow_client_with_whole_requests_keeps_its_connection(server: Standing) -> None:
     with connect(server) as slow:
         for _ in range(4):
             slow.sendall(WHOLE[:20])
@@ -129,7 +131,7 @@ def test_a_slow_client_with_whole_requests_keeps_its_connection(server):
             assert read(slow).startswith(b"HTTP/1.1 200")
 
 
-def test_a_body_that_nobody_reads_has_an_end_too(server):
+def test_a_body_that_nobody_reads_has_an_end_too(server: Standing) -> None:
     """The answer is out before the body has come: dripping on would keep the connection for good."""
     head = b"POST /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n\r\n"
     with connect(server, head) as dripping:
@@ -142,7 +144,7 @@ def test_a_body_that_nobody_reads_has_an_end_too(server):
         assert 3 < time.monotonic() - start < 15
 
 
-def test_a_slow_upload_is_ended_and_frees_its_place(server):
+def test_a_slow_upload_is_ended_and_frees_its_place(server: Standing) -> None:
     head = (
         b"POST /v1/predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n"
         b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
@@ -151,7 +153,7 @@ def test_a_slow_upload_is_ended_and_frees_its_place(server):
         assert read(slow).startswith(b"HTTP/1.1 408")  # serve.upload_timeout
 
 
-def test_many_clients_at_once_are_all_answered(server):
+def test_many_clients_at_once_are_all_answered(server: Standing) -> None:
     """More than a peer's places, one after the other and together: requests are never closed for others."""
     found: list[int] = []
 
@@ -167,13 +169,13 @@ def test_many_clients_at_once_are_all_answered(server):
     assert found == [200] * 300
 
 
-def test_a_websocket_is_no_way_around_the_count(server):
+def test_a_websocket_is_no_way_around_the_count(server: Standing) -> None:
     upgrade = WHOLE[:-2] + b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
     with connect(server, upgrade + b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n") as asking:
         assert read(asking).startswith(b"HTTP/1.1 200")
 
 
-def test_who_is_one_peer():
+def test_who_is_one_peer() -> None:
     assert peer_of("192.0.2.1") == peer_of("::ffff:192.0.2.1") == "192.0.2.1"
     assert peer_of("2001:db8::1") == peer_of("2001:db8::ffff") != peer_of("2001:db8:0:1::1")
     assert peer_of("::1") == "::1" and peer_of("fe80::1%eth0") == peer_of("fe80::2") and peer_of("") == ""

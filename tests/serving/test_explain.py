@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import threading
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import cv2
 import httpx
@@ -24,9 +26,10 @@ from sora.model import attribution, classifier
 from sora.runtime.predictor import Predictor
 from sora.serving.app import create_app
 from sora.serving.batcher import Batcher
+from sora.serving.context import Context
 from sora.serving.explain import GRID, _coarse, weighed
 from sora.serving.source import ModelCache
-from tests.serving.conftest import CLASSES
+from tests.serving.conftest import CLASSES, Made
 
 SEEN = ClipSpec(frames=8, height=32, width=32)
 BLOB, SHOWN = 8, 3  # pixels of its side, frames that it is seen in
@@ -71,7 +74,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
     return saved(model, tmp_path_factory.mktemp("trained") / "model.keras", ("nothing", "square"))
 
 
-def test_it_points_at_what_decides(trained):
+def test_it_points_at_what_decides(trained: Predictor) -> None:
     """The pointing game (Zhang et al. 2016) on held-out clips: is the hottest place on the square?"""
     attribute = trained.attribution()
     hits, moments = [], []
@@ -90,7 +93,7 @@ def test_it_points_at_what_decides(trained):
     assert np.mean(moments) >= 1.3  # the frames that show it weigh more than their number
 
 
-def test_it_depends_on_the_weights(trained, tmp_path):
+def test_it_depends_on_the_weights(trained: Predictor, tmp_path: Path) -> None:
     """Adebayo et al. 2018, "Sanity Checks for Saliency Maps": other weights, another map."""
     clips = [planted(seed, True)[0] for seed in range(1000, 1006)]
     for layers in (("logits",), ("embedding", "logits"), ("low", "high", "embedding", "logits")):
@@ -113,7 +116,7 @@ def _file_of(predictor: Predictor, folder: Path) -> Path:
     return file
 
 
-def test_the_two_parts_are_the_model(trained):
+def test_the_two_parts_are_the_model(trained: Predictor) -> None:
     clip = planted(7, True)[0]
     parts = attribution.split(trained._model)
     maps = parts.maps(clip[None])
@@ -125,7 +128,7 @@ def test_the_two_parts_are_the_model(trained):
 
 
 @pytest.mark.parametrize("options", [{"lateral": True}, {"streams": "low"}], ids=str)
-def test_every_structure_with_all_frames_is_its_two_parts(options):
+def test_every_structure_with_all_frames_is_its_two_parts(options: dict[str, Any]) -> None:
     model = classifier.build(Model(key_frames=2, **options), ClipSpec(frames=4, height=32, width=32), 2)
     clip = np.random.default_rng(0).integers(0, 256, (1, 4, 32, 32, 3), np.uint8)
     parts = attribution.split(model)
@@ -136,13 +139,13 @@ def test_every_structure_with_all_frames_is_its_two_parts(options):
     assert np.asarray(attribution.evidence(maps, gradients, parts.key_frames)).shape[0] == 4
 
 
-def test_a_model_of_key_frames_alone_has_no_moments():
+def test_a_model_of_key_frames_alone_has_no_moments() -> None:
     model = classifier.build(Model(streams="high", key_frames=2), ClipSpec(frames=4, height=32, width=32), 2)
     with pytest.raises(ServiceError, match="no network that sees every frame"):
         attribution.split(model)
 
 
-def test_evidence_adds_up():
+def test_evidence_adds_up() -> None:
     """Summed over frames, the mean over the picture is gradient times feature, of all levels and both networks."""
     rng = np.random.default_rng(0)
     shapes = [(8, 8, 8, 5), (8, 4, 4, 6), (3, 8, 8, 4)]
@@ -155,18 +158,18 @@ def test_evidence_adds_up():
     assert attribution.part_lengths(8, 3) == [2, 3, 3]
 
 
-def test_a_model_of_other_parts_is_refused():
+def test_a_model_of_other_parts_is_refused() -> None:
     inputs = keras.Input((4, 8, 8, 3))
     with pytest.raises(ServiceError, match="no network that sees every frame"):
         attribution.split(keras.Model(inputs, keras.layers.Flatten()(inputs)))
 
 
-def test_nothing_speaks_for_it():
+def test_nothing_speaks_for_it() -> None:
     heat, weights = weighed(np.full((4, 2, 2), -1.0))
     assert not heat.any() and not weights.any()
 
 
-def test_coarse_maps_keep_the_mean():
+def test_coarse_maps_keep_the_mean() -> None:
     heat = np.random.default_rng(0).random((2, 33, 16))
     coarse = _coarse(heat)
     assert coarse.shape == (2, 11, 16) and max(coarse.shape[1:]) <= GRID
@@ -177,10 +180,10 @@ def test_coarse_maps_keep_the_mean():
 
 
 @asynccontextmanager
-async def running(folder: Path, **settings):
+async def running(folder: Path, **settings: Any) -> AsyncIterator[tuple[httpx.AsyncClient, Context]]:
     options = {"poll_seconds": 0.05, "decode_workers": 1, **settings}
     app = create_app(Serve(**options), ModelCache(folder / "registry"), ModelCache(folder / "cache"))
-    context = app.state.context
+    context: Context = app.state.context
     transport = httpx.ASGITransport(app)
     async with (
         context.running(),
@@ -189,20 +192,20 @@ async def running(folder: Path, **settings):
         yield client, context
 
 
-async def _ready(client):
+async def _ready(client: httpx.AsyncClient) -> None:
     async with asyncio.timeout(60):
         while (await client.get("/readyz")).status_code != 200:
             await asyncio.sleep(0.02)
 
 
-def _sent(video: Path, **fields: str):
+def _sent(video: Path, **fields: str) -> dict[str, Any]:
     return {"files": {"file": (video.name, video.read_bytes())}, "data": fields}
 
 
-def test_the_route(models, video, tmp_path):
+def test_the_route(models: list[Made], video: Path, tmp_path: Path) -> None:
     models[0].promote(ModelCache(tmp_path / "registry"))
 
-    async def story():
+    async def story() -> None:
         async with running(tmp_path) as (client, context):
             assert (await client.post("/v1/explain", **_sent(video))).status_code in (200, 503)
             await _ready(client)
@@ -218,7 +221,8 @@ def test_the_route(models, video, tmp_path):
             heat = np.array(body["heat"])
             assert heat.shape[0] == 4 and heat.min() >= 0 and heat.max() <= 1
             png = base64.b64decode(body["strip"], validate=True)
-            assert cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR).shape[0] > 64
+            picture = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
+            assert picture is not None and picture.shape[0] > 64
             assert "Grad-CAM" in body["method"] and set(body["seconds"]) >= {"decode", "model", "explain"}
 
             other = next(name for name in CLASSES if name != body["label"])
@@ -242,7 +246,7 @@ def test_the_route(models, video, tmp_path):
     asyncio.run(story())
 
 
-def test_explanations_take_turns_with_predictions():
+def test_explanations_take_turns_with_predictions() -> None:
     """However many wait, the batch that waits is next."""
     order: list[str] = []
     gate = threading.Event()
@@ -251,19 +255,19 @@ def test_explanations_take_turns_with_predictions():
         def __init__(self) -> None:
             pass
 
-        def probabilities(self, clips):
+        def probabilities(self, clips: np.ndarray) -> np.ndarray:
             order.append("batch")
             return np.ones((len(clips), 3))
 
-    def first():
+    def first() -> None:
         gate.wait(30)
         order.append("first")
 
-    async def story():
+    async def story() -> None:
         batcher = Batcher()
         await batcher.start()
         try:
-            tasks = [asyncio.create_task(batcher.between(first))]
+            tasks: list[asyncio.Task[Any]] = [asyncio.create_task(batcher.between(first))]
             tasks += [asyncio.create_task(batcher.between(lambda: order.append("more"))) for _ in range(3)]
             await asyncio.sleep(0.05)
             tasks.append(asyncio.create_task(batcher.answer(Quick(), np.zeros((1, 4, 8, 8, 3), np.uint8))))
@@ -277,10 +281,10 @@ def test_explanations_take_turns_with_predictions():
     assert order == ["first", "batch", "more", "more", "more"]
 
 
-def test_beyond_the_queue_is_429(models, video, tmp_path):
+def test_beyond_the_queue_is_429(models: list[Made], video: Path, tmp_path: Path) -> None:
     models[0].promote(ModelCache(tmp_path / "registry"))
 
-    async def story():
+    async def story() -> None:
         async with running(tmp_path, queue=1) as (client, context):
             await _ready(client)
             context.active = 1
@@ -292,7 +296,7 @@ def test_beyond_the_queue_is_429(models, video, tmp_path):
     asyncio.run(story())
 
 
-def test_the_clip_that_speaks_most_is_explained(models, tmp_path):
+def test_the_clip_that_speaks_most_is_explained(models: list[Made], tmp_path: Path) -> None:
     """Of several clips of a long video, the one most probably of the class."""
     from tests.videos import make_video
 
@@ -302,7 +306,7 @@ def test_the_clip_that_speaks_most_is_explained(models, tmp_path):
     ModelCache(tmp_path / "registry").remember(made.champion)
     long = make_video(tmp_path / "long.mp4", frames=48)
 
-    async def story():
+    async def story() -> None:
         async with running(tmp_path) as (client, _):
             await _ready(client)
             body = (await client.post("/v1/explain", **_sent(long))).json()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -14,6 +15,8 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
+from tests.serving.standing import Standing
+
 # The server does real work for each example, beside whatever else this machine does.
 RUN = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 HEADER = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60).map(str.strip)
@@ -21,8 +24,9 @@ WORD = st.text(max_size=20)
 
 
 @pytest.fixture(scope="session")
-def document(api) -> dict[str, Any]:
-    return api.client.get("/openapi.json").json()
+def document(api: Standing) -> dict[str, Any]:
+    found: dict[str, Any] = api.client.get("/openapi.json").json()
+    return found
 
 
 def _check(document: dict[str, Any], operation: dict[str, Any], answer: httpx.Response) -> None:
@@ -38,7 +42,7 @@ def _check(document: dict[str, Any], operation: dict[str, Any], answer: httpx.Re
     assert answer.headers["x-request-id"] and answer.headers["x-content-type-options"] == "nosniff"
 
 
-def test_the_document_is_a_schema(document):
+def test_the_document_is_a_schema(document: dict[str, Any]) -> None:
     for path in document["paths"].values():
         for operation in path.values():
             for described in operation["responses"].values():
@@ -50,7 +54,7 @@ def test_the_document_is_a_schema(document):
 
 @settings(RUN, max_examples=100)
 @given(data=st.data())
-def test_asking(api, document, data):
+def test_asking(api: Standing, document: dict[str, Any], data: st.DataObject) -> None:
     reading = [(path, each["get"]) for path, each in document["paths"].items() if "get" in each]
     path, operation = data.draw(st.sampled_from(reading))
     query = data.draw(st.dictionaries(WORD, WORD, max_size=3))
@@ -104,7 +108,7 @@ def _flipped(content: bytes, places: list[tuple[int, int]]) -> bytes:
 
 @settings(RUN, max_examples=150)
 @given(data=st.data())
-def test_predicting(api, document, video, data):
+def test_predicting(api: Standing, document: dict[str, Any], video: Path, data: st.DataObject) -> None:
     body, kind = data.draw(bodies(video.read_bytes()))
     timeline = data.draw(st.sampled_from([None, None, None, "1", "1", "0", "true", "x", ""]))
     answer = api.client.post(
@@ -122,7 +126,7 @@ def test_predicting(api, document, video, data):
 
 @settings(RUN, max_examples=60)
 @given(method=st.sampled_from(["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", "X"]), path=WORD)
-def test_other_methods_and_addresses(api, document, method, path):
+def test_other_methods_and_addresses(api: Standing, document: dict[str, Any], method: str, path: str) -> None:
     for each in (*document["paths"], "/v1/" + quote(path, safe="")):
         if method.lower() in document["paths"].get(each, {}):
             continue
@@ -137,7 +141,7 @@ def test_other_methods_and_addresses(api, document, method, path):
 @given(
     sent=st.one_of(st.binary(max_size=300), st.binary(max_size=200).map(lambda b: b"POST /v1/predict HTTP/1.1\r\n" + b))
 )
-def test_what_is_no_http(api, sent):
+def test_what_is_no_http(api: Standing, sent: bytes) -> None:
     with socket.create_connection(("127.0.0.1", api.port), timeout=10) as line:
         line.sendall(sent + b"\r\n\r\n")
         line.shutdown(socket.SHUT_WR)
@@ -149,7 +153,7 @@ def test_what_is_no_http(api, sent):
     assert api.client.get("/healthz").status_code == 200
 
 
-def test_nothing_is_left_of_it(api):
+def test_nothing_is_left_of_it(api: Standing) -> None:
     api.until(lambda: not api.leftovers(), 10)
     text = api.client.get("/metrics").text
     assert 'status="500"' not in text

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,11 +17,13 @@ from sora.config import Project, Serve
 from sora.core.errors import ServiceError
 from sora.core.records import ModelVersion
 from sora.dataset.corrections import Inbox
+from sora.registry import ChampionRef
 from sora.serving import card as card_module
 from sora.serving.app import create_app
+from sora.serving.context import Context
 from sora.serving.source import ModelCache
 from sora.serving.tokens import TokenFile, Tokens
-from tests.serving.conftest import CLASSES
+from tests.serving.conftest import CLASSES, Made
 from tests.videos import make_video
 
 SAID = {"label": "sit", "predicted": "jump", "version": "1"}
@@ -33,7 +37,9 @@ def project(tmp_path: Path) -> Project:
 
 
 @asynccontextmanager
-async def running(project: Project, models, *, tokens=(), files: int = 5, **settings):
+async def running(
+    project: Project, models: list[Made], *, tokens: Sequence[str] | Tokens = (), files: int = 5, **settings: Any
+) -> AsyncIterator[tuple[httpx.AsyncClient, Context]]:
     folder = project.root.parent
     models[0].promote(ModelCache(folder / "registry"))
     app = create_app(
@@ -54,13 +60,13 @@ async def running(project: Project, models, *, tokens=(), files: int = 5, **sett
         yield client, app.state.context
 
 
-async def correct(client, video: Path, **fields):
+async def correct(client: httpx.AsyncClient, video: Path, **fields: str) -> httpx.Response:
     files = {"file": (video.name, video.read_bytes())}
     return await client.post("/v1/corrections", files=files, data={**SAID, **fields})
 
 
-def test_a_correction_from_sending_to_data(project, models, video):
-    async def story():
+def test_a_correction_from_sending_to_data(project: Project, models: list[Made], video: Path) -> None:
+    async def story() -> None:
         async with running(project, models) as (client, context):
             answer = await correct(client, video)
             assert answer.status_code == 201, answer.text
@@ -85,10 +91,10 @@ def test_a_correction_from_sending_to_data(project, models, video):
     asyncio.run(story())
 
 
-def test_rejecting_and_the_quota(project, models, video, tmp_path):
+def test_rejecting_and_the_quota(project: Project, models: list[Made], video: Path, tmp_path: Path) -> None:
     other = make_video(tmp_path / "other.mp4", seed=5)
 
-    async def story():
+    async def story() -> None:
         async with running(project, models, files=1) as (client, _):
             entry = (await correct(client, video)).json()
             full = await correct(client, other)
@@ -99,11 +105,11 @@ def test_rejecting_and_the_quota(project, models, video, tmp_path):
     asyncio.run(story())
 
 
-def test_what_is_no_correction_is_not_stored(project, models, video, tmp_path):
+def test_what_is_no_correction_is_not_stored(project: Project, models: list[Made], video: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.mp4"
     text.write_text("no video", encoding="utf-8")
 
-    async def story():
+    async def story() -> None:
         async with running(project, models) as (client, _):
             for fields in (
                 {"label": "swim"}, {"predicted": "swim"}, {"label": ""}, {"version": "one"}, {"version": "0"},
@@ -115,7 +121,11 @@ def test_what_is_no_correction_is_not_stored(project, models, video, tmp_path):
             assert (await client.post("/v1/corrections", files=files, data={"label": "sit"})).status_code == 422
             assert (await client.post("/v1/corrections", data=SAID)).status_code == 415  # no multipart without a file
             assert (await client.post("/v1/corrections", files={**files, "label": ("x", b"sit")})).status_code == 400
-            twice = [("label", (None, "sit")), ("label", (None, "sit")), ("file", files["file"])]
+            twice: list[tuple[str, tuple[str | None, str | bytes]]] = [
+                ("label", (None, "sit")),
+                ("label", (None, "sit")),
+                ("file", files["file"]),
+            ]
             assert (await client.post("/v1/corrections", files=twice)).status_code == 400
             assert (await correct(client, text)).status_code == 422
             assert (await client.get("/v1/corrections")).json()["entries"] == []
@@ -125,8 +135,8 @@ def test_what_is_no_correction_is_not_stored(project, models, video, tmp_path):
 
 
 @pytest.mark.parametrize("ident", ["..%2f..%2fparams.yaml", "%2e%2e", "x", "0" * 64, "*"])
-def test_an_id_is_never_a_path(project, models, ident):
-    async def story():
+def test_an_id_is_never_a_path(project: Project, models: list[Made], ident: str) -> None:
+    async def story() -> None:
         async with running(project, models) as (client, _):
             for answer in (
                 await client.get(f"/v1/corrections/{ident}/video"),
@@ -138,10 +148,10 @@ def test_an_id_is_never_a_path(project, models, ident):
     asyncio.run(story())
 
 
-def test_review_needs_the_token_and_no_other_site(project, models, video):
+def test_review_needs_the_token_and_no_other_site(project: Project, models: list[Made], video: Path) -> None:
     token = "a-long-enough-token"
 
-    async def story():
+    async def story() -> None:
         async with running(project, models, tokens=(token,)) as (client, _):
             for answer in (
                 await client.get("/v1/corrections"),
@@ -160,19 +170,19 @@ def test_review_needs_the_token_and_no_other_site(project, models, video):
     asyncio.run(story())
 
 
-def test_the_card_says_what_was_decided(project, models, monkeypatch):
+def test_the_card_says_what_was_decided(project: Project, models: list[Made], monkeypatch: pytest.MonkeyPatch) -> None:
     decided = ModelVersion(1, ("champion",), {}, "data1", "2026-01-01T00:00:00+00:00", "promoted", ("first model",))
-    answers = iter([ServiceError("MLflow is away"), decided])
+    answers: Iterator[ServiceError | ModelVersion] = iter([ServiceError("MLflow is away"), decided])
     asked = []
 
-    def decision(self, champion):
+    def decision(self: object, champion: ChampionRef) -> ModelVersion:
         asked.append(champion.version)
         answer = next(answers)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    async def story():
+    async def story() -> None:
         async with running(project, models) as (client, _):
             card = (await client.get("/v1/card")).json()
             assert card["version"] == 1 and card["data_version"] == "data1"
@@ -190,12 +200,14 @@ def test_the_card_says_what_was_decided(project, models, monkeypatch):
     asyncio.run(story())
 
 
-def test_a_registry_that_hangs_does_not_hold_the_card(project, models, monkeypatch):
+def test_a_registry_that_hangs_does_not_hold_the_card(
+    project: Project, models: list[Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
     release = threading.Event()
     monkeypatch.setattr(card_module, "ASK_SECONDS", 0.1)
     monkeypatch.setattr(ModelCache, "decision", lambda self, champion: release.wait(60) and None)
 
-    async def story():
+    async def story() -> None:
         async with running(project, models) as (client, _):
             card = (await client.get("/v1/card")).json()
             assert card["version"] == 1 and "not answered" in card["problem"]
@@ -204,7 +216,7 @@ def test_a_registry_that_hangs_does_not_hold_the_card(project, models, monkeypat
     asyncio.run(story())
 
 
-def test_reviewing_is_a_right_of_its_own(project, models, video):
+def test_reviewing_is_a_right_of_its_own(project: Project, models: list[Made], video: Path) -> None:
     file = TokenFile(project.tokens)
     phone, boss = file.add("phone"), file.add("boss", review=True)
     old = json.loads(file.path.read_text())
@@ -212,14 +224,14 @@ def test_reviewing_is_a_right_of_its_own(project, models, video):
         del one["review"]
     given = "a-token-of-the-environment"
 
-    async def story():
+    async def story() -> None:
         async with running(project, models, tokens=Tokens([given], file)) as (client, _):
             client.headers["authorization"] = f"Bearer {phone}"
             entry = (await correct(client, video)).json()
             assert "sent_by" not in entry
             address = f"/v1/corrections/{entry['id']}"
 
-            async def asked():
+            async def asked() -> list[httpx.Response]:
                 return [
                     await client.get("/v1/corrections"),
                     await client.get(f"{address}/video"),
@@ -245,21 +257,21 @@ def test_reviewing_is_a_right_of_its_own(project, models, video):
     asyncio.run(story())
 
 
-def test_a_source_that_is_refused_often_is_named(project, models, tmp_path):
+def test_a_source_that_is_refused_often_is_named(project: Project, models: list[Made], tmp_path: Path) -> None:
     file = TokenFile(project.tokens)
     tokens = {name: file.add(name, review=name == "boss") for name in ("phone", "camera", "boss")}
     clips = [make_video(tmp_path / f"{seed}.mp4", seed=seed) for seed in range(20, 25)]
 
-    async def story():
+    async def story() -> None:
         async with running(project, models, tokens=Tokens((), file)) as (client, _):
 
-            async def act(who, verb="", **query):
+            async def act(who: str, verb: str = "", **query: str) -> httpx.Response:
                 client.headers["authorization"] = f"Bearer {tokens[who]}"
                 return await client.post(f"/v1/corrections/{verb}", params=query)
 
-            async def sent(who, clip, **fields):
+            async def sent(who: str, clip: Path, **fields: str) -> str:
                 client.headers["authorization"] = f"Bearer {tokens[who]}"
-                return (await correct(client, clip, **fields)).json()["id"]
+                return str((await correct(client, clip, **fields)).json()["id"])
 
             one = await sent("phone", clips[0])
             assert (await act("boss", f"{one}/reject")).status_code == 200
@@ -281,8 +293,8 @@ def test_a_source_that_is_refused_often_is_named(project, models, tmp_path):
     asyncio.run(story())
 
 
-def test_without_tokens_a_source_is_an_address(project, models, video):
-    async def story():
+def test_without_tokens_a_source_is_an_address(project: Project, models: list[Made], video: Path) -> None:
+    async def story() -> None:
         async with running(project, models) as (client, _):
             await correct(client, video)
             (waiting,) = (await client.get("/v1/corrections")).json()["entries"]
@@ -318,8 +330,10 @@ OWN = "http://127.0.0.1:8000"
         ({"host": "127.0.0.1:9", "origin": "https://sora.example"}, 201),  # serve.origins
     ],
 )
-def test_only_the_own_page_and_programs_change_anything(project, models, video, sent, status):
-    async def story():
+def test_only_the_own_page_and_programs_change_anything(
+    project: Project, models: list[Made], video: Path, sent: dict[str, str], status: int
+) -> None:
+    async def story() -> None:
         async with running(project, models, origins=("https://sora.example",)) as (client, _):
             client.headers.update({"host": "127.0.0.1:8000", **sent})
             assert (await client.get("/v1/model")).status_code == 200  # reading is the browser's business
@@ -336,8 +350,8 @@ def test_only_the_own_page_and_programs_change_anything(project, models, video, 
     asyncio.run(story())
 
 
-def test_two_origins_are_none(project, models, video):
-    async def story():
+def test_two_origins_are_none(project: Project, models: list[Made], video: Path) -> None:
+    async def story() -> None:
         async with running(project, models) as (client, _):
             headers = [("host", "127.0.0.1:8000"), ("origin", OWN), ("origin", "https://evil.example")]
             answer = await client.post("/v1/corrections", headers=headers)

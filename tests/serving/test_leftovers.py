@@ -11,7 +11,8 @@ from pathlib import Path
 import httpx
 
 from sora.serving.source import ModelCache
-from tests.serving.standing import standing
+from tests.serving.conftest import Made
+from tests.serving.standing import Standing, standing
 from tests.videos import make_video
 
 
@@ -19,7 +20,7 @@ def folders(place: Path) -> list[Path]:
     return sorted(place.glob("sora-tmp-uploads-*"))
 
 
-def test_sigkill_during_a_prediction_leaves_nothing_after_the_next_start(models, tmp_path):
+def test_sigkill_during_a_prediction_leaves_nothing_after_the_next_start(models: list[Made], tmp_path: Path) -> None:
     models[0].promote(ModelCache(tmp_path / "registry"))
     long = make_video(tmp_path / "long.mp4", frames=3000, size=(320, 240))
     place = tmp_path / "tmp"
@@ -44,6 +45,6 @@ def test_sigkill_during_a_prediction_leaves_nothing_after_the_next_start(models,
     assert not folders(place)
 
 
-def _ask(server, video: Path) -> None:
+def _ask(server: Standing, video: Path) -> None:
     with suppress(httpx.HTTPError):
         server.send(video)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from sora.config import Project
 from sora.dataset.corrections import Inbox
 from sora.serving.source import ModelCache
 from tests.programs import needs
-from tests.serving.browser import chromium
-from tests.serving.conftest import CLASSES, make_model
-from tests.serving.standing import standing
+from tests.serving.browser import Browser, chromium
+from tests.serving.conftest import CLASSES, Made, make_model
+from tests.serving.standing import Standing, standing
 from tests.videos import make_video
 
 pytestmark = needs("chromium")
@@ -47,7 +48,7 @@ OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clie
 
 
 @pytest.fixture(scope="module")
-def server(models, tmp_path_factory):
+def server(models: list[Made], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standing]:
     folder = tmp_path_factory.mktemp("page")
     models[0].promote(ModelCache(folder / "registry"))
     project = folder / "project"
@@ -59,13 +60,13 @@ def server(models, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tab(tmp_path_factory):
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     with chromium(tmp_path_factory.mktemp("chromium")) as browser:
         yield browser
 
 
 @pytest.fixture
-def page(tab, server):
+def page(tab: Browser, server: Standing) -> Iterator[Browser]:
     """The page, opened anew, with an empty inbox and no answers yet."""
     inbox = _inbox(server)
     for entry in inbox.entries():
@@ -83,25 +84,26 @@ def page(tab, server):
     assert outside == ["about:blank"][: len(outside)]
 
 
-def _inbox(server) -> Inbox:
+def _inbox(server: Standing) -> Inbox:
     return Inbox(Project(server.folder / "project"), 100, 10**9)
 
 
-def _classify(page, video: Path) -> str:
+def _classify(page: Browser, video: Path) -> str:
     page.give_file("#file", video)
     page.until("!document.getElementById('send').disabled")
     page.js("document.getElementById('send').click()")
-    return page.until(ANSWERED)
+    answer: str = page.until(ANSWERED)
+    return answer
 
 
-def _press(page, text: str) -> None:
+def _press(page: Browser, text: str) -> None:
     """Clicks the first button with this text."""
     clicked = f"[...document.querySelectorAll('button')].find((b) => b.textContent === {text!r})"
     page.until(f"Boolean({clicked})")
     page.js(f"{clicked}.click()")
 
 
-def test_an_unsure_answer_says_so(page, server, models, video):
+def test_an_unsure_answer_says_so(page: Browser, server: Standing, models: list[Made], video: Path) -> None:
     registry = ModelCache(server.folder / "registry")
     models[1].put(registry, replace(models[1].recipe, unsure_below=1.5))
     registry.remember(models[1].champion)
@@ -116,7 +118,9 @@ def test_an_unsure_answer_says_so(page, server, models, video):
         server.until(lambda: server.client.get("/readyz").json()["version"] == 1)
 
 
-def test_several_labels_are_shown_and_corrected(page, server, models, video, tmp_path):
+def test_several_labels_are_shown_and_corrected(
+    page: Browser, server: Standing, models: list[Made], video: Path, tmp_path: Path
+) -> None:
     registry = ModelCache(server.folder / "registry")
     made = make_model(tmp_path, 3)  # other bytes: what the server has of a digest it does not fetch again
     made.put(registry, replace(made.recipe, schema=2, multilabel=True, golden=()))
@@ -148,7 +152,9 @@ def test_several_labels_are_shown_and_corrected(page, server, models, video, tmp
         server.until(lambda: server.client.get("/readyz").json()["version"] == 1)
 
 
-def test_upload_answer_heat_map_correction_and_review(page, server, video, tmp_path):
+def test_upload_answer_heat_map_correction_and_review(
+    page: Browser, server: Standing, video: Path, tmp_path: Path
+) -> None:
     expected = server.send(video).json()
     assert _classify(page, video) == expected["label"]
     shown = page.js("[...document.querySelectorAll('.bars li')].map((li) => li.innerText.split('\\n'))")
@@ -195,7 +201,7 @@ def test_upload_answer_heat_map_correction_and_review(page, server, video, tmp_p
     page.until("document.querySelectorAll('#history li').length === 2")
 
 
-def test_by_keyboard_alone(page, server, video):
+def test_by_keyboard_alone(page: Browser, server: Standing, video: Path) -> None:
     page.call("Page.setInterceptFileChooserDialog", enabled=True)
     try:
         page.tab_to("it.id === 'file'")
@@ -233,7 +239,7 @@ def test_by_keyboard_alone(page, server, video):
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [320, 390, 1100])
-def test_narrow_and_dark(page, video, width, dark):
+def test_narrow_and_dark(page: Browser, video: Path, width: int, dark: bool) -> None:
     page.look(width, 800, dark=dark, phone=width < 600)
     _classify(page, video)
     _press(page, "Show what decided")
@@ -252,7 +258,7 @@ def test_narrow_and_dark(page, video, width, dark):
     assert small >= 40  # pixels: for fingers
 
 
-def test_the_camera(page):
+def test_the_camera(page: Browser) -> None:
     """A made-up camera, a real recording, a real answer."""
     page.until("!document.getElementById('camera').hidden")
     _press(page, "Use the camera")
@@ -264,7 +270,7 @@ def test_the_camera(page):
     assert page.until(ANSWERED) in CLASSES
 
 
-def test_without_a_camera_there_is_no_button(page, server):
+def test_without_a_camera_there_is_no_button(page: Browser, server: Standing) -> None:
     script = page.call(
         "Page.addScriptToEvaluateOnNewDocument",
         source="Object.defineProperty(navigator, 'mediaDevices', {value: undefined})",
@@ -277,7 +283,7 @@ def test_without_a_camera_there_is_no_button(page, server):
         page.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script["identifier"])
 
 
-def test_what_goes_wrong_is_said(page, tmp_path):
+def test_what_goes_wrong_is_said(page: Browser, tmp_path: Path) -> None:
     text = tmp_path / "text.mp4"
     text.write_text("no video", encoding="utf-8")
     page.give_file("#file", text)
@@ -288,7 +294,7 @@ def test_what_goes_wrong_is_said(page, tmp_path):
     page.complaints[:] = [line for line in page.complaints if "422" not in line]  # the console lists the answer
 
 
-def test_the_timeline_of_a_longer_video(page, server):
+def test_the_timeline_of_a_longer_video(page: Browser, server: Standing) -> None:
     spans = [(0.0, 2.0, "jump"), (2.5, 4.5, "sit"), (5.0, 9.0, "sit")]
     answer = {
         "filename": "long.mp4", "label": "sit", "probabilities": {"sit": 0.6, "jump": 0.4}, "version": 1, "clips": 3,

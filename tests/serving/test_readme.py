@@ -12,6 +12,7 @@ import pytest
 
 from sora.serving.tokens import TokenFile
 from tests.programs import needs
+from tests.serving.standing import Standing
 from tests.videos import make_video
 
 ADDRESS = "http://127.0.0.1:8000"
@@ -30,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @needs("curl")
-def test_curl(api, repository, folder):
+def test_curl(api: Standing, repository: Path, folder: Path) -> None:
     file = TokenFile(api.folder / "tokens.json")
     token = file.add("readme")
     ran = 0
@@ -67,7 +68,7 @@ def test_curl(api, repository, folder):
     assert ran >= 6
 
 
-def test_python(api, repository, folder):
+def test_python(api: Standing, repository: Path, folder: Path) -> None:
     (block,) = _blocks(repository, "python", "sora.client")
     done = subprocess.run(
         [sys.executable, "-c", block.replace(ADDRESS, _address(api))], cwd=folder, capture_output=True, text=True,
@@ -77,5 +78,5 @@ def test_python(api, repository, folder):
     assert done.stdout.strip()
 
 
-def _address(api) -> str:
+def _address(api: Standing) -> str:
     return f"http://127.0.0.1:{api.port}"

@@ -15,12 +15,15 @@ from sora.core.processes import start_child
 from sora.serving.source import ModelCache
 from sora.serving.tokens import TokenFile
 from tests.programs import find, needs
+from tests.serving.conftest import Made
 from tests.serving.standing import Standing, free_port, standing
 
 HAPROXY = find("haproxy")
 
 
-def test_two_replicas_follow_one_champion_and_one_file_of_tokens(api, models, video):
+def test_two_replicas_follow_one_champion_and_one_file_of_tokens(
+    api: Standing, models: list[Made], video: Path
+) -> None:
     registry = ModelCache(api.folder / "registry")
     with standing(api.folder, poll_seconds=0.1) as other:
         other.until_ready()
@@ -55,7 +58,7 @@ def test_two_replicas_follow_one_champion_and_one_file_of_tokens(api, models, vi
     assert len(list((api.folder / "tmp").glob("sora-tmp-uploads-*"))) <= 1
 
 
-def test_a_stop_is_shown_before_it_is_done(models, video, tmp_path):
+def test_a_stop_is_shown_before_it_is_done(models: list[Made], video: Path, tmp_path: Path) -> None:
     models[0].promote(ModelCache(tmp_path / "registry"))
     with standing(tmp_path, poll_seconds=0.1, drain_seconds=60) as server:
         server.until_ready()
@@ -69,7 +72,9 @@ def test_a_stop_is_shown_before_it_is_done(models, video, tmp_path):
 
 
 @needs("haproxy")
-def test_behind_a_proxy_a_replica_can_stop_and_the_champion_move_and_no_call_fails(api, models, video, tmp_path):
+def test_behind_a_proxy_a_replica_can_stop_and_the_champion_move_and_no_call_fails(
+    api: Standing, models: list[Made], video: Path, tmp_path: Path
+) -> None:
     """The configuration of infra/ with this test's ports; callers ask without pause all the while."""
     registry = ModelCache(api.folder / "registry")
     before = _predictions(api)

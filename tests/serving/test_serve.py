@@ -9,8 +9,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import psutil
@@ -73,11 +74,13 @@ def promote(project: Project, version: int) -> None:
 
 
 @pytest.mark.slow
-def test_it_follows_the_champion_of_a_real_registry(models, video, tmp_path, capsys):
+def test_it_follows_the_champion_of_a_real_registry(
+    models: list[Made], video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "params.yaml").write_text("name: tested\nserve: {poll_seconds: 0.2}\n", encoding="utf-8")
     project = Project(tmp_path)
 
-    def serves(it: Standing, version: int):
+    def serves(it: Standing, version: int) -> Callable[[], bool]:
         return lambda: it.client.get("/readyz").json().get("version") == version
 
     with services.servers(project, prefect=False) as addresses:
@@ -127,7 +130,7 @@ def test_it_follows_the_champion_of_a_real_registry(models, video, tmp_path, cap
         assert it.client.get("/v1/model").json()["following"]["registry"] == "unreachable"
 
 
-def test_a_stop_while_the_model_loads_is_quick_and_clean(tmp_path):
+def test_a_stop_while_the_model_loads_is_quick_and_clean(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("name: tested\n", encoding="utf-8")
     with serving(Project(tmp_path), MLFLOW_TRACKING_URI="http://127.0.0.1:9") as it:
         it.until(lambda: it.client.get("/healthz").status_code == 200)
@@ -135,7 +138,7 @@ def test_a_stop_while_the_model_loads_is_quick_and_clean(tmp_path):
         assert it.process.wait(15) == 0, it.log()
 
 
-def test_strangers_need_a_token(tmp_path, monkeypatch):
+def test_strangers_need_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "params.yaml").write_text("name: tested\n", encoding="utf-8")
     monkeypatch.delenv("SORA_API_TOKEN", raising=False)
     for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
@@ -157,7 +160,7 @@ def test_strangers_need_a_token(tmp_path, monkeypatch):
         serve(Project(tmp_path), "0.0.0.0", 0)
 
 
-def test_loopback_in_all_its_spellings_needs_none(tmp_path, monkeypatch):
+def test_loopback_in_all_its_spellings_needs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 16 of the review: `--host ::1` asked for a token."""
     (tmp_path / "params.yaml").write_text("name: tested\n", encoding="utf-8")
     monkeypatch.delenv("SORA_API_TOKEN", raising=False)
@@ -176,7 +179,7 @@ def test_loopback_in_all_its_spellings_needs_none(tmp_path, monkeypatch):
         assert not names_this_machine(header)
 
 
-def test_it_serves_on_ipv6_loopback_and_prints_its_address_in_brackets(tmp_path):
+def test_it_serves_on_ipv6_loopback_and_prints_its_address_in_brackets(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("name: tested\n", encoding="utf-8")
     with serving(Project(tmp_path), "--host", "::1", MLFLOW_TRACKING_URI="http://127.0.0.1:9") as it:
         assert str(it.client.base_url).startswith("http://[::1]:")
@@ -184,7 +187,7 @@ def test_it_serves_on_ipv6_loopback_and_prints_its_address_in_brackets(tmp_path)
         assert it.client.get("/v1/model").status_code == 200
 
 
-def test_a_taken_port_says_so(tmp_path, monkeypatch):
+def test_a_taken_port_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 
     (tmp_path / "params.yaml").write_text("name: tested\n", encoding="utf-8")
@@ -195,7 +198,7 @@ def test_a_taken_port_says_so(tmp_path, monkeypatch):
             serve(Project(tmp_path), None, taken.getsockname()[1])
 
 
-def test_answers_do_not_wait_for_acknowledgements():
+def test_answers_do_not_wait_for_acknowledgements() -> None:
     """TCP_NODELAY on what is accepted: without it each answer took 40 ms more."""
     with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
         accepted, _ = listener.accept()
@@ -203,7 +206,7 @@ def test_answers_do_not_wait_for_acknowledgements():
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-def test_a_temporary_folder_that_can_not_be_written_is_an_error_and_no_traceback(tmp_path):
+def test_a_temporary_folder_that_can_not_be_written_is_an_error_and_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("name: tested\n", encoding="utf-8")
     code = (
         "import sys, tempfile\nfrom sora.cli import main\n"
@@ -220,7 +223,7 @@ def test_a_temporary_folder_that_can_not_be_written_is_an_error_and_no_traceback
     assert "can't write" in done.stderr and "absent" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_serve_and_up_agree_on_what_is_loopback(tmp_path, monkeypatch):
+def test_serve_and_up_agree_on_what_is_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in exposure._SECRETS:
         monkeypatch.delenv(name, raising=False)
     for host in ("127.0.0.1", "127.0.0.2", "::1", "localhost", "LOCALHOST"):

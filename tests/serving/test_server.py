@@ -9,21 +9,24 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
+from sora.core.records import Recipe
 from sora.serving.source import ModelCache
-from tests.serving.conftest import CLASSES, other_golden
+from tests.serving.conftest import CLASSES, Made, other_golden
 from tests.serving.standing import Standing, standing
 from tests.videos import make_video
 
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "max_bytes": 3_000_000,
     "max_seconds": 60,
     "decode_timeout": 20,
@@ -34,7 +37,7 @@ LIMITS = {
 
 
 @pytest.fixture(scope="module")
-def server(models, tmp_path_factory):
+def server(models: list[Made], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standing]:
     folder = tmp_path_factory.mktemp("server")
     models[0].promote(ModelCache(folder / "registry"))
     with standing(folder, **LIMITS) as it:
@@ -44,7 +47,7 @@ def server(models, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(server):
+def nothing_is_left(server: Standing) -> Iterator[None]:
     yield
     server.until(lambda: not server.leftovers(), 10)
 
@@ -53,16 +56,16 @@ def _decoders(server: Standing) -> list[psutil.Process]:
     return [child for child in psutil.Process(server.process.pid).children() if "sora.media.decoder" in child.cmdline()]
 
 
-def _problem(answer: httpx.Response, status: int) -> dict:
+def _problem(answer: httpx.Response, status: int) -> dict[str, Any]:
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
-    document = answer.json()
+    document: dict[str, Any] = answer.json()
     assert document["status"] == status and document["fix"] and document["detail"] and document["title"]
     assert document["type"].startswith("urn:sora:problem:")
     return document
 
 
-def test_a_video_is_answered(server, models, video):
+def test_a_video_is_answered(server: Standing, models: list[Made], video: Path) -> None:
     from sora.runtime.predictor import predict_files
 
     answer = server.send(video)
@@ -75,14 +78,14 @@ def test_a_video_is_answered(server, models, video):
     assert set(body["seconds"]) == {"upload", "wait", "decode", "queue", "model"}
 
 
-def test_the_model_says_what_it_is(server):
+def test_the_model_says_what_it_is(server: Standing) -> None:
     body = server.client.get("/v1/model").json()
     assert body["version"] == 1 and tuple(body["classes"]) == CLASSES and body["data_version"] == "data1"
     assert body["clip"]["frames"] == 4 and body["metrics"] == {"test/accuracy": 0.5} and body["since"]
     assert body["following"]["refused"] is None and body["following"]["registry"] == "ok"
 
 
-def test_alive_ready_and_metrics(server):
+def test_alive_ready_and_metrics(server: Standing) -> None:
     assert server.client.get("/healthz").json() == {"status": "alive"}
     assert server.client.get("/readyz").json() == {"status": "ready", "version": 1}
     text = server.client.get("/metrics").text
@@ -96,7 +99,7 @@ def test_alive_ready_and_metrics(server):
         assert name in text
 
 
-def test_the_page_asks_nobody_else(server):
+def test_the_page_asks_nobody_else(server: Standing) -> None:
     page = server.client.get("/")
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
@@ -107,7 +110,7 @@ def test_the_page_asks_nobody_else(server):
         assert server.client.get(outside).status_code == 404
 
 
-def test_openapi_describes_it(server):
+def test_openapi_describes_it(server: Standing) -> None:
     document = server.client.get("/openapi.json").json()
     body = document["paths"]["/v1/predict"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert body["required"] == ["file"]
@@ -121,11 +124,11 @@ def test_openapi_describes_it(server):
 @pytest.mark.parametrize(
     ("method", "path", "status"), [("GET", "/absent", 404), ("GET", "/v1/predict", 405), ("DELETE", "/v1/model", 405)]
 )
-def test_unknown_addresses_are_problems(server, method, path, status):
+def test_unknown_addresses_are_problems(server: Standing, method: str, path: str, status: int) -> None:
     _problem(server.client.request(method, path), status)
 
 
-def test_odd_files_are_answered_or_refused(server, shared):
+def test_odd_files_are_answered_or_refused(server: Standing, shared: Path) -> None:
     files = [file for file in sorted((shared / "odd").iterdir()) if file.suffix != ".csv"]
     replaced = _gauge(server, "sora_decoders_replaced")
     for file in files:
@@ -138,7 +141,7 @@ def test_odd_files_are_answered_or_refused(server, shared):
     assert len(_decoders(server)) == 2
 
 
-def test_text_and_playlists_open_nothing(server, tmp_path, video):
+def test_text_and_playlists_open_nothing(server: Standing, tmp_path: Path, video: Path) -> None:
     playlist = tmp_path / "list.mp4"
     playlist.write_text(f"ffconcat version 1.0\nfile '{video}'\n", encoding="utf-8")
     hls = tmp_path / "list.m3u8.mp4"
@@ -147,7 +150,7 @@ def test_text_and_playlists_open_nothing(server, tmp_path, video):
         assert _problem(server.send(file), 422)["rule"] == "not_a_video"
 
 
-def test_names_are_shown_and_never_opened(server, video):
+def test_names_are_shown_and_never_opened(server: Standing, video: Path) -> None:
     for given, shown in (
         ("../../etc/passwd", "passwd"),
         ("C:\\temp\\a b.mp4", "a b.mp4"),
@@ -157,12 +160,12 @@ def test_names_are_shown_and_never_opened(server, video):
         assert server.send(video, given).json()["filename"] == shown
 
 
-def test_too_large_is_refused_before_and_while_it_is_read(server, tmp_path):
+def test_too_large_is_refused_before_and_while_it_is_read(server: Standing, tmp_path: Path) -> None:
     large = tmp_path / "large.mp4"
     large.write_bytes(os.urandom(3_500_000))
     assert _problem(server.send(large), 413)["max_bytes"] == 3_000_000  # by its announced length
 
-    def chunks():  # chunked: no length announced
+    def chunks() -> Iterator[bytes]:  # chunked: no length announced
         yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.mp4"\r\n\r\n'
         for _ in range(60):
             yield os.urandom(64_000)
@@ -173,7 +176,7 @@ def test_too_large_is_refused_before_and_while_it_is_read(server, tmp_path):
         _problem(server.client.post("/v1/predict", content=chunks(), headers=headers), 413)
 
 
-def test_too_long_is_refused(server, tmp_path):
+def test_too_long_is_refused(server: Standing, tmp_path: Path) -> None:
     long = make_video(tmp_path / "long.mp4", frames=130, fps=2, size=(32, 32))
     document = _problem(server.send(long), 413)
     assert document["rule"] == "too_large" and "60 seconds" in document["detail"]
@@ -207,12 +210,12 @@ BAD_BODIES = {
 
 
 @pytest.mark.parametrize("case", BAD_BODIES)
-def test_bodies_that_are_no_upload(server, case):
+def test_bodies_that_are_no_upload(server: Standing, case: str) -> None:
     kind, body, status = BAD_BODIES[case]
     _problem(server.client.post("/v1/predict", content=body, headers={"content-type": kind} if kind else {}), status)
 
 
-def test_a_slow_upload_is_cut_off(server):
+def test_a_slow_upload_is_cut_off(server: Standing) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as line:
         line.sendall(
             b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
@@ -222,7 +225,7 @@ def test_a_slow_upload_is_cut_off(server):
         assert b" 408 " in line.recv(1000).split(b"\r\n")[0]
 
 
-def test_a_decoder_that_is_killed_costs_one_request(server, video, tmp_path):
+def test_a_decoder_that_is_killed_costs_one_request(server: Standing, video: Path, tmp_path: Path) -> None:
     """While it works, and while it is idle."""
     slow = make_video(tmp_path / "slow.mp4", frames=500, fps=25, size=(640, 480))
     with ThreadPoolExecutor(1) as pool:
@@ -244,7 +247,7 @@ def test_a_decoder_that_is_killed_costs_one_request(server, video, tmp_path):
     assert len(_decoders(server)) == 2
 
 
-def test_a_decoder_that_hangs_is_replaced(server, video):
+def test_a_decoder_that_hangs_is_replaced(server: Standing, video: Path) -> None:
     hung = {decoder.pid for decoder in _decoders(server)}
     for pid in hung:
         os.kill(pid, signal.SIGSTOP)
@@ -255,7 +258,7 @@ def test_a_decoder_that_hangs_is_replaced(server, video):
     assert not hung & {decoder.pid for decoder in _decoders(server)}
 
 
-def test_a_client_that_hangs_up_frees_its_place(server, tmp_path, video):
+def test_a_client_that_hangs_up_frees_its_place(server: Standing, tmp_path: Path, video: Path) -> None:
     slow = make_video(tmp_path / "slow.mp4", frames=300, fps=25, size=(640, 480)).read_bytes()
     head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.mp4"\r\n\r\n'
     body = head + slow + b"\r\n--b--\r\n"
@@ -273,7 +276,7 @@ def test_a_client_that_hangs_up_frees_its_place(server, tmp_path, video):
     assert server.send(video).status_code == 200
 
 
-def test_many_at_once_share_calls_and_all_are_answered(server, video):
+def test_many_at_once_share_calls_and_all_are_answered(server: Standing, video: Path) -> None:
     before = _gauge(server, "sora_batch_clips_count")
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda _: server.send(video).status_code, range(48)))
@@ -281,7 +284,7 @@ def test_many_at_once_share_calls_and_all_are_answered(server, video):
     assert _gauge(server, "sora_batch_clips_count") - before <= 48
 
 
-def test_requests_carry_an_id(server):
+def test_requests_carry_an_id(server: Standing) -> None:
     assert server.client.get("/healthz", headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
     strange = server.client.get("/healthz", headers={"x-request-id": 'a"b\tc'}).headers["x-request-id"]
     assert len(strange) == 32
@@ -289,14 +292,14 @@ def test_requests_carry_an_id(server):
     assert any(line["id"] == "abc-1" and line["route"] == "/healthz" and line["status"] == 200 for line in lines)
 
 
-def test_without_tokens_only_this_machine_is_answered(server):
+def test_without_tokens_only_this_machine_is_answered(server: Standing) -> None:
     """A page elsewhere can make a browser ask any address, by a name that it controls."""
     _problem(server.client.get("/v1/model", headers={"host": "evil.example"}), 403)
     assert server.client.get("/v1/model", headers={"host": "localhost:1"}).status_code == 200
     _problem(server.client.post("/v1/predict", headers={"sec-fetch-site": "cross-site"}), 403)
 
 
-def test_the_champion_moves_under_load(server, models, video):
+def test_the_champion_moves_under_load(server: Standing, models: list[Made], video: Path) -> None:
     """No request fails, and each is answered by a version that was champion while it was under way."""
     registry = ModelCache(server.folder / "registry")
     told = {made.version: predict for made, predict in zip(models, _expected(models, video), strict=True)}
@@ -327,7 +330,7 @@ def test_the_champion_moves_under_load(server, models, video):
     assert {(version, label) for _, version, label in seen} == {(v, told[v]["label"]) for v in (1, 2)}
 
 
-def test_going_back_to_the_one_before_is_a_pointer_move(server, models):
+def test_going_back_to_the_one_before_is_a_pointer_move(server: Standing, models: list[Made]) -> None:
     registry = ModelCache(server.folder / "registry")
     for made in (models[1], models[0]):
         made.promote(registry)
@@ -340,7 +343,7 @@ def test_going_back_to_the_one_before_is_a_pointer_move(server, models):
     server.until(lambda: server.client.get("/readyz").json()["version"] == 1, 60)
 
 
-def test_a_version_that_fails_is_refused_and_reported(server, models, video):
+def test_a_version_that_fails_is_refused_and_reported(server: Standing, models: list[Made], video: Path) -> None:
     registry = ModelCache(server.folder / "registry")
     bad = replace(models[0].champion, version=9, digest=_damaged(registry, models[0], other_golden(models[0].recipe)))
     registry.remember(bad)
@@ -353,7 +356,7 @@ def test_a_version_that_fails_is_refused_and_reported(server, models, video):
     server.until(lambda: server.client.get("/v1/model").json()["following"]["refused"] is None, 60)
 
 
-def _damaged(registry: ModelCache, made, recipe) -> str:
+def _damaged(registry: ModelCache, made: Made, recipe: Recipe) -> str:
     """The model under another digest, with a recipe that promises other answers."""
     content = b"x" + made.file.read_bytes()  # a zip archive may begin later
     digest = sha256(content).hexdigest()
@@ -364,7 +367,7 @@ def _damaged(registry: ModelCache, made, recipe) -> str:
     return digest
 
 
-def _expected(models, video: Path) -> list[dict]:
+def _expected(models: list[Made], video: Path) -> list[dict[str, Any]]:
     from sora.runtime.predictor import predict_files
 
     return [predict_files([video], made.file, made.recipe, made.version)[0] for made in models]

@@ -18,13 +18,14 @@ from sora.serving.metrics import Metrics
 from sora.serving.source import ModelCache
 from sora.serving.tokens import MAX_TOKENS, TokenFile, Tokens
 from tests.e2e.conftest import sora
+from tests.serving.conftest import Made
 from tests.serving.inside import ready, running, send, until
 
 REVIEW_IS_A_WORD = json.dumps([{"name": "a", "sha256": "0" * 64, "created": "", "review": "no"}])
 
 
 @pytest.fixture
-def file(tmp_path) -> TokenFile:
+def file(tmp_path: Path) -> TokenFile:
     return TokenFile(tmp_path / ".sora" / "tokens.json")
 
 
@@ -52,7 +53,7 @@ def lines() -> Iterator[Lines]:
         logger.setLevel(level)
 
 
-def test_only_a_hash_is_kept_and_only_the_owner_reads_it(file):
+def test_only_a_hash_is_kept_and_only_the_owner_reads_it(file: TokenFile) -> None:
     token = file.add("phone")
     text = file.path.read_text()
     assert token not in text and sha256(token.encode()).hexdigest() in text
@@ -64,13 +65,13 @@ def test_only_a_hash_is_kept_and_only_the_owner_reads_it(file):
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../x", "-x", "x" * 33, "SORA_API_TOKEN", "ä", "a\n"])
-def test_names_that_are_none(file, name):
+def test_names_that_are_none(file: TokenFile, name: str) -> None:
     with pytest.raises(InputError, match="no name"):
         file.add(name)
     assert not file.path.exists()
 
 
-def test_a_name_is_given_once_and_revoked_once(file):
+def test_a_name_is_given_once_and_revoked_once(file: TokenFile) -> None:
     file.add("phone")
     with pytest.raises(InputError, match="there is a token"):
         file.add("phone")
@@ -79,7 +80,7 @@ def test_a_name_is_given_once_and_revoked_once(file):
         file.revoke("phone")
 
 
-def test_they_are_bounded(file):
+def test_they_are_bounded(file: TokenFile) -> None:
     file.path.parent.mkdir()
     kept = [{"name": f"n{i}", "sha256": "0" * 64, "created": "now"} for i in range(MAX_TOKENS)]
     file.path.write_text(json.dumps(kept))
@@ -90,23 +91,26 @@ def test_they_are_bounded(file):
 @pytest.mark.parametrize(
     "damage", ["{", "[1]", '[{"name": "a"}]', '[{"name": "a", "sha256": "", "created": ""}]', REVIEW_IS_A_WORD, "{}x"]
 )
-def test_a_damaged_file_says_so_and_lets_nobody_in(file, damage, lines):
+def test_a_damaged_file_says_so_and_lets_nobody_in(file: TokenFile, damage: str, lines: Lines) -> None:
     token = file.add("phone")
     tokens = Tokens(["given-at-the-start"], file)
-    assert tokens.caller(f"Bearer {token}").name == "phone"
+    caller = tokens.caller(f"Bearer {token}")
+    assert caller is not None and caller.name == "phone"
     file.path.write_text(damage)
     with pytest.raises(ServiceError, match=r"tokens\.json"):
         file.tokens()
     assert tokens.caller(f"Bearer {token}") is None and tokens.required
     assert "no token of the file may call" in lines.messages[-1]
-    assert tokens.caller("Bearer given-at-the-start").name == "SORA_API_TOKEN"
+    given = tokens.caller("Bearer given-at-the-start")
+    assert given is not None and given.name == "SORA_API_TOKEN"
 
 
-def test_none_is_required_where_none_was_ever_made(file):
+def test_none_is_required_where_none_was_ever_made(file: TokenFile) -> None:
     tokens = Tokens((), file)
     assert not tokens.required and tokens.caller("Bearer ") is None
     token = file.add("phone")
-    assert tokens.required and tokens.caller(f"bearer {token}").name == "phone"
+    caller = tokens.caller(f"bearer {token}")
+    assert tokens.required and caller is not None and caller.name == "phone"
     file.revoke("phone")
     assert tokens.required and tokens.caller(f"Bearer {token}") is None  # nobody, rather than everybody
     file.path.unlink()
@@ -114,13 +118,13 @@ def test_none_is_required_where_none_was_ever_made(file):
     assert Tokens((), file, always=True).required
 
 
-def test_two_at_once_lose_none(file):
+def test_two_at_once_lose_none(file: TokenFile) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(file.add, [f"n{i}" for i in range(16)]))
     assert {one.name for one in file.tokens()} == {f"n{i}" for i in range(16)}
 
 
-def test_names_in_metrics_are_bounded():
+def test_names_in_metrics_are_bounded() -> None:
     metrics = Metrics()
     for i in range(MAX_TOKENS + 50):
         metrics.count("/v1/predict", "POST", 200, f"n{i}", 0.1)
@@ -128,10 +132,12 @@ def test_names_in_metrics_are_bounded():
     assert len(names) == MAX_TOKENS + 1 and "other" in names
 
 
-def test_a_running_server_follows_them(models, video, tmp_path, file, lines):
+def test_a_running_server_follows_them(
+    models: list[Made], video: Path, tmp_path: Path, file: TokenFile, lines: Lines
+) -> None:
     models[0].promote(ModelCache(tmp_path / "registry"))
 
-    async def story():
+    async def story() -> None:
         async with running(tmp_path, tokens=Tokens((), file)) as (client, context):
             await until(ready(client))
             assert (await send(client, video)).status_code == 200  # none yet: this machine may
@@ -152,7 +158,7 @@ def test_a_running_server_follows_them(models, video, tmp_path, file, lines):
     asyncio.run(story())
 
 
-def test_the_verbs(tmp_path: Path):
+def test_the_verbs(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("name: tested\n", encoding="utf-8")
     made = json.loads(sora(tmp_path, "token", "add", "phone", "--json").stdout)
     assert made["name"] == "phone" and made["token"].startswith("sora_")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from pathlib import Path
 
 from sora.serving.source import ModelCache
-from tests.serving.test_app import ready, running, send
+from tests.serving.conftest import Made
+from tests.serving.inside import Condition, ready, running, send
 
 
-def test_the_servers_answer_is_unsure_below_the_threshold(models, video, tmp_path):
+def test_the_servers_answer_is_unsure_below_the_threshold(models: list[Made], video: Path, tmp_path: Path) -> None:
     registry = ModelCache(tmp_path / "registry")
     models[0].promote(registry)
     unsure = replace(models[1].recipe, unsure_below=1.5)
 
-    async def story():
+    async def story() -> None:
         async with running(tmp_path) as (client, _):
             await _until(ready(client, 1))
             assert "unsure" not in (await send(client, video)).json()
@@ -27,7 +29,7 @@ def test_the_servers_answer_is_unsure_below_the_threshold(models, video, tmp_pat
     asyncio.run(story())
 
 
-async def _until(condition):
+async def _until(condition: Condition) -> None:
     async with asyncio.timeout(60):
         while not await condition():
             await asyncio.sleep(0.02)

@@ -37,7 +37,7 @@ def test_with_the_defaults_batches_are_what_they_always_were() -> None:
     )
     digest = hashlib.sha256()
     for x, y, w in every(batches, 2):
-        assert (x.dtype, y.dtype, w.dtype) == (np.uint8, np.int64, np.float32)
+        assert (x.dtype, y.dtype, w.dtype) == (np.dtype(np.uint8), np.dtype(np.int64), np.dtype(np.float32))
         for part in (x, y, w):
             digest.update(part.tobytes())
     assert digest.hexdigest() == "93dafc4f616645792ed33e25543e6250f6c8b79abb1696cf2dfc74da8b3ab043"
@@ -125,7 +125,8 @@ def test_a_kind_that_is_switched_leaves_what_others_draw_alone(kind: str) -> Non
         kinds = Augmentation(flip=True, **options)  # type: ignore[arg-type]
         batches = Batches(source, table(1, 1), batch=32, shuffle_seed=0, augmentation=kinds, classes=1)
         x = load(batches, 0, 0)[0].astype(float)
-        return x[:, :, :, 0].mean(axis=(1, 2, 3)) > x[:, :, :, -1].mean(axis=(1, 2, 3))
+        found: np.ndarray = x[:, :, :, 0].mean(axis=(1, 2, 3)) > x[:, :, :, -1].mean(axis=(1, 2, 3))
+        return found
 
     plain = mirrored()
     assert 5 < plain.sum() < 27

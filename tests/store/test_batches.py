@@ -7,6 +7,7 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,7 +33,8 @@ class Arrays:
 
     def read(self, name: str, rows: np.ndarray) -> np.ndarray:
         assert name == "video"
-        return self.pixels[rows]
+        found: np.ndarray = self.pixels[rows]
+        return found
 
 
 def parts(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -77,7 +79,7 @@ def test_training_batches_have_one_shape_and_show_every_clip(videos: int) -> Non
 
 
 def test_a_batch_depends_on_seed_epoch_and_number_only() -> None:
-    options = {"batch": 4, "augmentation": Augmentation(flip=True, jitter=True)}
+    options: dict[str, Any] = {"batch": 4, "augmentation": Augmentation(flip=True, jitter=True)}
     first = Batches(Arrays(9), table(9), shuffle_seed=1, **options)
     again = Batches(Arrays(9), table(9), shuffle_seed=1, **options)
     list(again.epoch(0))  # what was read before does not matter

@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from sora.config import Settings
@@ -27,7 +30,16 @@ from tests.videos import make_folder, make_video
 SPEC = ClipSpec(frames=4, height=32, width=32, sampling="window", window_seconds=1.0, max_clips=3)
 
 
-def build(table, data: Path, out: Path, spec: ClipSpec = SPEC, *, rejected=(), buckets=4, **options) -> BuildStats:
+def build(
+    table: pd.DataFrame,
+    data: Path,
+    out: Path,
+    spec: ClipSpec = SPEC,
+    *,
+    rejected: Iterable[str] = (),
+    buckets: int = 4,
+    **options: Any,
+) -> BuildStats:
     return shards.build(table, set(rejected), data, out, spec, buckets=buckets, **{"workers": 1, **options})
 
 
@@ -40,26 +52,26 @@ def bucket_of(sha256: str, buckets: int = 4) -> int:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_folder(tmp_path_factory.mktemp("shards") / "data", groups=4, frames=24, fps=12)
     make_video(folder / "wave" / "longer.mp4", frames=50, fps=12, seed=50)
     return folder
 
 
 @pytest.fixture(scope="module")
-def table(data):
+def table(data: Path) -> pd.DataFrame:
     return manifest.build(data, Settings(), workers=1)
 
 
 @pytest.fixture(scope="module")
-def whole(data, table, tmp_path_factory):
+def whole(data: Path, table: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted build. Read only."""
     out = tmp_path_factory.mktemp("whole") / "shards"
     assert build(table, data, out) == BuildStats(9, 0, len(set(map(bucket_of, table["sha256"]))), 0)
     return out
 
 
-def test_clips_are_those_of_the_videos(data, table, whole):
+def test_clips_are_those_of_the_videos(data: Path, table: pd.DataFrame, whole: Path) -> None:
     found = ShardSet.open(whole)
     assert found.spec == SPEC
     paths = table.set_index("sha256")["path"]
@@ -68,7 +80,7 @@ def test_clips_are_those_of_the_videos(data, table, whole):
     assert len(found) == 8 * 2 + 3
 
 
-def test_the_index_tells_what_lies_where(table, whole):
+def test_the_index_tells_what_lies_where(table: pd.DataFrame, whole: Path) -> None:
     index = ShardSet.open(whole).index
     assert list(index.columns) == ["sha256", "clip", "bucket", "row", "first", "last", "digest"]
     assert index.equals(index.sort_values(["sha256", "clip"], ignore_index=True))
@@ -81,7 +93,7 @@ def test_the_index_tells_what_lies_where(table, whole):
         assert list(zip(clips["first"], clips["last"], strict=True)) == spans
 
 
-def test_clips_come_in_the_order_asked_for(whole):
+def test_clips_come_in_the_order_asked_for(whole: Path) -> None:
     found = ShardSet.open(whole)
     every = found.read("video", range(len(found)))
     rows = np.random.default_rng(0).integers(0, len(found), 40)
@@ -89,20 +101,20 @@ def test_clips_come_in_the_order_asked_for(whole):
     assert found.read("video", []).shape == (0, 4, 32, 32, 3)
 
 
-def test_buckets_are_plain_memory_mappable_arrays(whole):
+def test_buckets_are_plain_memory_mappable_arrays(whole: Path) -> None:
     for file in whole.glob("bucket-*.npy"):
         rows = np.load(file, mmap_mode="r", allow_pickle=False)
         assert rows.dtype == np.uint8 and rows.shape[1:] == (4, 32, 32, 3)
     assert not [file for file in whole.iterdir() if file.name.startswith(".")]
 
 
-def test_the_same_videos_give_the_same_bytes(data, table, whole, tmp_path):
+def test_the_same_videos_give_the_same_bytes(data: Path, table: pd.DataFrame, whole: Path, tmp_path: Path) -> None:
     shuffled = table.sample(frac=1, random_state=1)
     build(shuffled, data, tmp_path / "s", workers=2)
     assert tree(tmp_path / "s") == tree(whole)
 
 
-def test_nothing_changed_does_nothing(data, table, whole, tmp_path):
+def test_nothing_changed_does_nothing(data: Path, table: pd.DataFrame, whole: Path, tmp_path: Path) -> None:
     out = shutil.copytree(whole, tmp_path / "s")
     before = {file.name: file.stat().st_mtime_ns for file in out.glob("bucket-*")}
     stats = build(table, data, out)
@@ -111,7 +123,9 @@ def test_nothing_changed_does_nothing(data, table, whole, tmp_path):
     assert tree(out) == tree(whole)
 
 
-def test_an_added_video_is_decoded_alone_and_rewrites_its_bucket_only(data, table, whole, tmp_path):
+def test_an_added_video_is_decoded_alone_and_rewrites_its_bucket_only(
+    data: Path, table: pd.DataFrame, whole: Path, tmp_path: Path
+) -> None:
     more = shutil.copytree(data, tmp_path / "data")
     make_video(more / "jump" / "new.mp4", frames=24, fps=12, seed=99)
     grown = manifest.build(more, Settings(), previous=table, workers=1)
@@ -130,7 +144,7 @@ def test_an_added_video_is_decoded_alone_and_rewrites_its_bucket_only(data, tabl
     assert tree(out) == tree(tmp_path / "fresh")
 
 
-def test_a_removed_video_is_decoded_by_nobody(data, table, whole, tmp_path):
+def test_a_removed_video_is_decoded_by_nobody(data: Path, table: pd.DataFrame, whole: Path, tmp_path: Path) -> None:
     out = shutil.copytree(whole, tmp_path / "s")
     gone = table["path"].iloc[2]
     stats = build(table, tmp_path / "no data", out, rejected=[gone])
@@ -138,7 +152,7 @@ def test_a_removed_video_is_decoded_by_nobody(data, table, whole, tmp_path):
     assert set(ShardSet.open(out).index["sha256"]) == set(table["sha256"]) - {table["sha256"].iloc[2]}
 
 
-def test_rejected_broken_and_copied_files_are_left_out(data, table, tmp_path):
+def test_rejected_broken_and_copied_files_are_left_out(data: Path, table: pd.DataFrame, tmp_path: Path) -> None:
     more = shutil.copytree(data, tmp_path / "data")
     shutil.copy(more / "jump" / "g00_0.mp4", more / "wave" / "copy.mp4")
     (more / "wave" / "text.mp4").write_bytes(b"text")
@@ -149,7 +163,9 @@ def test_rejected_broken_and_copied_files_are_left_out(data, table, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["spec", "code"])
-def test_other_clips_are_made_anew(data, table, whole, tmp_path, change, monkeypatch):
+def test_other_clips_are_made_anew(
+    data: Path, table: pd.DataFrame, whole: Path, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = shutil.copytree(whole, tmp_path / "s")
     spec = SPEC
     if change == "spec":
@@ -161,12 +177,12 @@ def test_other_clips_are_made_anew(data, table, whole, tmp_path, change, monkeyp
     assert len(list(out.iterdir())) == stats.buckets_written + 1
 
 
-def test_no_videos_give_an_empty_set(data, table, tmp_path):
+def test_no_videos_give_an_empty_set(data: Path, table: pd.DataFrame, tmp_path: Path) -> None:
     assert build(table.iloc[:0], data, tmp_path / "s") == BuildStats(0, 0, 0, 0)
     assert len(ShardSet.open(tmp_path / "s")) == 0
 
 
-def test_progress_counts_videos(data, table, tmp_path):
+def test_progress_counts_videos(data: Path, table: pd.DataFrame, tmp_path: Path) -> None:
     seen = []
     build(table, data, tmp_path / "s", progress=lambda done, total: seen.append((done, total)))
     assert seen == [(number, 9) for number in range(10)]
@@ -175,7 +191,7 @@ def test_progress_counts_videos(data, table, tmp_path):
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_without_an_index_is_no_shard_set(whole, tmp_path):
+def test_a_folder_without_an_index_is_no_shard_set(whole: Path, tmp_path: Path) -> None:
     out = shutil.copytree(whole, tmp_path / "s")
     (out / INDEX).unlink()
     with pytest.raises(InputError, match="no complete shard set"):
@@ -185,7 +201,7 @@ def test_a_folder_without_an_index_is_no_shard_set(whole, tmp_path):
         ShardSet.open(out)
 
 
-def test_a_missing_bucket_is_a_clear_error(whole, tmp_path):
+def test_a_missing_bucket_is_a_clear_error(whole: Path, tmp_path: Path) -> None:
     out = shutil.copytree(whole, tmp_path / "s")
     next(out.glob("bucket-*")).unlink()
     with pytest.raises(ServiceError, match="can't be read"):
@@ -193,7 +209,7 @@ def test_a_missing_bucket_is_a_clear_error(whole, tmp_path):
         found.read("video", range(len(found)))
 
 
-def test_a_video_that_no_longer_decodes_is_named(data, table, whole, tmp_path):
+def test_a_video_that_no_longer_decodes_is_named(data: Path, table: pd.DataFrame, whole: Path, tmp_path: Path) -> None:
     more = shutil.copytree(data, tmp_path / "data")
     (more / "jump" / "g01_0.mp4").write_bytes(b"text")
     with pytest.raises(ServiceError, match=r"jump/g01_0\.mp4 does not decode any more"):
@@ -205,7 +221,9 @@ def test_a_video_that_no_longer_decodes_is_named(data, table, whole, tmp_path):
     assert tree(tmp_path / "s") == tree(whole)
 
 
-def test_a_kill_in_the_middle_costs_the_open_bucket_only(data, table, whole, tmp_path):
+def test_a_kill_in_the_middle_costs_the_open_bucket_only(
+    data: Path, table: pd.DataFrame, whole: Path, tmp_path: Path
+) -> None:
     """SIGKILL once the first bucket is complete; the next call ends with the bytes of an uninterrupted build."""
     out = tmp_path / "s"
     manifest.write(table, tmp_path / "m.parquet")
@@ -230,7 +248,7 @@ def test_a_kill_in_the_middle_costs_the_open_bucket_only(data, table, whole, tmp
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     """300 kB of disk, of its own."""
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -240,7 +258,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_loses_nothing(data, table, whole, small_disk):
+def test_a_full_disk_loses_nothing(data: Path, table: pd.DataFrame, whole: Path, small_disk: Path) -> None:
     filler = small_disk / "filler"
     filler.write_bytes(bytes(120_000))
     with pytest.raises(DiskFull) as caught:
@@ -296,7 +314,7 @@ def flip_a_bit(folder: Path) -> None:
     file.write_bytes(content)
 
 
-DAMAGES = {
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "noise": noise_in_all,
     "a bit": flip_a_bit,
     "cut": lambda folder: cut(largest(folder)),
@@ -308,7 +326,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damaged_buckets_are_made_anew_and_said(data, table, whole, tmp_path, name, capsys):
+def test_damaged_buckets_are_made_anew_and_said(
+    data: Path, table: pd.DataFrame, whole: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = shutil.copytree(whole, tmp_path / "s")
     DAMAGES[name](out)
     assert ShardSet.open(out).damage()
@@ -322,7 +342,9 @@ def test_damaged_buckets_are_made_anew_and_said(data, table, whole, tmp_path, na
     assert not ShardSet.open(out).damage()
 
 
-def test_only_the_damaged_videos_of_a_bucket_are_decoded(data, table, whole, tmp_path, capsys):
+def test_only_the_damaged_videos_of_a_bucket_are_decoded(
+    data: Path, table: pd.DataFrame, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = shutil.copytree(whole, tmp_path / "s")
     flip_a_bit(out)
     [damage] = ShardSet.open(out).damage()
@@ -333,7 +355,9 @@ def test_only_the_damaged_videos_of_a_bucket_are_decoded(data, table, whole, tmp
     assert f"{largest(out)} holds other bytes than were written" in capsys.readouterr().err
 
 
-def test_damaged_clips_are_not_copied_into_a_new_bucket(data, table, whole, tmp_path):
+def test_damaged_clips_are_not_copied_into_a_new_bucket(
+    data: Path, table: pd.DataFrame, whole: Path, tmp_path: Path
+) -> None:
     more = shutil.copytree(data, tmp_path / "data")
     make_video(more / "jump" / "new.mp4", frames=24, fps=12, seed=99)
     grown = manifest.build(more, Settings(), previous=table, workers=1)
@@ -345,7 +369,7 @@ def test_damaged_clips_are_not_copied_into_a_new_bucket(data, table, whole, tmp_
 
 
 @pytest.mark.parametrize("name", ["noise", "a bit", "cut", "empty", "header", "missing", "swapped"])
-def test_who_reads_a_damaged_clip_is_told(whole, tmp_path, name):
+def test_who_reads_a_damaged_clip_is_told(whole: Path, tmp_path: Path, name: str) -> None:
     out = shutil.copytree(whole, tmp_path / "s")
     DAMAGES[name](out)
     found = ShardSet.open(out)
@@ -354,14 +378,14 @@ def test_who_reads_a_damaged_clip_is_told(whole, tmp_path, name):
     assert "sora run --force" in caught.value.fix
 
 
-def test_whole_clips_are_compared_once(whole, monkeypatch):
+def test_whole_clips_are_compared_once(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = ShardSet.open(whole)
     found.read("video", range(len(found)))
     monkeypatch.setattr(shards, "_digest", lambda clip: pytest.fail("compared again"))
     found.read("video", range(len(found)))
 
 
-def test_every_bit_of_the_index_counts(data, table, whole, tmp_path):
+def test_every_bit_of_the_index_counts(data: Path, table: pd.DataFrame, whole: Path, tmp_path: Path) -> None:
     """A flipped bit is found, or changes nothing that is read."""
     out = shutil.copytree(whole, tmp_path / "s")
     written = (out / INDEX).read_bytes()
@@ -381,7 +405,9 @@ def test_every_bit_of_the_index_counts(data, table, whole, tmp_path):
     assert found > 100
 
 
-def test_a_damaged_index_costs_no_decoding_where_dvc_knows_the_buckets(data, table, whole, tmp_path, capsys):
+def test_a_damaged_index_costs_no_decoding_where_dvc_knows_the_buckets(
+    data: Path, table: pd.DataFrame, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     known = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in whole.iterdir()}
     for text in (None, b"PAR1 half"):
         out = shutil.copytree(whole, tmp_path / f"s{text is None}")
@@ -391,7 +417,9 @@ def test_a_damaged_index_costs_no_decoding_where_dvc_knows_the_buckets(data, tab
     assert "is damaged and made anew" in capsys.readouterr().err
 
 
-def test_without_index_and_record_nothing_is_trusted(data, table, whole, tmp_path, capsys):
+def test_without_index_and_record_nothing_is_trusted(
+    data: Path, table: pd.DataFrame, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = shutil.copytree(whole, tmp_path / "s")
     noise_in_all(out)
     (out / INDEX).unlink()
@@ -412,7 +440,9 @@ def older(out: Path) -> None:
     pq.write_table(plain, out / INDEX, compression="zstd")
 
 
-def test_an_older_set_gets_digests_without_decoding(data, table, whole, tmp_path, capsys):
+def test_an_older_set_gets_digests_without_decoding(
+    data: Path, table: pd.DataFrame, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = shutil.copytree(whole, tmp_path / "s")
     older(out)
     assert not ShardSet.open(out).has_digests
@@ -428,7 +458,9 @@ def test_an_older_set_gets_digests_without_decoding(data, table, whole, tmp_path
     assert build(table, data, accepted).decoded == 0 and not capsys.readouterr().err
 
 
-def test_damage_in_an_older_set_is_found_by_dvcs_record(data, table, whole, tmp_path, capsys):
+def test_damage_in_an_older_set_is_found_by_dvcs_record(
+    data: Path, table: pd.DataFrame, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = shutil.copytree(whole, tmp_path / "s")
     older(out)
     known = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in out.iterdir()}
@@ -439,7 +471,9 @@ def test_damage_in_an_older_set_is_found_by_dvcs_record(data, table, whole, tmp_
     assert "is not the file that DVC recorded" in capsys.readouterr().err
 
 
-def test_what_an_interrupted_build_left_is_compared_too(data, table, whole, tmp_path):
+def test_what_an_interrupted_build_left_is_compared_too(
+    data: Path, table: pd.DataFrame, whole: Path, tmp_path: Path
+) -> None:
     """Two buckets were finished and the index was not written; then one of them is damaged."""
     more = shutil.copytree(data, tmp_path / "data")
     last = max(table["sha256"])
@@ -468,10 +502,10 @@ def with_tensors(out: Path, tensors: list[dict[str, object]]) -> None:
     pq.write_table(kept.replace_schema_metadata({b"sora.shards": json.dumps(about)}), out / INDEX, compression="zstd")
 
 
-VIDEO = {"name": "video", "dtype": "uint8", "shape": [4, 32, 32, 3]}
+VIDEO: dict[str, object] = {"name": "video", "dtype": "uint8", "shape": [4, 32, 32, 3]}
 
 
-def test_an_index_without_names_holds_one_tensor_video(whole):
+def test_an_index_without_names_holds_one_tensor_video(whole: Path) -> None:
     """Sets of earlier versions have no names, and the bytes of today's index are the same."""
     import pyarrow.parquet as pq
 
@@ -482,7 +516,9 @@ def test_an_index_without_names_holds_one_tensor_video(whole):
     assert opened.read("video", [0]).shape == (1, 4, 32, 32, 3)
 
 
-def test_an_index_that_names_video_is_read_alike_and_kept(data, table, whole, tmp_path):
+def test_an_index_that_names_video_is_read_alike_and_kept(
+    data: Path, table: pd.DataFrame, whole: Path, tmp_path: Path
+) -> None:
     out = shutil.copytree(whole, tmp_path / "s")
     with_tensors(out, [VIDEO])
     opened = ShardSet.open(out)
@@ -492,7 +528,7 @@ def test_an_index_that_names_video_is_read_alike_and_kept(data, table, whole, tm
     assert build(table, data, out).decoded == 0
 
 
-def test_a_tensor_that_the_set_lacks_is_named(whole):
+def test_a_tensor_that_the_set_lacks_is_named(whole: Path) -> None:
     with pytest.raises(InputError, match="no tensor 'audio', only video"):
         ShardSet.open(whole).read("audio", [0])
 
@@ -508,21 +544,23 @@ def test_a_tensor_that_the_set_lacks_is_named(whole):
         (["video"], "complete"),
     ],
 )
-def test_tensors_that_this_version_cannot_read_are_refused(whole, tmp_path, tensors, why):
+def test_tensors_that_this_version_cannot_read_are_refused(
+    whole: Path, tmp_path: Path, tensors: list[Any], why: str
+) -> None:
     out = shutil.copytree(whole, tmp_path / "s")
     with_tensors(out, tensors)
     with pytest.raises(InputError, match=why):
         ShardSet.open(out)
 
 
-def test_a_bucket_of_another_dtype_than_the_index_says_is_not_read(whole, tmp_path):
+def test_a_bucket_of_another_dtype_than_the_index_says_is_not_read(whole: Path, tmp_path: Path) -> None:
     out = shutil.copytree(whole, tmp_path / "s")
     with_tensors(out, [{**VIDEO, "dtype": "float16"}])
     with pytest.raises(ServiceError, match="it holds uint8"):
         ShardSet.open(out).read("video", [0])
 
 
-def test_a_modality_with_another_tensor_names_it_in_the_index(data, table, tmp_path):
+def test_a_modality_with_another_tensor_names_it_in_the_index(data: Path, table: pd.DataFrame, tmp_path: Path) -> None:
     grey = TensorSpec("grey", "float16", (4, 8, 8))
     other = replace(MODALITY, tensors=lambda spec: {"grey": grey})
     everything = table["path"].tolist()

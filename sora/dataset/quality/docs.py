@@ -76,7 +76,8 @@ def _suite_page(result: Any) -> str:
         one.result = _shown({key: value for key, value in one.result.items() if key != "unexpected_index_query"})
         # The configuration is the suite's, too: only what is printed of it is replaced, on a copy.
         one.expectation_config.kwargs = _shown(one.expectation_config.kwargs)
-    page = DefaultJinjaPageView().render(ValidationResultsPageRenderer().render(result))
+    view: Any = DefaultJinjaPageView()
+    page: str = view.render(ValidationResultsPageRenderer().render(result))
     page = re.sub(r"<script\b.*?</script>|<link\b[^>]*>|<img\b[^>]*>|<footer\b.*?</footer>", "", page, flags=re.S)
     page = re.sub(r"\burl\([^)]*\)", "none", page)
     page = re.sub(r'href="[^"#]*index\.html"', 'href="index.html"', page)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -39,7 +39,7 @@ from sora.dataset.quality.expectations import (
 from sora.dataset.similar import near_duplicates
 
 Subject = TypeVar("Subject", "Videos", "Classes")
-Values = Any  # a pandas Series with one value a row of the subject
+Values: TypeAlias = pd.Series  # one value a row of the subject
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Condition:
 
     expectation: Expectation
     says: str
-    values: Values = None
+    values: Values | None = None
     explain: Callable[[Any], str] | None = None
     observed: Callable[[float], str] = "{:g}".format
     facts: Mapping[str, Values] = field(default_factory=dict)
@@ -220,7 +220,7 @@ class Classes:
         return ((now - then).abs() / 2).round(6)
 
 
-def _foremost(label: Any, classes: list[str], multilabel: bool) -> Any:
+def _foremost(label: object, classes: list[str], multilabel: bool) -> str | None:
     """The label that the rule about classes looks at: of several one that is no class, if there is one."""
     if not isinstance(label, str):
         return None

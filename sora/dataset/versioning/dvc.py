@@ -61,7 +61,7 @@ def _forget_dead_holders(lock: Path) -> bool:
 
     def dead(holder: dict[str, Any]) -> bool:
         try:
-            return psutil.Process(int(holder["pid"])).status() == psutil.STATUS_ZOMBIE
+            return bool(psutil.Process(int(holder["pid"])).status() == psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
             return True
 
@@ -103,7 +103,7 @@ def _run(root: Path, *arguments: str, relay: bool, env: dict[str, str] | None) -
     listener.start()
     try:
         assert child.stdout is not None
-        output = child.stdout.read()
+        output: str = child.stdout.read()
         code = child.wait()
     except BaseException:
         child.terminate()

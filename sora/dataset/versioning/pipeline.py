@@ -123,8 +123,8 @@ def _check_parameters(project: Project) -> None:
         for key in stage.get("params", []):
             if not isinstance(key, str):
                 continue
-            value: Any = given
-            default: Any = defaults
+            value: object = given
+            default: object = defaults
             for part in key.split("."):
                 default = default.get(part) if isinstance(default, dict) else None
                 if not isinstance(value, dict) or part not in value:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from sora.config import Project
 from sora.core.errors import InputError, SoraError
@@ -104,7 +103,8 @@ def side_file(project: Project) -> Path:
 def reference_counts(project: Project) -> dict[str, int] | None:
     """Videos a class of the last judged run, which the nightly leaves in .sora/reference.json."""
     try:
-        return json.loads(project.reference.read_text(encoding="utf-8"))
+        counts: dict[str, int] = json.loads(project.reference.read_text(encoding="utf-8"))
+        return counts
     except FileNotFoundError:
         return None
 
@@ -142,7 +142,7 @@ def _end_with_owner() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as file:
         file.write((json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())

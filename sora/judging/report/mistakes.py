@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from sora.core.labels import hot
 from sora.core.records import ClipSpec, EvalReport
 from sora.core.tensors import VIDEO
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FRAMES = 4  # of a video in its strip
 MOST = 12  # mistakes shown
@@ -22,9 +25,9 @@ class Clips(Protocol):
     def spec(self) -> ClipSpec: ...
 
     @property
-    def index(self) -> Any: ...
+    def index(self) -> pd.DataFrame: ...
 
-    def read(self, name: str, rows: Any) -> np.ndarray: ...
+    def read(self, name: str, rows: np.ndarray) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, slots=True)

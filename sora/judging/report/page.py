@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from sora.core.files import atomic
 from sora.core.records import THRESHOLD, EvalReport
 from sora.judging.report import mistakes as mistakes_
 from sora.judging.report import plots
+
+if TYPE_CHECKING:
+    import jinja2
 
 TEMPLATE = Path(__file__).parent / "page.html.j2"
 MOST_CLASSES = 200  # rows of the table; the PNG files and report.json hold all
@@ -122,7 +125,7 @@ def _grouped(slices: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str,
     return list(kinds.items())
 
 
-def environment() -> Any:
+def environment() -> jinja2.Environment:
     """Jinja's, which escapes all that is put into a page; filters `share` and `number`."""
     import jinja2
 

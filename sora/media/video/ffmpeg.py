@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
 
 import av
 import av.error
@@ -34,6 +34,10 @@ from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from sora.core.errors import VideoError
 from sora.core.records import RULES
 from sora.media.video import seek, signature
+
+if TYPE_CHECKING:
+    from av import VideoStream
+    from av.container import InputContainer
 
 # Containers and raw streams that hold moving pictures and name no other file. Not here: playlists and lists of files
 # (hls, dash, concat, sdp, image2, imf), still images, sound alone, devices, text.
@@ -100,11 +104,11 @@ def refuse(rule: str, message: str) -> VideoError:
 class _Bytes:
     """A file without a name: PyAV would hand the name to FFmpeg, whose guesses must not depend on it."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self.read, self.seek, self.tell = file.read, file.seek, file.tell
 
 
-def _no_other_file(url: str, flags: int, options: dict[str, str]) -> Any:
+def _no_other_file(url: str, flags: int, options: dict[str, str]) -> NoReturn:
     raise PermissionError("a video may not open other files")
 
 
@@ -114,7 +118,7 @@ def _words(error: BaseException) -> str:
 
 
 @contextmanager
-def _opened(path: Source, limits: Limits) -> Iterator[tuple[Any, Any]]:
+def _opened(path: Source, limits: Limits) -> Iterator[tuple[InputContainer, VideoStream]]:
     """(container, video stream) of a file.
 
     Raises:
@@ -144,7 +148,7 @@ def _opened(path: Source, limits: Limits) -> Iterator[tuple[Any, Any]]:
             context.options = options
             context.thread_count = 1  # files are decoded side by side; frame threads would blur where an error struck
             context.flags |= Flags.bitexact
-            yield container, stream
+            yield container, cast("VideoStream", stream)
 
 
 @contextmanager
@@ -171,8 +175,8 @@ def _options(limits: Limits) -> dict[str, str]:
     return {} if limits.max_pixels is None else {"max_pixels": str(limits.max_pixels)}
 
 
-def _container(file: IO[bytes], options: dict[str, str]) -> Any:
-    return av.open(
+def _container(file: IO[bytes], options: dict[str, str]) -> InputContainer:
+    container = av.open(
         _Bytes(file),
         options=options,
         container_options={
@@ -184,6 +188,7 @@ def _container(file: IO[bytes], options: dict[str, str]) -> Any:
         metadata_errors="replace",
         buffer_size=1 << 17,
     )
+    return cast("InputContainer", container)  # of the two kinds, what reads
 
 
 def _check_log(file: IO[bytes], limits: Limits) -> None:
@@ -199,7 +204,7 @@ def _check_log(file: IO[bytes], limits: Limits) -> None:
         with av.logging.Capture() as log, suppress(av.error.FFmpegError, OSError, ValueError):
             file.seek(0)
             with _container(file, _options(limits)) as container:
-                stream = container.streams.best("video")
+                stream = cast("VideoStream", container.streams.best("video"))
                 stream.codec_context.options = _options(limits)
                 next(container.decode(stream), None)
     finally:
@@ -220,7 +225,7 @@ def _check_again(path: Source, limits: Limits) -> None:
 class _Clock:
     """Counts decoded frames and keeps their first and last timestamp."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: VideoStream) -> None:
         self.rate: Fraction = stream.average_rate or stream.guessed_rate or Fraction(0)
         self.base: Fraction = stream.time_base or Fraction(1)
         self.count = 0
@@ -252,7 +257,7 @@ class _Clock:
         return round(float(self.count / self.rate), 3) if self.rate else 0.0
 
 
-def _frames(container: Any, stream: Any, clock: _Clock, limits: Limits) -> Iterator[VideoFrame]:
+def _frames(container: InputContainer, stream: VideoStream, clock: _Clock, limits: Limits) -> Iterator[VideoFrame]:
     """Decoded frames in the order of showing. FFmpeg's errors pass; limits are checked on what really comes."""
     for frame in container.decode(stream):
         clock.tick(frame)
@@ -270,11 +275,12 @@ def _rotation(frame: VideoFrame) -> int:
     return round(-frame.rotation / 90) % 4 * 90
 
 
-def _announced_seconds(container: Any, stream: Any) -> float:
+def _announced_seconds(container: InputContainer, stream: VideoStream) -> float:
     """How long the header says that the video is; 0 where it does not."""
     if container.format.name == "avi" and stream.frames and stream.average_rate:
         return float(stream.frames / stream.average_rate)  # FFmpeg cuts an AVI's duration to what its index reaches
     if stream.duration:
+        assert stream.time_base is not None
         return float(stream.duration * stream.time_base)
     return container.duration / av.time_base if container.duration and not container.streams.audio else 0.0
 

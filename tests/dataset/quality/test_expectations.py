@@ -40,7 +40,7 @@ def finding(report: ValidationReport, name: str) -> Finding:
     return next(entry for entry in report.expectations if entry.name == name)
 
 
-def test_good_videos_pass_every_rule():
+def test_good_videos_pass_every_rule() -> None:
     report = judged()
     assert (report.ok, report.videos, report.accepted, report.rejected) == (True, 40, 40, [])
     assert report.failed == 0 and report.passed == len(report.expectations) > 15
@@ -88,7 +88,9 @@ def all_bad(tmp_path_factory: pytest.TempPathFactory) -> tuple[ValidationReport,
 
 
 @pytest.mark.parametrize("rule", BAD)
-def test_each_rule_names_what_was_received_and_what_is_allowed(all_bad: tuple[ValidationReport, Path], rule: str):
+def test_each_rule_names_what_was_received_and_what_is_allowed(
+    all_bad: tuple[ValidationReport, Path], rule: str
+) -> None:
     report, _ = all_bad
     assert report.ok and report.accepted == 40
     rejection = next(r for r in report.rejected if r.path == BAD[rule].path)
@@ -98,21 +100,21 @@ def test_each_rule_names_what_was_received_and_what_is_allowed(all_bad: tuple[Va
     assert len(failed) == 1 and failed[0].observed == 1 and failed[0].severity == "quarantine"
 
 
-def test_every_rejection_has_a_fix(all_bad: tuple[ValidationReport, Path]):
+def test_every_rejection_has_a_fix(all_bad: tuple[ValidationReport, Path]) -> None:
     report, _ = all_bad
     assert len(report.rejected) == len(BAD) and {r.rule for r in report.rejected} <= REJECTING.keys()
     assert [r.path for r in report.rejected] == sorted(r.path for r in report.rejected)
     assert {entry.rule for entry in report.expectations} <= FIXES.keys()
 
 
-def test_the_same_bytes_under_two_labels_reject_all_copies():
+def test_the_same_bytes_under_two_labels_reject_all_copies() -> None:
     copies = [row(p, sha256="c" * 64, signature="") for p in ("jump/a.mp4", "jump/b.mp4", "wave/a.mp4")]
     report = judged(*copies)
     assert {(r.path, r.rule) for r in report.rejected} == {(c.path, "label_conflict") for c in copies}
     assert "jump (jump/a.mp4) and wave (wave/a.mp4)" in report.rejected[0].detail
 
 
-def test_a_copy_outside_the_classes_takes_nothing_from_the_labelled_one():
+def test_a_copy_outside_the_classes_takes_nothing_from_the_labelled_one() -> None:
     report = judged(*(row(p, sha256=GOOD[0].sha256) for p in ("copy.mp4", "dance/copy.mp4")))
     assert {(r.path, r.rule) for r in report.rejected} == {
         ("copy.mp4", "unlabelled"),
@@ -120,7 +122,7 @@ def test_a_copy_outside_the_classes_takes_nothing_from_the_labelled_one():
     }
 
 
-def test_of_duplicates_the_first_by_path_stays_and_empty_files_are_no_duplicates():
+def test_of_duplicates_the_first_by_path_stays_and_empty_files_are_no_duplicates() -> None:
     copies = [row(f"jump/copy{i}.mp4", sha256="d" * 64, signature="") for i in range(3)]
     empty = [row(f"wave/e{i}.mp4", sha256="e" * 64, error="not_a_video", frames=0, detail="empty") for i in range(2)]
     report = judged(*copies, *empty)
@@ -135,7 +137,7 @@ def test_of_duplicates_the_first_by_path_stays_and_empty_files_are_no_duplicates
     assert not off.rejected and "near_duplicates" not in {entry.name for entry in off.expectations}
 
 
-def test_several_broken_rules_give_one_rejection_that_names_all():
+def test_several_broken_rules_give_one_rejection_that_names_all() -> None:
     report = judged(row("dance/x.mp4", frames=1, duration=0.04, width=8, height=8, fps=1000.0))
     assert len(report.rejected) == 1 and report.rejected[0].rule == "unknown_label"
     detail = report.rejected[0].detail
@@ -144,7 +146,7 @@ def test_several_broken_rules_give_one_rejection_that_names_all():
     )
 
 
-def test_near_duplicates_across_groups_warn_and_stay():
+def test_near_duplicates_across_groups_warn_and_stay() -> None:
     twin = f"{int(GOOD[0].signature, 16) ^ 0b1011:048x}"
     same_group = judged(row("jump/twin.mp4", group="jump0", signature=twin))
     assert same_group.failed == 0
@@ -155,7 +157,7 @@ def test_near_duplicates_across_groups_warn_and_stay():
     assert finding(other, "near_duplicates").detail == text
 
 
-def test_set_rules_stop_and_say_the_fix():
+def test_set_rules_stop_and_say_the_fix() -> None:
     one_class = judged(table=manifest(GOOD[:20]))
     assert {e.rule for e in one_class.findings("stop")} == {"too_few_classes", "class_too_rare"}
     with pytest.raises(NotTrainable, match="class wave has 0, at least 3 are needed") as caught:
@@ -172,13 +174,13 @@ def test_set_rules_stop_and_say_the_fix():
     assert judged(*bad, rules=settings(max_rejected=0.3)).ok
 
 
-def test_rejected_videos_do_not_count_for_their_class():
+def test_rejected_videos_do_not_count_for_their_class() -> None:
     rows = [*GOOD[:22], *(row(f"wave/cut{i}.mp4", error="truncated", detail="cut") for i in range(3))]
     report = judged(table=manifest(rows))
     assert report.counts == {"jump": 20, "wave": 2} and not report.ok
 
 
-def test_without_classes_every_label_is_one():
+def test_without_classes_every_label_is_one() -> None:
     report = judged(row("dance/1.mp4"), row("dance/2.mp4"), row("dance/3.mp4"), rules=Settings.model_validate({}))
     assert report.ok and report.counts == {"dance": 3, "jump": 20, "wave": 20}
 
@@ -193,14 +195,14 @@ def test_without_classes_every_label_is_one():
         ({"jump": 20}, False, 0.5),
     ],
 )
-def test_a_shifted_balance_warns(reference: dict[str, int], success: bool, moved: float):
+def test_a_shifted_balance_warns(reference: dict[str, int], success: bool, moved: float) -> None:
     report = judged(reference=reference)
     shift = finding(report, "balance_shifted")
     assert report.ok and shift.success is success and shift.severity == "warn"
     assert shift.observed == pytest.approx(moved, abs=1e-5)
 
 
-def test_no_videos_is_an_answer_not_a_crash(tmp_path: Path):
+def test_no_videos_is_an_answer_not_a_crash(tmp_path: Path) -> None:
     report = judged(table=manifest([]), pages=tmp_path)
     assert (report.ok, report.videos, report.accepted, report.counts) == (False, 0, 0, {"jump": 0, "wave": 0})
     with pytest.raises(NotTrainable, match="no_videos: 0 videos found"):
@@ -208,12 +210,12 @@ def test_no_videos_is_an_answer_not_a_crash(tmp_path: Path):
     assert "no_videos" in (tmp_path / "index.html").read_text()
 
 
-def test_all_rejected_is_an_answer_not_a_crash():
+def test_all_rejected_is_an_answer_not_a_crash() -> None:
     report = judged(table=manifest(row(f"jump/{i}.mp4", frames=1) for i in range(4)))
     assert not report.ok and report.accepted == 0
 
 
-def test_the_report_survives_json_and_is_the_same_every_time():
+def test_the_report_survives_json_and_is_the_same_every_time() -> None:
     first, second = (judged(*BAD.values(), reference={"jump": 1, "wave": 1}).to_dict() for _ in range(2))
     text = json.dumps(first)
     assert text == json.dumps(second)
@@ -224,7 +226,7 @@ def test_the_report_survives_json_and_is_the_same_every_time():
 # ------------------------------------------------------------------------------------------------------- Data Docs
 
 
-def test_data_docs_list_every_rejected_video(all_bad: tuple[ValidationReport, Path]):
+def test_data_docs_list_every_rejected_video(all_bad: tuple[ValidationReport, Path]) -> None:
     _, docs = all_bad
     assert sorted(p.name for p in docs.iterdir()) == ["classes.html", "index.html", "videos.html"]
     index, videos = (docs / "index.html").read_text(), (docs / "videos.html").read_text()
@@ -234,7 +236,7 @@ def test_data_docs_list_every_rejected_video(all_bad: tuple[ValidationReport, Pa
     assert "is rejected" not in index and 'href="videos.html"' in index
 
 
-def test_data_docs_ask_no_other_address_and_run_nothing(all_bad: tuple[ValidationReport, Path]):
+def test_data_docs_ask_no_other_address_and_run_nothing(all_bad: tuple[ValidationReport, Path]) -> None:
     for page in all_bad[1].iterdir():
         text = page.read_text()
         assert "http://" not in text and "https://" not in text and "url(" not in text
@@ -242,7 +244,7 @@ def test_data_docs_ask_no_other_address_and_run_nothing(all_bad: tuple[Validatio
         assert "default-src 'none'" in text.split("</head>")[0]
 
 
-def test_names_are_shown_not_run(tmp_path: Path):
+def test_names_are_shown_not_run(tmp_path: Path) -> None:
     names = ["jump/<img src=x onerror=alert(1)>.mp4", "jump/$error ${x} %s {{7*7}}.mp4", "jump/ü n\u202eï 走.mp4"]
     rules = Settings.model_validate({"classes": ["jump", "wave", "<b>$class"]})
     judged(*(row(name, frames=2) for name in names), rules=rules, pages=tmp_path)
@@ -252,7 +254,7 @@ def test_names_are_shown_not_run(tmp_path: Path):
         assert "{{7*7}}" in text or page == "classes.html"
 
 
-def test_data_docs_that_can_not_be_written_say_so(tmp_path: Path):
+def test_data_docs_that_can_not_be_written_say_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ServiceError, match="can't write"):
         judged(pages=tmp_path / "file" / "docs")

@@ -50,7 +50,7 @@ def test_balance_is_judged_beside_the_versioned_verdict(
 
 
 def test_the_bar_is_drawn_on_the_callers_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ours, theirs = pty.openpty()
     drawn: list[bytes] = []

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ from tests.videos import make_video
 
 
 def counts(project: Project, stage: str) -> dict[str, int]:
-    return json.loads((project.state / "stages" / f"{stage}.json").read_text())
+    found: dict[str, int] = json.loads((project.state / "stages" / f"{stage}.json").read_text())
+    return found
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -188,7 +190,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def _until(condition, seconds: float = 120) -> None:
+def _until(condition: Callable[..., object], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -368,7 +370,7 @@ def test_damage_found_by_dvc_repro_by_hand(prepared_project: Project) -> None:
 # --- torn files of DVC ----------------------------------------------------------------------------------------------
 
 CONFLICT = "<<<<<<< HEAD\nouts: []\n=======\nouts: {}\n>>>>>>> theirs\n"
-TEARS = {
+TEARS: dict[str, Callable[[str], str | bytes]] = {
     "half": lambda text: text[: len(text) // 2],
     "cut in an MD5": lambda text: text[: text.rindex("md5: ") + 15],
     "empty": lambda text: "",
@@ -386,7 +388,13 @@ def test_torn_files_are_named_with_the_way_back(prepared_project: Project, name:
     file = prepared_project.root / name
     torn = TEARS[tear](file.read_text())
     file.write_bytes(torn if isinstance(torn, bytes) else torn.encode())
-    calls = [versioning.add, versioning.reproduce, versioning.state, versioning.status, versioning.require_whole]
+    calls: list[Callable[[Project], object]] = [
+        versioning.add,
+        versioning.reproduce,
+        versioning.state,
+        versioning.status,
+        versioning.require_whole,
+    ]
     if name == "data.dvc":
         calls.append(versioning.data_version)
     for call in calls:

@@ -4,6 +4,7 @@ import csv
 import ctypes
 import os
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -31,14 +32,14 @@ VERDICTS = {
 }
 
 
-def rule_of(path: Path, **options) -> str:
+def rule_of(path: Path, **options: Any) -> str:
     with pytest.raises(VideoError) as caught:
         inspect(path, **options)
     assert caught.value.fix
     return caught.value.rule
 
 
-def test_facts_of_a_plain_video(tmp_path):
+def test_facts_of_a_plain_video(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a.mp4", frames=24, size=(64, 48), fps=12, audio=True)
     facts = inspect(path)
     assert (facts.codec, facts.width, facts.height, facts.rotation) == ("h264", 64, 48, 0)
@@ -49,7 +50,7 @@ def test_facts_of_a_plain_video(tmp_path):
     assert inspect(path) == facts
 
 
-def test_brightness_follows_the_picture(tmp_path):
+def test_brightness_follows_the_picture(tmp_path: Path) -> None:
     dark, bright = (inspect(make_video(tmp_path / f"{b}.mp4", brightness=b)).brightness for b in (70, 180))
     assert 55 < dark < 90 < 165 < bright < 200
 
@@ -57,13 +58,13 @@ def test_brightness_follows_the_picture(tmp_path):
 @pytest.mark.parametrize(
     "name", ["-i.mp4", "a b.mp4", "file:x.mp4", "http:__x.mp4", "ünï 日本.mp4", "%03d.mp4", "new\nline.mp4"]
 )
-def test_odd_names_are_only_names(tmp_path, monkeypatch, name):
+def test_odd_names_are_only_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     make_video(tmp_path / "plain.mp4", frames=4).rename(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     assert inspect(name).frames == 4
 
 
-def test_odd_files_get_their_verdicts(shared):
+def test_odd_files_get_their_verdicts(shared: Path) -> None:
     with (shared / "odd" / "facts.csv").open() as table:
         known = {row["file"]: int(row["frames_decoded"]) for row in csv.DictReader(table)}
     assert len(known) == 32
@@ -77,11 +78,11 @@ def test_odd_files_get_their_verdicts(shared):
         assert (name, verdict, found) == (name, VERDICTS.get(name), frames)
 
 
-def test_av1_is_read(shared):
+def test_av1_is_read(shared: Path) -> None:
     assert inspect(shared / "odd" / "torchcodec_av1_video.mkv").codec == "av1"
 
 
-def test_real_footage_is_never_truncated(shared):
+def test_real_footage_is_never_truncated(shared: Path) -> None:
     some = [*sorted((shared / "fights300").glob("*/*.mp4"))[::40], *sorted((shared / "steps27").glob("*/*.avi"))[::9]]
     for path in some:
         facts = inspect(path)
@@ -90,7 +91,7 @@ def test_real_footage_is_never_truncated(shared):
 
 
 @pytest.mark.parametrize("turn", [0, 90, 180, 270])
-def test_a_rotated_video_comes_out_upright(tmp_path, turn):
+def test_a_rotated_video_comes_out_upright(tmp_path: Path, turn: int) -> None:
     """The display matrix turns a stored picture back to the one that was filmed."""
     upright = np.zeros((48, 64, 3), np.uint8)
     upright[:16, :20] = 250  # a white corner, top left
@@ -112,12 +113,12 @@ def test_a_rotated_video_comes_out_upright(tmp_path, turn):
     assert picture[4:12, 4:16].min() > 200 and picture[20:].max() < 40
 
 
-def test_rotated_real_files_have_upright_sizes(shared):
+def test_rotated_real_files_have_upright_sizes(shared: Path) -> None:
     sizes = {a: read_frames(shared / "odd" / f"decord_video_{a}.mov", [0]).shape[1:3] for a in (0, 90, 180, 270)}
     assert sizes == {0: (320, 568), 90: (568, 320), 180: (320, 568), 270: (568, 320)}
 
 
-def test_frames_are_those_that_ffmpeg_decodes(shared):
+def test_frames_are_those_that_ffmpeg_decodes(shared: Path) -> None:
     path = shared / "odd" / "c3d_ucf101_v_BaseballPitch_g01_c01.avi"
     with av.open(str(path)) as container:
         direct = [f.to_ndarray(format="rgb24", interpolation="BILINEAR").astype(int) for f in container.decode(video=0)]
@@ -126,7 +127,7 @@ def test_frames_are_those_that_ffmpeg_decodes(shared):
         assert np.abs(picture - direct[index]).mean() < 1.5  # bit-exact conversion rounds otherwise
 
 
-def test_a_frame_that_is_not_there_is_unreadable(tmp_path):
+def test_a_frame_that_is_not_there_is_unreadable(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a.mp4", frames=4)
     with pytest.raises(VideoError, match="frame 7 is missing, 4 decode"):
         read_frames(path, [1, 7])
@@ -166,7 +167,7 @@ PLAYLISTS = {
 
 
 @pytest.mark.parametrize("kind", PLAYLISTS)
-def test_a_text_that_names_other_files_is_no_video_and_opens_none(tmp_path, kind):
+def test_a_text_that_names_other_files_is_no_video_and_opens_none(tmp_path: Path, kind: str) -> None:
     target = make_video(tmp_path / "target.mp4", frames=4)
     path = tmp_path / "x.mp4"
     path.write_text(PLAYLISTS[kind].format(name=target.name))
@@ -175,7 +176,7 @@ def test_a_text_that_names_other_files_is_no_video_and_opens_none(tmp_path, kind
     assert not opened
 
 
-def test_ffmpeg_unguarded_would_have_opened_it(tmp_path):
+def test_ffmpeg_unguarded_would_have_opened_it(tmp_path: Path) -> None:
     target = make_video(tmp_path / "target.mp4", frames=4)
     path = tmp_path / "x.mp4"
     path.write_text(PLAYLISTS["ffconcat"].format(name=target.name))
@@ -185,13 +186,13 @@ def test_ffmpeg_unguarded_would_have_opened_it(tmp_path):
     assert opened
 
 
-def test_a_picture_sequence_pattern_is_not_expanded(tmp_path):
+def test_a_picture_sequence_pattern_is_not_expanded(tmp_path: Path) -> None:
     opened = Opened(make_video(tmp_path / "1.mp4", frames=4))
     assert rule_of(tmp_path / "%d.mp4") == "unreadable"
     assert not opened
 
 
-def test_a_still_picture_and_sound_are_no_videos(tmp_path):
+def test_a_still_picture_and_sound_are_no_videos(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "a.wav"), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000)
         wave = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
@@ -205,16 +206,16 @@ def test_a_still_picture_and_sound_are_no_videos(tmp_path):
     assert rule_of(tmp_path / "b.mp4") == "not_a_video"
 
 
-def test_a_pipe_does_not_block(tmp_path):
+def test_a_pipe_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "p.mp4")
     assert rule_of(tmp_path / "p.mp4") == "not_a_video"
 
 
-def test_a_missing_file_is_unreadable(tmp_path):
+def test_a_missing_file_is_unreadable(tmp_path: Path) -> None:
     assert rule_of(tmp_path / "none.mp4") == "unreadable"
 
 
-def test_a_video_cut_off_is_truncated_or_unreadable(tmp_path):
+def test_a_video_cut_off_is_truncated_or_unreadable(tmp_path: Path) -> None:
     whole = make_video(tmp_path / "a.mkv", frames=120, size=(128, 96)).read_bytes()
     cut = tmp_path / "cut.mkv"
     cut.write_bytes(whole[: len(whole) // 3])
@@ -224,7 +225,7 @@ def test_a_video_cut_off_is_truncated_or_unreadable(tmp_path):
     assert rule_of(tmp_path / "cut.mp4") == "unreadable"
 
 
-def test_damaged_bytes_never_crash(tmp_path):
+def test_damaged_bytes_never_crash(tmp_path: Path) -> None:
     whole = make_video(tmp_path / "a.mp4", frames=24).read_bytes()
     rng = np.random.default_rng(0)
     for number in range(40):
@@ -246,7 +247,7 @@ def test_damaged_bytes_never_crash(tmp_path):
     [Limits(max_bytes=100), Limits(max_seconds=1), Limits(max_pixels=64 * 47), Limits(max_frames=23)],
     ids=["bytes", "seconds", "pixels", "frames"],
 )
-def test_limits_are_kept(tmp_path, limits):
+def test_limits_are_kept(tmp_path: Path, limits: Limits) -> None:
     path = make_video(tmp_path / "a.mp4", frames=24, size=(64, 48), fps=12)
     assert rule_of(path, limits=limits) == "too_large"
     with pytest.raises(VideoError) as caught:
@@ -254,7 +255,7 @@ def test_limits_are_kept(tmp_path, limits):
     assert caught.value.rule == "too_large"
 
 
-def test_limits_just_met_are_fine(tmp_path):
+def test_limits_just_met_are_fine(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a.mp4", frames=24, size=(64, 48), fps=12)
     limits = Limits(max_bytes=path.stat().st_size, max_seconds=2, max_pixels=64 * 48, max_frames=24)
     assert inspect(path, limits).frames == 24

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
+from av import VideoStream
+from av.container import InputContainer
 
 from sora.core.errors import VideoError
 from sora.media.video import ffmpeg, seek
@@ -40,6 +44,7 @@ def encode(path: Path, codec: str, options: dict[str, str]) -> Path:
     scene = rng.integers(0, 255, (64, 400, 3), np.uint8)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=30, options=options)
+        assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.time_base = Fraction(1, 30)
         for index in range(FRAMES):
@@ -52,7 +57,7 @@ def encode(path: Path, codec: str, options: dict[str, str]) -> Path:
     return path
 
 
-def in_order(path: Path, indices, known) -> dict[int, np.ndarray]:
+def in_order(path: Path, indices: Collection[int], known: tuple[int, float]) -> dict[int, np.ndarray]:
     return read_chosen(path, lambda *_: indices, known=known, in_order=True)[0]
 
 
@@ -61,7 +66,7 @@ def same(found: dict[int, np.ndarray], expected: dict[int, np.ndarray]) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_frames_are_those_of_decoding_in_order(kind, tmp_path):
+def test_any_frames_are_those_of_decoding_in_order(kind: str, tmp_path: Path) -> None:
     name, codec, options = KINDS[kind]
     try:
         path = encode(tmp_path / name, codec, options)
@@ -79,12 +84,12 @@ def test_any_frames_are_those_of_decoding_in_order(kind, tmp_path):
         assert same(found, {index: whole[index] for index in pick}), (kind, sorted(pick))
 
 
-def test_it_decodes_less(tmp_path):
+def test_it_decodes_less(tmp_path: Path) -> None:
     path = encode(tmp_path / "a.mp4", "libx264", {"g": "20", "bf": "3"})
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
-        decoded = []
+        decoded: list[av.VideoFrame] = []
         real = seek.frames(_Counting(container, decoded), stream, {25, 81}, FRAMES)
         assert [index for index, _ in real] == [25, 81]
     assert len(decoded) < 20
@@ -93,35 +98,35 @@ def test_it_decodes_less(tmp_path):
 class _Counting:
     """A container that notes every frame that comes out of its decoder."""
 
-    def __init__(self, container, decoded: list) -> None:
+    def __init__(self, container: InputContainer, decoded: list[av.VideoFrame]) -> None:
         self._container, self._decoded = container, decoded
         self.format, self.seek = container.format, container.seek
 
-    def demux(self, stream):
+    def demux(self, stream: VideoStream) -> Iterator[_Packet]:
         for packet in self._container.demux(stream):
             yield _Packet(packet, self._decoded)
 
 
 class _Packet:
-    def __init__(self, packet, decoded: list) -> None:
+    def __init__(self, packet: av.Packet[VideoStream], decoded: list[av.VideoFrame]) -> None:
         self._packet, self._decoded = packet, decoded
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._packet, name)
 
-    def decode(self):
+    def decode(self) -> list[av.VideoFrame]:
         frames = self._packet.decode()
         self._decoded += frames
         return frames
 
 
-def test_a_wrong_count_is_not_trusted(tmp_path):
+def test_a_wrong_count_is_not_trusted(tmp_path: Path) -> None:
     path = encode(tmp_path / "a.mp4", "libx264", {"g": "20"})
     with av.open(str(path)) as container, pytest.raises(seek.Unsure):
         list(seek.frames(container, container.streams.video[0], {5}, FRAMES + 1))
 
 
-def test_real_files_give_the_frames_of_decoding_in_order(shared):
+def test_real_files_give_the_frames_of_decoding_in_order(shared: Path) -> None:
     sure = 0
     for path in sorted((shared / "odd").iterdir()):
         if path.suffix in (".csv", ".md", ".txt") or path.name in VERDICTS:

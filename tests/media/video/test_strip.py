@@ -8,10 +8,12 @@ from sora.media.video.strip import MOST_FRAMES, TILE, chosen_frames, strip
 
 
 def _decoded(png: bytes) -> np.ndarray:
-    return cv2.cvtColor(cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED), cv2.COLOR_BGRA2RGBA)
+    stored = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert stored is not None
+    return cv2.cvtColor(stored, cv2.COLOR_BGRA2RGBA)
 
 
-def test_the_heaviest_frame_of_each_part_is_shown():
+def test_the_heaviest_frame_of_each_part_is_shown() -> None:
     weights = np.zeros(32)
     weights[[1, 6, 31]] = 1
     assert chosen_frames(weights) == [1, 6, 8, 12, 16, 20, 24, 31]
@@ -21,7 +23,7 @@ def test_the_heaviest_frame_of_each_part_is_shown():
 @pytest.mark.parametrize(
     "shape", [(1, 16, 16, 3), (16, 112, 112, 3), (12, 64, 96, 3), (256, 32, 8, 3), (4, 512, 16, 3)]
 )
-def test_a_strip_is_bounded_whatever_the_clip(shape):
+def test_a_strip_is_bounded_whatever_the_clip(shape: tuple[int, ...]) -> None:
     clip = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     png, frames = strip(clip, np.zeros((shape[0], 4, 4)), np.zeros(shape[0]))
     picture = _decoded(png)
@@ -30,7 +32,7 @@ def test_a_strip_is_bounded_whatever_the_clip(shape):
     assert len(png) < 1_000_000
 
 
-def test_heat_shows_where_it_is_and_only_there():
+def test_heat_shows_where_it_is_and_only_there() -> None:
     clip = np.full((2, 32, 32, 3), 90, np.uint8)
     heat = np.zeros((2, 8, 8))
     heat[1, 2, 6] = 3.0
