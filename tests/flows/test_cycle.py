@@ -216,7 +216,7 @@ def test_the_key_is_that_of_earlier_runs(night: Night) -> None:
 def test_the_contract_of_an_unchanged_night() -> None:
     result = NightResult("unchanged", "d", "r", None, ("why",), {"test/accuracy": 1.0})
     assert result.to_dict() == {"outcome": "unchanged", "data_version": "d", "run_id": "r", "version": None,
-                                "reasons": ["why"], "metrics": {"test/accuracy": 1.0}}  # fmt: skip
+                                "reasons": ["why"], "metrics": {"test/accuracy": 1.0}, "pages": []}  # fmt: skip
 
 
 def test_the_plain_steps_know_no_prefect() -> None:
