@@ -64,7 +64,8 @@ class MultiLabel(Task):
         return labels.str.split(LABEL_SEPARATOR, regex=False).explode()
 
     def known(self, labels: Iterable[str], classes: Sequence[str]) -> np.ndarray:
-        return np.array([not set(classes).isdisjoint(self.names(label)) for label in labels], bool)
+        wanted = set(classes)
+        return np.array([not wanted.isdisjoint(self.names(label)) for label in labels], bool)
 
     def index(self, label: str, numbers: Mapping[str, int]) -> tuple[int, ...]:
         """A name that is no class counts for nothing."""

@@ -48,7 +48,8 @@ class SingleLabel(Task):
         return labels
 
     def known(self, labels: Iterable[str], classes: Sequence[str]) -> np.ndarray:
-        return np.array([label in classes for label in labels], bool)
+        wanted = set(classes)
+        return np.array([label in wanted for label in labels], bool)
 
     def index(self, label: str, numbers: Mapping[str, int]) -> int:
         return numbers[label]

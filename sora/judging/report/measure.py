@@ -12,11 +12,7 @@ import numpy as np
 
 from sora import tasks
 from sora.core.records import EvalReport, Split
-from sora.core.statistics import (
-    calibration_noise,
-    expected_calibration_error,
-    wilson,
-)
+from sora.core.statistics import calibration_noise, expected_calibration_error, wilson
 from sora.tasks import SINGLE, Task
 
 MIN_GROUP = 3  # videos; a smaller group has no slice of its own
