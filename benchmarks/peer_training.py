@@ -19,7 +19,6 @@ import pandas as pd
 
 from benchmarks import article
 from sora.config import Model, Train
-from sora.core import statistics
 from sora.core.errors import InputError
 from sora.core.processes import child_main, run_child
 from sora.core.records import ClipSpec, Recipe
@@ -28,6 +27,7 @@ from sora.judging import evaluation
 from sora.store.augment import Augmentation
 from sora.store.batches import Batches
 from sora.store.shards import ShardSet
+from sora.tasks import SINGLE
 
 if TYPE_CHECKING:
     import keras
@@ -216,8 +216,8 @@ class _Best:
         if not validation.clips:
             return {}
         logits = np.concatenate([np.asarray(model.predict_on_batch(one.inputs[VIDEO])) for one in validation.epoch(0)])
-        shares = statistics.video_probabilities(logits, np.arange(len(logits)), len(logits))
-        loss = statistics.log_loss(shares, validation.labels)
+        shares = SINGLE.clip_probabilities(logits)
+        loss = SINGLE.log_loss(shares, validation.labels)
         if loss < self.loss:
             self.loss, self.epoch, self.weights = loss, epoch, model.get_weights()
         return {"val_loss": loss}

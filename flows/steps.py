@@ -91,7 +91,7 @@ def assign(night: Night, target: Path, recorded: Recorded | None) -> SplitFacts:
         train=int(sizes.get("train", 0)),
         val=int(sizes.get("val", 0)),
         test=int(sizes.get("test", 0)),
-        counts=table.counts(joined, settings.multilabel),
+        counts=table.counts(joined, settings.task),
         digest=table.digest(joined),
         test_digest=table.digest(joined, "test"),
     )
@@ -191,7 +191,7 @@ def _evaluation_job(night: Night, work: Work, fitted: TrainResult, champion: int
         out=str(work.evaluation),
         views=list(settings.eval.views),
         unsure_precision=settings.unsure.precision,
-        multilabel=settings.multilabel,
+        multilabel=settings.task.multilabel,
     )
 
 

@@ -15,7 +15,6 @@ import pandas as pd
 import pytest
 
 from sora.config import Project, parse
-from sora.core import labels
 from sora.core.errors import InputError
 from sora.core.records import ClipSpec
 from sora.dataset import manifest, splits
@@ -29,6 +28,7 @@ from sora.registry import ChampionRef
 from sora.runtime.predictor import ModelRefused, Predictor, Smoke, predict_files
 from sora.serving.source import ModelCache
 from sora.store import shards
+from sora.tasks import MULTI
 from tests.clips import SEVERAL, SMALL, make_several
 from tests.serving.inside import ready, running, send, until
 
@@ -98,8 +98,8 @@ def videos(world: SimpleNamespace, split: str = "test") -> pd.DataFrame:
 def test_one_label_string_a_video_and_single_labels_counted(world: SimpleNamespace) -> None:
     assert set(world.rows["label"]) == {"bright|left", "bright|right", "dark|left", "dark|right"}
     assert world.valid.ok and world.valid.accepted == 40
-    assert world.valid.counts == dict.fromkeys(SEVERAL, 20) == tables.counts(world.table, multilabel=True)
-    single = labels.single(world.table["label"], True)
+    assert world.valid.counts == dict.fromkeys(SEVERAL, 20) == tables.counts(world.table, MULTI)
+    single = MULTI.single(world.table["label"])
     assert (pd.crosstab(single, world.table["split"].loc[single.index].to_numpy()) > 0).all(axis=None)
 
 
@@ -209,7 +209,7 @@ def test_files_are_answered_as_evaluated(world: SimpleNamespace) -> None:
     answers = predict_files([world.data / path for path in rows["path"]], world.file, world.recipe, 3)
     report = {video["path"]: video for video in world.test.videos}
     for path, answer in zip(rows["path"], answers, strict=True):
-        assert labels.join(answer["labels"]) == report[path]["predicted"]
+        assert MULTI.join(answer["labels"]) == report[path]["predicted"]
         np.testing.assert_allclose(list(answer["probabilities"].values()), report[path]["probabilities"], atol=1e-4)
 
 

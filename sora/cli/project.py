@@ -23,7 +23,7 @@ def init(directory: Path, data: Path, multilabel: bool, as_json: bool) -> None:
     from sora.operations import project
 
     with bar("Copying") as update:
-        made = project.init(directory, data, multilabel=multilabel, progress=update)
+        made = project.init(directory, data, head="multilabel" if multilabel else None, progress=update)
     if as_json:
         print_json(made)
     else:

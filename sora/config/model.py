@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from sora.config.presets import PRESETS
 from sora.config.section import Section
+
+if TYPE_CHECKING:
+    from sora.tasks import Task
 
 
 class Model(Section):
@@ -65,6 +68,13 @@ class Model(Section):
         "multiclass",
         description="`binary`: one logit, for 2 classes; `multilabel`: a video has one class or several",
     )
+
+    @property
+    def task(self) -> Task:
+        """What the head's answers mean."""
+        from sora import tasks  # here, since it loads NumPy, which not every command needs
+
+        return tasks.of(self.head == "multilabel")
 
     @model_validator(mode="before")
     @classmethod

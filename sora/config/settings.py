@@ -6,7 +6,7 @@ allowed. `sora.config.render` writes params.yaml from these models.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -20,6 +20,9 @@ from sora.config.serve import Serve
 from sora.config.train import Train
 from sora.core.errors import SettingsError
 from sora.core.records import LABEL_SEPARATOR
+
+if TYPE_CHECKING:
+    from sora.tasks import Task
 
 # Sections of params.yaml that no trained model depends on.
 NOT_OF_LEARNING = ("serve", "schedule", "alert", "backup", "services")
@@ -90,7 +93,7 @@ class Settings(Section):
             )
         if model.head == "binary" and self.classes and len(self.classes) != 2:
             raise ValueError(f"model.head binary needs 2 classes, but classes names {len(self.classes)}")
-        if self.multilabel:
+        if self.model.head == "multilabel":
             parted = [name for name in self.classes if LABEL_SEPARATOR in name]
             if parted:
                 raise ValueError(
@@ -111,9 +114,9 @@ class Settings(Section):
         return self
 
     @property
-    def multilabel(self) -> bool:
-        """Whether a video may have several of the classes."""
-        return self.model.head == "multilabel"
+    def task(self) -> Task:
+        """What a model of this project is asked about a video."""
+        return self.model.task
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values (lists, not tuples) under params.yaml's own names."""

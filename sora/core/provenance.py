@@ -45,21 +45,20 @@ def clips() -> str:
     return _with_decoders(CLIPS)
 
 
-def stages(multilabel: bool = False, bounds: str = "") -> dict[Stage, str]:
+def stages(suffix: str = "", bounds: str = "") -> dict[Stage, str]:
     """Stage of dvc.yaml → the name of what it computes; this is what preprocessing.lock holds.
 
     Args:
-        multilabel: the project's head. Two stages read several labels of a video with it. It stands in the name, since
-            the dvc.yaml of projects made before this head can't depend on a setting that they do not have.
+        suffix: of the two stages that read labels; a project's task has its own. It stands in the name, since the
+            dvc.yaml of older projects can't depend on `model.head`, which they do not have.
         bounds: what a video may cost, where that is set otherwise than by default. It stands in the name for the same
             reason.
     """
     names = dict(STAGES)
     names["manifest"] = _with_decoders(names["manifest"])
     names["shards"] = _with_decoders(names["shards"])
-    if multilabel:
-        for stage in ("manifest", "validate"):
-            names[stage] += "-multilabel"
+    for stage in ("manifest", "validate"):
+        names[stage] += suffix
     if bounds:
         names["manifest"] += f"-{hashlib.sha256(bounds.encode()).hexdigest()[:8]}"
     return names

@@ -15,8 +15,7 @@ Sampling = Literal["uniform", "window"]
 Aspect = Literal["stretch", "crop", "pad"]
 Equalise = Literal["none", "histogram", "clahe"]
 Outcome = Literal["promoted", "refused", "unchanged"]
-LABEL_SEPARATOR = "|"  # between several labels of one video (`sora.core.labels`)
-THRESHOLD = 0.5  # a multi-label model answers the classes that are at least so probable
+LABEL_SEPARATOR = "|"  # between several labels of one video (`sora.tasks.multi`)
 
 RULES: dict[str, str] = {
     # rule that reading a file can break → the fix; all rules about data: sora.dataset.quality.rules
@@ -99,11 +98,6 @@ class ClipWindow:
     indices: tuple[int, ...]
 
 
-def schema_of(multilabel: bool) -> int:
-    """Of a recipe. A Sora that knows no multi-label model reads schema 1 only: it would answer by a softmax."""
-    return 2 if multilabel else 1
-
-
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """What a model needs besides its weights to answer for a file. Stored with the registered model."""
@@ -111,7 +105,7 @@ class Recipe:
     clip: ClipSpec
     classes: tuple[str, ...]
     temperature: float = 1.0  # softmax(logits / temperature) is calibrated; of a multi-label model the sigmoid
-    schema: int = 1  # see `schema_of`
+    schema: int = 1  # of its task (`sora.tasks`)
     golden: tuple[dict[str, Any], ...] = ()  # [{"seed": int, "probabilities": [...]}]: answers to made-up clips
     model_sha256: str = ""  # of the model file: loading verifies it
     views: tuple[str, ...] = ()  # of each clip besides itself, averaged (see `sora.store.augment.views`)
@@ -142,7 +136,7 @@ class EvalReport:
     """One model on one split. `metrics` has flat names ("accuracy", "macro_f1", "ece", "log_loss", "latency_ms" …).
 
     `videos` holds one entry a video, in the order of sha256: {"sha256", "path", "label", "predicted", "probabilities"}.
-    Of a multi-label model both are joined labels (`sora.core.labels`), "" for none: equal is an exact match.
+    Of a multi-label model both are joined labels (`sora.tasks.multi`), "" for none: equal is an exact match.
     """
 
     split: Split

@@ -1,9 +1,7 @@
 """Statistics of a classifier's answers: pure functions on arrays.
 
-Logits are `(clips, classes) float`, `owner` is `(clips,) int`: the video that each clip belongs to, 0 … videos-1.
-Probabilities are `(videos, classes) float`, labels `(videos,) int` or, where a video may have several,
-`(videos, classes) bool`. The answer for a video is the mean of its clips' softmax(logits / temperature), of a
-multi-label model of their sigmoids: what the server gives.
+`confidence` is `(n,) float` and `right` `(n,) bool`: probabilities, and whether what they are of was so. A task's
+`decisions` gives both (`sora.tasks`).
 """
 
 from __future__ import annotations
@@ -13,10 +11,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from sora.core.records import THRESHOLD
-
 BINS = 15  # of the calibration error, as in Guo et al. 2017
-TEMPERATURES = (0.25, 10.0)
 
 
 def wilson(successes: float, trials: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -31,74 +26,6 @@ def wilson(successes: float, trials: int, confidence: float = 0.95) -> tuple[flo
     return (0.0 if successes == 0 else max(0.0, centre - half)), (
         1.0 if successes == trials else min(1.0, centre + half)
     )
-
-
-def clip_probabilities(logits: np.ndarray, temperature: float = 1.0, multilabel: bool = False) -> np.ndarray:
-    """`(clips, classes)` logits → probabilities: rows sum to 1 or, with `multilabel`, each class has its own."""
-    scaled = np.asarray(logits, np.float64) / temperature
-    if multilabel:
-        return 0.5 + 0.5 * np.tanh(scaled / 2)  # the sigmoid, without overflow
-    scaled -= scaled.max(axis=1, keepdims=True, initial=-np.inf)
-    clips = np.exp(scaled)
-    shares: np.ndarray = clips / clips.sum(axis=1, keepdims=True)
-    return shares
-
-
-def video_probabilities(
-    logits: np.ndarray, owner: np.ndarray, videos: int, temperature: float = 1.0, multilabel: bool = False
-) -> np.ndarray:
-    """`(clips, classes)` logits → `(videos, classes)` probabilities: the mean over a video's clips."""
-    clips = clip_probabilities(logits, temperature, multilabel)
-    total = np.zeros((videos, clips.shape[1]))
-    np.add.at(total, owner, clips)
-    return total / np.maximum(np.bincount(owner, minlength=videos), 1)[:, None]
-
-
-def log_loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Mean negative log-likelihood, in nats; of several labels a video the sum over its classes."""
-    if labels.ndim == 2:
-        given = np.where(labels, probabilities, 1 - probabilities)
-        return float(-np.log(np.clip(given, 1e-12, 1)).sum(axis=1).mean())
-    return float(-np.log(np.clip(probabilities[np.arange(len(labels)), labels], 1e-12, 1)).mean())
-
-
-def fit_temperature(logits: np.ndarray, owner: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature that minimises the videos' negative log-likelihood, within 0.25 to 10; 1.0 without videos.
-
-    Guo et al. 2017, "On Calibration of Modern Neural Networks", with two departures: the likelihood is that of the
-    mean over a video's clips, which is what is served; and ln(temperature) has a standard normal prior, worth less than
-    one video, without which a validation set of three videos, all right, would drive the answer to the bound.
-    """
-    if len(labels) == 0:
-        return 1.0
-    from scipy.optimize import minimize_scalar
-
-    def cost(log_temperature: float) -> float:
-        probabilities = video_probabilities(logits, owner, len(labels), math.exp(log_temperature), labels.ndim == 2)
-        return log_loss(probabilities, labels) * len(labels) + log_temperature**2 / 2
-
-    low, high = (math.log(bound) for bound in TEMPERATURES)
-    return float(math.exp(minimize_scalar(cost, bounds=(low, high), method="bounded").x))
-
-
-def answered(probabilities: np.ndarray, multilabel: bool) -> np.ndarray:
-    """`(videos, classes) bool`: the most probable class, or those of at least `records.THRESHOLD`."""
-    given: np.ndarray
-    if multilabel:
-        given = probabilities >= THRESHOLD
-    else:
-        given = np.arange(probabilities.shape[1]) == probabilities.argmax(axis=1)[:, None]
-    return given
-
-
-def decisions(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What calibration is about: probabilities, and whether what they are of was so, `(n,) float` and `(n,) bool`.
-
-    One a video: of the answer, whether it is right. Of several labels a video one a class of each: whether it has it.
-    """
-    if labels.ndim == 2:
-        return probabilities.ravel(), labels.ravel().astype(bool)
-    return probabilities.max(axis=1, initial=0), probabilities.argmax(axis=1) == labels
 
 
 def _bin(confidence: np.ndarray, bins: int) -> np.ndarray:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from sora.config import Project
-from sora.core import labels
 from sora.core.errors import InputError, ServiceError
 from sora.core.files import atomic, writing
 from sora.dataset.scan import LABELS
@@ -264,7 +263,7 @@ class Inbox:
 
     def _check_label(self, label: str) -> None:
         settings = self._project.settings()
-        found = labels.names(label, settings.multilabel)
+        found = settings.task.names(label)
         unknown = [name for name in found if name not in settings.classes]
         if settings.classes and (unknown or not found):
             wrong = unknown[0] if unknown else label

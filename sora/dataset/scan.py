@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sora.config import Settings
-from sora.core import labels
 from sora.core.errors import InputError
-from sora.core.records import LABEL_SEPARATOR
 
 LABELS = "labels.csv"
 # No videos by name. Pictures, sound and archives are not here: among videos they are mistakes worth a word.
@@ -64,15 +62,16 @@ def scan(folder: Path, settings: Settings) -> list[Found]:
         raise InputError(f"{folder} is no folder", fix="give a folder of labelled videos: <class>/<video>")
     listed = _read_labels(folder / LABELS) if (folder / LABELS).is_file() else None
     pattern = re.compile(settings.split.group_pattern) if settings.split.group_pattern else None
+    task = settings.task
     found = []
     for path, problem, detail in _walk(folder, "", listed or {}):
         label, group = (path.split("/", 1)[0] if "/" in path else None), None
         parted = ""  # a folder's name that would be several labels
         if listed is not None:
             label, group = listed.get(_key(path), (None, None))
-            if settings.multilabel and label is not None:
-                label = labels.join(labels.names(label, True)) or None
-        elif settings.multilabel and label is not None and LABEL_SEPARATOR in label:
+            if label is not None:
+                label = task.join(task.names(label)) or None
+        elif label is not None and not task.is_class(label):
             parted, label = label, None
         if group is None and pattern and (match := pattern.search(path)):
             group = next((part for part in match.groups() if part), None)
@@ -82,7 +81,7 @@ def scan(folder: Path, settings: Settings) -> list[Found]:
             if parted:
                 detail = f"a folder gives one label, but is called {parted!r}: list the video in {LABELS}"
         elif problem is None and settings.classes and label is not None:
-            unknown = [name for name in labels.names(label, settings.multilabel) if name not in settings.classes]
+            unknown = [name for name in task.names(label) if name not in settings.classes]
             if unknown:
                 problem, detail = "unknown_label", f"{unknown[0]!r} is none of {', '.join(settings.classes)}"
         found.append(Found(path, label, group, problem, detail))

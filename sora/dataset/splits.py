@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 
 from sora.config import Settings
-from sora.core import labels
 from sora.core.errors import InputError, ServiceError
 from sora.core.files import atomic
 from sora.core.ledger import COLUMNS
@@ -28,6 +27,7 @@ from sora.dataset import balance, similar
 from sora.dataset import ledger as ledgers
 from sora.dataset.quality.rules import SPLIT_CONFLICT
 from sora.dataset.similar import near_duplicates
+from sora.tasks import Task
 
 __all__ = ["COLUMNS", "Assignment", "append", "assign", "digest", "near_duplicates", "read", "units"]
 
@@ -128,7 +128,7 @@ def assign(accepted: pd.DataFrame, ledger: pd.DataFrame, settings: Settings) -> 
         ledger=pd.concat([ledger[list(COLUMNS)], rows], ignore_index=True),
         added=len(rows),
         rejections=sorted(rejections, key=lambda rejection: rejection.path),
-        notes=_notes(videos[kept], unit[kept], split[kept], bound, settings.multilabel) if len(rows) else [],
+        notes=_notes(videos[kept], unit[kept], split[kept], bound, settings.task) if len(rows) else [],
     )
 
 
@@ -284,7 +284,7 @@ def _place(
     rank = np.empty(len(number), np.int64)
     rank[order] = np.arange(len(number))
     member_unit = rank[np.searchsorted(number, unit[kept])]
-    single = labels.single(videos["label"].iloc[kept].reset_index(drop=True), settings.multilabel)
+    single = settings.task.single(videos["label"].iloc[kept].reset_index(drop=True))
     label, classes = pd.factorize(single, sort=True)
 
     key, count = np.unique(member_unit[single.index] * len(classes) + label, return_counts=True)
@@ -357,7 +357,7 @@ class _Dealing:
         return sum(balance.change(n, wanted[c], have[c]) for c, n in self._content[u])
 
 
-def _notes(videos: pd.DataFrame, unit: np.ndarray, split: np.ndarray, bound: _Bindings, multilabel: bool) -> list[str]:
+def _notes(videos: pd.DataFrame, unit: np.ndarray, split: np.ndarray, bound: _Bindings, task: Task) -> list[str]:
     notes = []
     if (bound.group < 0).all():
         notes.append(
@@ -367,7 +367,7 @@ def _notes(videos: pd.DataFrame, unit: np.ndarray, split: np.ndarray, bound: _Bi
     if bound.torn_groups:
         shown = ", ".join(bound.torn_groups[:3])
         notes.append(f"{len(bound.torn_groups)} groups already stand in more than one split ({shown}); none is moved")
-    single = labels.single(videos["label"].reset_index(drop=True), multilabel)
+    single = task.single(videos["label"].reset_index(drop=True))
     kept = pd.DataFrame({"label": single.to_numpy(), "unit": unit[single.index], "split": split[single.index]})
     for label, rows in kept.groupby("label", sort=True):
         lacking = [name for code, name in enumerate(SPLITS) if not (rows["split"] == code).any()]

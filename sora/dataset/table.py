@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 import pandas as pd
 
-from sora.core import labels
+from sora.tasks import SINGLE, Task
 
 COLUMNS = ("sha256", "path", "label", "split", "group", "brightness", "duration", "codec")
 
@@ -22,9 +22,9 @@ def join(manifest: pd.DataFrame, rejected: Collection[str], ledger: pd.DataFrame
     return joined[list(COLUMNS)].drop_duplicates("sha256").sort_values("sha256", ignore_index=True)
 
 
-def counts(table: pd.DataFrame, multilabel: bool = False) -> dict[str, int]:
-    """Videos a class; with `multilabel` a video counts for each of its labels."""
-    found = labels.single(table["label"], multilabel).value_counts().sort_index()
+def counts(table: pd.DataFrame, task: Task = SINGLE) -> dict[str, int]:
+    """Videos a class; a video counts for each class that its label names."""
+    found = task.single(table["label"]).value_counts().sort_index()
     return {str(label): int(number) for label, number in found.items()}
 
 

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sora import tasks
 from sora.config import Validate
-from sora.core import labels, statistics
+from sora.core import statistics
 from sora.core.errors import InputError, ServiceError, VideoError
 from sora.core.files import atomic
 from sora.core.processes import Emit, child_main, run_child
-from sora.core.records import ClipSpec, EvalReport, Recipe, Split, schema_of
+from sora.core.records import ClipSpec, EvalReport, Recipe, Split
 from sora.core.tensors import VIDEO
 from sora.judging.report import measure
 from sora.media import pool
@@ -167,7 +168,7 @@ class _Part:
 
     logits: np.ndarray  # (clips, classes)
     owner: np.ndarray  # (clips,) int: the video of each clip
-    truth: np.ndarray  # labels as `sora.core.statistics` takes them
+    truth: np.ndarray  # the targets of the videos, see `sora.tasks.Task`
     rows: pd.DataFrame  # of the table, one a video
 
 
@@ -195,7 +196,7 @@ def _evaluate_one(job: EvalJob, model: EvalModel, table: pd.DataFrame, shards: S
             classes=tuple(job.classes),
             model_sha256=digest,
             views=tuple(job.views),
-            schema=schema_of(job.multilabel),
+            schema=tasks.of(job.multilabel).schema,
             multilabel=job.multilabel,
         )
     else:
@@ -205,6 +206,7 @@ def _evaluate_one(job: EvalJob, model: EvalModel, table: pd.DataFrame, shards: S
                 f"the model file of {model.name} has sha256 {digest}, its recipe says {recipe.model_sha256}",
                 fix="fetch that version again; the file was altered or is another version's",
             )
+    task = tasks.of(recipe.multilabel)
     network = _load(Path(model.file), recipe)
     # Of a class that the model never heard of it can't be right; the gate reports such classes apart.
     known, truths = _known(table, recipe)
@@ -221,7 +223,7 @@ def _evaluate_one(job: EvalJob, model: EvalModel, table: pd.DataFrame, shards: S
         parts[split] = _Part(logits[clips], np.searchsorted(chosen, owner[clips]), truths[chosen], known.iloc[chosen])
     if model.recipe is None:
         val = parts["val"]
-        recipe = replace(recipe, temperature=statistics.fit_temperature(val.logits, val.owner, val.truth))
+        recipe = replace(recipe, temperature=task.fit_temperature(val.logits, val.owner, val.truth))
         if job.unsure_precision is not None:
             recipe = replace(recipe, unsure_below=_unsure_below(val, recipe, job.unsure_precision))
         recipe = replace(recipe, golden=tuple(_golden(network, recipe, seed) for seed in GOLDEN_SEEDS))
@@ -232,11 +234,11 @@ def _evaluate_one(job: EvalJob, model: EvalModel, table: pd.DataFrame, shards: S
         raw = _probabilities(part, replace(recipe, temperature=1.0))
         extra = {"latency_ms": latency}
         if len(truth):
-            extra["ece_uncalibrated"] = statistics.expected_calibration_error(*statistics.decisions(raw, truth))
+            extra["ece_uncalibrated"] = statistics.expected_calibration_error(*task.decisions(raw, truth))
         served = _probabilities(part, recipe)
         if recipe.unsure_below is not None:
             extra |= {"unsure_below": recipe.unsure_below}
-            extra |= statistics.selective(served.max(axis=1), served.argmax(axis=1) == truth, recipe.unsure_below)
+            extra |= statistics.selective(*task.decisions(served, truth), recipe.unsure_below)
         reports[split] = measure.report(
             split,
             recipe.classes,
@@ -245,6 +247,7 @@ def _evaluate_one(job: EvalJob, model: EvalModel, table: pd.DataFrame, shards: S
             sha256=rows["sha256"].tolist(),
             paths=rows["path"].tolist(),
             facts={name: rows[name].tolist() for name in ("brightness", "duration", "codec", "group") if name in rows},
+            task=task,
             temperature=recipe.temperature,
             metrics=extra,
         )
@@ -252,25 +255,21 @@ def _evaluate_one(job: EvalJob, model: EvalModel, table: pd.DataFrame, shards: S
 
 
 def _known(table: pd.DataFrame, recipe: Recipe) -> tuple[pd.DataFrame, np.ndarray]:
-    """The videos that have a class of the recipe, and their labels as `sora.core.statistics` takes them."""
-    if recipe.multilabel:
-        hot = labels.hot(table["label"], recipe.classes)
-        has = hot.any(axis=1)
-        return table[has].reset_index(drop=True), hot[has]
-    known = table[table["label"].isin(recipe.classes)].reset_index(drop=True)
-    return known, known["label"].map({name: i for i, name in enumerate(recipe.classes)}).to_numpy(int)
+    """The videos that have a class of the recipe, and their targets."""
+    task = tasks.of(recipe.multilabel)
+    known = table[task.known(table["label"], recipe.classes)].reset_index(drop=True)
+    return known, task.encode(known["label"], recipe.classes)
 
 
 def _probabilities(part: _Part, recipe: Recipe) -> np.ndarray:
     """`(videos, classes) float`, as the recipe has them served."""
-    return statistics.video_probabilities(
-        part.logits, part.owner, len(part.truth), recipe.temperature, recipe.multilabel
-    )
+    task = tasks.of(recipe.multilabel)
+    return task.video_probabilities(part.logits, part.owner, len(part.truth), recipe.temperature)
 
 
 def _unsure_below(part: _Part, recipe: Recipe, precision: float) -> float:
-    served = _probabilities(part, recipe)
-    return statistics.unsure_below(served.max(axis=1, initial=0), served.argmax(axis=1) == part.truth, precision)
+    decisions = tasks.of(recipe.multilabel).decisions(_probabilities(part, recipe), part.truth)
+    return statistics.unsure_below(*decisions, precision)
 
 
 def _load(path: Path, recipe: Recipe) -> keras.Model:
@@ -354,7 +353,7 @@ def _golden(model: keras.Model, recipe: Recipe, seed: int) -> dict[str, Any]:
     clips = augment.views(golden_clip(recipe.clip, seed)[None], recipe.views)
     logits = np.asarray(model.predict_on_batch(clips), np.float32)
     owner = np.zeros(len(clips), int)
-    probabilities = statistics.video_probabilities(logits, owner, 1, recipe.temperature, recipe.multilabel)[0]
+    probabilities = tasks.of(recipe.multilabel).video_probabilities(logits, owner, 1, recipe.temperature)[0]
     return {"seed": seed, "probabilities": [float(p) for p in probabilities]}
 
 

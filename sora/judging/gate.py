@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import comb
-from typing import Any, Literal
+from typing import Literal
 
+from sora import tasks
 from sora.config import Gate
-from sora.core.labels import names
 from sora.core.records import Decision, EvalReport
 from sora.core.statistics import wilson
 
@@ -72,20 +72,13 @@ class _Pairs:
 def _found(report: EvalReport, classes: tuple[str, ...]) -> dict[str, tuple[bool, dict[str, bool]]]:
     """sha256 → (answered rightly, of each label whether it was answered) of the videos that have one of `classes`,
     when only `classes` may be answered. Several labels of a video are right when all are and no other is answered."""
+    task = tasks.of(report.multilabel)
     index = {name: report.classes.index(name) for name in classes}
-
-    def answer(video: dict[str, Any]) -> set[str]:
-        if report.multilabel:
-            return {name for name in names(video["predicted"], True) if name in index}
-        if video["predicted"] in index:
-            return {video["predicted"]}
-        return {max(classes, key=lambda name: video["probabilities"][index[name]])}
-
     result = {}
     for video in report.videos:
-        truth = {name for name in names(video["label"], report.multilabel) if name in index}
+        truth = {name for name in task.names(video["label"]) if name in index}
         if truth:
-            given = answer(video)
+            given = task.answer_among(video, index)
             result[video["sha256"]] = given == truth, {name: name in given for name in truth}
     return result
 

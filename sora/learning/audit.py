@@ -149,7 +149,7 @@ def _videos(project: Project) -> tuple[Settings, pd.DataFrame]:
     from sora.dataset.quality import quarantine
 
     settings = project.settings()
-    if settings.multilabel:
+    if not settings.task.exclusive:
         raise InputError(
             "the audit looks for videos that another class fits better, but with model.head multilabel one class takes "
             "nothing from another",

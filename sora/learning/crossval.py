@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sora.config import Settings
 from sora.core.files import atomic, writing
 from sora.core.processes import Emit
-from sora.core.records import Recipe, Split, schema_of
+from sora.core.records import Recipe, Split
 from sora.judging import evaluation
 from sora.learning import training
 from sora.learning.training import TrainJob
@@ -87,8 +87,8 @@ def answers(
         settings.classes,
         model_sha256=evaluation.file_digest(Path(fitted.model)),
         views=settings.eval.views,
-        schema=schema_of(settings.multilabel),
-        multilabel=settings.multilabel,
+        schema=settings.task.schema,
+        multilabel=settings.task.multilabel,
     )
     outcome = evaluation.run(
         evaluation.EvalJob(

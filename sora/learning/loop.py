@@ -9,13 +9,13 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from sora.config import Train
 from sora.core.errors import InputError
 from sora.core.processes import Emit
 from sora.learning import checkpoint
 from sora.store.batches import Batch, Batches
+from sora.tasks import SINGLE, Task
 
 _AHEAD = 4  # batches made before they are asked for
 _BATCH_EVENT_SECONDS = 0.5
@@ -52,16 +52,13 @@ class ClipDataset(keras.utils.PyDataset):  # type: ignore[misc]
         except Exception as error:
             self.error = error  # a backend may show only its text, in an error of its own
             raise
-        labels = batch.labels if batch.labels.ndim == 2 else np.eye(self.classes, dtype=np.float32)[batch.labels]
-        return batch.inputs, labels, batch.weights
+        return batch.inputs, self.batches.task.dense(batch.labels, self.classes), batch.weights
 
 
-def compile_model(model: keras.Model, train: Train, steps: int, *, multilabel: bool = False, jit: bool | str) -> None:
+def compile_model(model: keras.Model, train: Train, steps: int, *, task: Task = SINGLE, jit: bool | str) -> None:
     """AdamW (Loshchilov and Hutter 2019), warm-up over a tenth of the `steps`, then a cosine to 1 % of the rate.
 
-    Biases and normalisation are not decayed. The loss is the cross-entropy of the softmax. With `multilabel` it is the
-    mean of the cross-entropies of a sigmoid for each class, and the metric "accuracy" counts clips whose labels are all
-    right.
+    Biases and normalisation are not decayed. Loss and accuracy are the task's.
     """
     warm_up = max(1, steps // 10)
     schedule = keras.optimizers.schedules.CosineDecay(
@@ -73,18 +70,7 @@ def compile_model(model: keras.Model, train: Train, steps: int, *, multilabel: b
     )
     optimizer = keras.optimizers.AdamW(schedule, weight_decay=train.weight_decay, global_clipnorm=5.0)
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-    options: dict[str, Any] = {"from_logits": True, "label_smoothing": train.label_smoothing}
-    loss: keras.losses.Loss
-    if multilabel:
-        loss, accuracy = keras.losses.BinaryCrossentropy(**options), keras.metrics.MeanMetricWrapper(_exact, "accuracy")
-    else:
-        loss, accuracy = keras.losses.CategoricalCrossentropy(**options), keras.metrics.CategoricalAccuracy("accuracy")
-    model.compile(optimizer, loss, metrics=[accuracy], jit_compile=jit)
-
-
-def _exact(truth: Any, logits: Any) -> Any:
-    """`(batch,)`: 1 where exactly the clip's classes (of a mixed clip: those above a half) have a positive logit."""
-    return ops.cast(ops.all(ops.equal(truth > 0.5, logits > 0), axis=-1), "float32")
+    model.compile(optimizer, task.loss(train.label_smoothing), metrics=[task.accuracy()], jit_compile=jit)
 
 
 class Average:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from sora.learning import loop
     from sora.store.batches import Batches, ClipSource
+    from sora.tasks import Task
 
 MODEL_FILE = "model.keras"
 CHECKPOINT_FILE = "checkpoint.npz"
@@ -155,9 +156,9 @@ def _footage(job: TrainJob, train: Train) -> _Footage:
     from sora.store.augment import Augmentation
     from sora.store.batches import Batches
 
-    multilabel = _multilabel(job)
+    task = Model(**job.model).task
     shards = _open(job)
-    table = _table(job, multilabel)
+    table = _table(job, task)
     training = Batches(
         shards,
         table[table["split"] == "train"],
@@ -167,11 +168,9 @@ def _footage(job: TrainJob, train: Train) -> _Footage:
         augmentation=Augmentation.of(train, job.classes),
         classes=len(job.classes),
         class_weights=train.class_weights,
-        multilabel=multilabel,
+        task=task,
     )
-    validation = Batches(
-        shards, table[table["split"] == "val"], batch=train.batch, classes=len(job.classes), multilabel=multilabel
-    )
+    validation = Batches(shards, table[table["split"] == "val"], batch=train.batch, classes=len(job.classes), task=task)
     return _Footage(table, training, validation)
 
 
@@ -193,7 +192,7 @@ def _assembled(job: TrainJob, train: Train, footage: _Footage, machine: Machine,
         if settings.streams != "low" and settings.backbone != "residual":
             pretrained.load(model)
         steps = len(footage.training) * train.epochs
-        loop.compile_model(model, train, steps, multilabel=_multilabel(job), jit=machine.jit)
+        loop.compile_model(model, train, steps, task=settings.task, jit=machine.jit)
         end = loop.EpochEnd(
             data,
             train,
@@ -255,10 +254,6 @@ def _built(job: TrainJob) -> keras.Model:
     return classifier.build(Model(**job.model), ClipSpec.from_dict(job.clip), len(job.classes))
 
 
-def _multilabel(job: TrainJob) -> bool:
-    return Model(**job.model).head == "multilabel"
-
-
 def _open(job: TrainJob) -> ClipSource:
     from sora.store.shards import ShardSet
 
@@ -271,20 +266,18 @@ def _open(job: TrainJob) -> ClipSource:
     return shards
 
 
-def _table(job: TrainJob, multilabel: bool) -> pd.DataFrame:
-    """The job's table with `label_index` (of several labels a tuple), sorted by sha256."""
+def _table(job: TrainJob, task: Task) -> pd.DataFrame:
+    """The job's table with `label_index`, as the task's `index` gives it, sorted by sha256."""
     import pandas as pd
 
-    from sora.core import labels
-
     table = pd.read_parquet(job.table) if job.table.endswith(".parquet") else pd.read_csv(job.table, dtype=str)
-    single = labels.single(table["label"], multilabel)
+    single = task.single(table["label"])
     unknown = sorted(set(single) - set(job.classes))
     if unknown:
         raise InputError(
             f"the table has a label that is no class: {unknown[0]!r}", fix="add it to `classes` in params.yaml"
         )
-    trained = set(labels.single(table.loc[table["split"] == "train", "label"], multilabel))
+    trained = set(task.single(table.loc[table["split"] == "train", "label"]))
     if not trained:
         raise InputError("no clip to train on: the split `train` is empty", fix="add videos or groups")
     empty = [name for name in job.classes if name not in trained]
@@ -294,10 +287,7 @@ def _table(job: TrainJob, multilabel: bool) -> pd.DataFrame:
             fix="add videos of it (from more than one group), or take it out of `classes` in params.yaml",
         )
     numbers = {name: number for number, name in enumerate(job.classes)}
-    if multilabel:
-        index = table["label"].map(lambda label: tuple(numbers[name] for name in labels.names(label, True)))
-    else:
-        index = table["label"].map(numbers)
+    index = [task.index(label, numbers) for label in table["label"]]
     return table.assign(label_index=index).sort_values("sha256", ignore_index=True)
 
 

@@ -6,7 +6,8 @@ classifier end in such means (`streams.pooled`), a vector a frame and a level, s
 the convolutions: a call costs one pass of the model and a gradient of its small head.
 
 Departs: maps of every level are summed, since the fusion reads them all; a frame has weights of its own; and the score
-is the class's log-odds, not its logit, since a number added to all logits changes no answer.
+is the class's log-odds (`log_odds` of `sora.tasks`), not its logit, since a number added to all logits of a softmax
+changes no answer.
 """
 
 from __future__ import annotations
@@ -71,15 +72,6 @@ def split(model: keras.Model) -> Parts:
 def pooled(maps: Sequence[Any]) -> list[Any]:
     """What the head reads of each level's maps."""
     return [streams.pooled(level) for level in maps]
-
-
-def log_odds(logits: Any, label: Any, multilabel: bool = False) -> Any:
-    """log(p / (1 - p)) of one class, from the `(1, classes)` logits of one clip. With `multilabel` it is the logit."""
-    own = ops.one_hot(label, logits.shape[-1], dtype="float32")
-    if multilabel:
-        return ops.sum(own * logits[0])
-    others = ops.logsumexp(ops.where(own > 0, -1e30, logits[0]))
-    return ops.sum(own * logits[0]) - others
 
 
 def evidence(maps: Sequence[Any], gradients: Sequence[Any], key_frames: int) -> Any:

@@ -21,7 +21,6 @@ import yaml
 
 from sora.config import Project, params_yaml, parse
 from sora.config.credentials import private_state
-from sora.core import labels
 from sora.core.errors import DiskFull, InputError, ServiceError
 from sora.core.files import atomic, writing
 from sora.core.progress import Bar
@@ -41,11 +40,11 @@ class _Source:
     size: int
 
 
-def init(directory: Path, data: Path, *, multilabel: bool = False, progress: Bar | None = None) -> dict[str, Any]:
+def init(directory: Path, data: Path, *, head: str | None = None, progress: Bar | None = None) -> dict[str, Any]:
     """Makes a project in `directory` from a folder of labelled videos: `{project, videos, classes}`.
 
     Files that are no videos by name are left out, `labels.csv` is kept; links are replaced by what they point to.
-    With `multilabel` a label of the table may be several, joined by `|`, and the project gets `model.head: multilabel`.
+    `head` is the setting `model.head`: with `multilabel` a label of the table may be several, joined by `|`.
 
     Raises:
         InputError: the folder has no videos of two classes, `directory` can't take them, or git is missing.
@@ -66,9 +65,9 @@ def init(directory: Path, data: Path, *, multilabel: bool = False, progress: Bar
         _marker(project).write_text(json.dumps({"source": str(source)}), encoding="utf-8")
     try:
         _copy_all(files, source, project, progress)
-        head = parse("model: {head: multilabel}" if multilabel else "")
-        given = [found.label for found in scan(project.data, head) if found.label]
-        classes = sorted({name for label in given for name in labels.names(label, multilabel)})
+        settings = parse("" if head is None else f"model: {{head: {head}}}")
+        given = [found.label for found in scan(project.data, settings) if found.label]
+        classes = sorted({name for label in given for name in settings.task.names(label)})
         _check_classes(set(classes), source)
     except InputError as error:
         error.message = error.message.replace(str(project.data), str(source))  # the copy is gone: fix the original
@@ -82,7 +81,7 @@ def init(directory: Path, data: Path, *, multilabel: bool = False, progress: Bar
         versioning.init(target)
         versioning.add(project)
         _write(project.dvc_yaml, template("dvc.yaml"))
-        _write(project.params_file, params_text(_name(target), classes, multilabel=multilabel))
+        _write(project.params_file, params_text(_name(target), classes, head))
         _commit(target)
         _marker(project).unlink()
     return {"project": str(target), "videos": len(files), "classes": classes}
@@ -93,9 +92,9 @@ def template(name: str) -> str:
     return (resources.files("sora") / "templates" / name).read_text(encoding="utf-8")
 
 
-def params_text(name: str, classes: list[str], *, multilabel: bool = False) -> str:
-    """params.yaml with every default, and these classes."""
-    given = {"name": name, "classes": classes, "model": {"head": "multilabel"} if multilabel else {}}
+def params_text(name: str, classes: list[str], head: str | None = None) -> str:
+    """params.yaml with every default, these classes and `model.head` (None: its default)."""
+    given = {"name": name, "classes": classes, "model": {} if head is None else {"head": head}}
     return params_yaml(parse(yaml.safe_dump(given)))
 
 

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sora import tasks
 from sora.config import Serve
-from sora.core import statistics
 from sora.core.errors import InputError, PromotionFailed, ServiceError
 from sora.core.processes import Child, without_noise
-from sora.core.records import THRESHOLD, Prediction, Recipe, schema_of
+from sora.core.records import Prediction, Recipe
 from sora.core.tensors import VIDEO
 from sora.media import pool
 from sora.store import augment
@@ -55,7 +55,8 @@ class Predictor:
     """
 
     def __init__(self, model_file: Path, recipe: Recipe, version: int) -> None:
-        if recipe.schema != schema_of(recipe.multilabel):
+        self.task = tasks.of(recipe.multilabel)
+        if recipe.schema != self.task.schema:
             raise ModelRefused(
                 f"version {version} has a recipe of schema {recipe.schema}, which this Sora does not read",
                 fix="use the release of Sora that trained it, or train again",
@@ -95,7 +96,7 @@ class Predictor:
         count = len(clips)
         clips = augment.views(clips, self.recipe.views)
         logits = self._batched(self._call, clips)
-        shares = statistics.clip_probabilities(logits, self.recipe.temperature, self.recipe.multilabel)
+        shares = self.task.clip_probabilities(logits, self.recipe.temperature)
         mean: np.ndarray = shares.reshape(count, -1, shares.shape[1]).mean(axis=1)
         return mean
 
@@ -154,9 +155,7 @@ class Predictor:
         named = {name: float(value) for name, value in zip(self.classes, mean, strict=True)}
         below = self.recipe.unsure_below
         unsure = None if below is None else bool(mean.max() < below)
-        labels = None
-        if self.recipe.multilabel:
-            labels = tuple(self.classes[i] for i in np.argsort(-mean, kind="stable") if mean[i] >= THRESHOLD)
+        labels = self.task.labels(mean, self.classes)
         return Prediction(self.classes[int(mean.argmax())], named, self.version, unsure, labels)
 
     def attribution(self) -> Callable[[np.ndarray, int], tuple[np.ndarray, float]]:
@@ -185,7 +184,7 @@ class Predictor:
         for golden in self.recipe.golden or ({"seed": 0, "probabilities": None},):
             clip = golden_clip(self.recipe.clip, int(golden["seed"]))
             answer = self.probabilities(clip[None])[0]
-            if not np.isfinite(answer).all() or (not self.recipe.multilabel and abs(answer.sum() - 1) > 1e-6):
+            if not self.task.are_probabilities(answer):
                 raise ModelRefused(f"version {self.version} answers {answer.tolist()}", fix="train again")
             if golden["probabilities"] is not None:
                 worst = max(worst, float(np.abs(answer - np.asarray(golden["probabilities"])).max()))
@@ -260,7 +259,7 @@ def _attributing(model: keras.Model, recipe: Recipe) -> Callable[[np.ndarray, in
     import tensorflow as tf
 
     shape = model.input_shape[1:]
-    parts = attribution.split(model)
+    parts, task = attribution.split(model), tasks.of(recipe.multilabel)
     signature = [tf.TensorSpec((1, *shape), tf.uint8), tf.TensorSpec((), tf.int32)]
 
     @tf.function(input_signature=signature, autograph=False)  # type: ignore[untyped-decorator]  # TensorFlow has no types
@@ -270,7 +269,7 @@ def _attributing(model: keras.Model, recipe: Recipe) -> Callable[[np.ndarray, in
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(features)
             logits = parts.head(features, training=False) / recipe.temperature
-            odds = attribution.log_odds(logits, label, recipe.multilabel)
+            odds = task.log_odds(logits, label)
         return attribution.evidence(maps, tape.gradient(odds, features), parts.key_frames), odds
 
     function = call.get_concrete_function()

@@ -258,7 +258,7 @@ class Context:
         if decoded.spans is not None and (wanted.timeline or len(decoded.spans) > 1):
             rows = answered.probabilities
             label = predictor.classes.index(prediction.label)
-            first, last = timelines.deciding(rows, label, predictor.recipe.multilabel)
+            first, last = timelines.deciding(rows, label, predictor.task)
             timeline = timelines.timeline(decoded.spans, predictor.classes, rows)
             span = Span(decoded.spans[first][0], decoded.spans[last][1])
         return PredictAnswer(

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 
-from sora.core import labels
 from sora.core.answers import Accepted, Correction, Corrections, Rejected, Sender, Waiting
 from sora.core.errors import DiskFull, InputError
 from sora.dataset.corrections import MEDIA_TYPES, NEXT, Entry, Inbox, InboxFull, NoEntry
@@ -153,8 +152,8 @@ def _checked(fields: dict[str, str], predictor: Predictor) -> tuple[str, str, in
     missing = [name for name in _FIELDS if name not in fields]
     if missing:
         raise Problem(422, f"the form lacks {', '.join(missing)}", fix="send file, label, predicted and version")
-    multilabel = predictor.recipe.multilabel
-    given = {name: labels.names(fields[name], multilabel) for name in ("label", "predicted")}
+    task = predictor.task
+    given = {name: task.names(fields[name]) for name in ("label", "predicted")}
     for name, said in given.items():
         unknown = [one for one in said if one not in predictor.classes]
         if unknown or (name == "label" and not said):
@@ -162,7 +161,7 @@ def _checked(fields: dict[str, str], predictor: Predictor) -> tuple[str, str, in
     version = fields["version"]
     if not (version.isascii() and version.isdigit() and len(version) <= 9 and int(version) > 0):
         raise Problem(422, f"the version is no number, received {version[:100]!r}", fix="send the answer's `version`")
-    return labels.join(given["label"]), labels.join(given["predicted"]), int(version)
+    return task.join(given["label"]), task.join(given["predicted"]), int(version)
 
 
 async def _in_inbox(function: Callable[[], T]) -> T:

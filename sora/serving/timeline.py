@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sora.core.answers import Window
-from sora.core.records import THRESHOLD
+from sora.tasks import SINGLE, Task
 
 
 def timeline(
@@ -30,21 +30,16 @@ def timeline(
     )
 
 
-def deciding(probabilities: np.ndarray, label: int, multilabel: bool = False) -> tuple[int, int]:
+def deciding(probabilities: np.ndarray, label: int, task: Task = SINGLE) -> tuple[int, int]:
     """The run of clips that speaks most for class `label`: first and last, both included.
 
-    A clip speaks with its margin: the probability of the label less that of the best other class. So a clip that sees
-    something else speaks against it. The classes of a multi-label model don't exclude each other: there `THRESHOLD`
-    takes the place of the other class. The run with the largest sum is found in one pass (Bentley, "Programming pearls:
-    algorithm design techniques", 1984). Of equal runs it is the first and shortest. There is always one: where no clip
-    speaks for the label, it is the clip that speaks least against it.
+    A clip speaks with its margin, which the task gives. The run with the largest sum is found in one pass (Bentley,
+    "Programming pearls: algorithm design techniques", 1984). Of equal runs it is the first and shortest. There is
+    always one: where no clip speaks for the label, it is the clip that speaks least against it.
     """
-    others = np.delete(probabilities, label, axis=1)
-    against = THRESHOLD if multilabel else others.max(axis=1) if others.shape[1] else 0.0
-    margins = probabilities[:, label] - against
     best, best_run = -np.inf, (0, 0)
     total, first = 0.0, 0
-    for index, margin in enumerate(margins):
+    for index, margin in enumerate(task.margins(probabilities, label)):
         if total <= 0:
             total, first = 0.0, index
         total += float(margin)

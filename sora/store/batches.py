@@ -17,6 +17,7 @@ from sora.core.errors import InputError
 from sora.core.tensors import VIDEO, TensorSpec
 from sora.store import augment
 from sora.store.augment import Augmentation
+from sora.tasks import SINGLE, Task
 
 NONE = Augmentation()
 # Kind of augmentation → what its generator's seed has beside seed, epoch and number of the batch.
@@ -59,16 +60,16 @@ class Batches:
 
     Args:
         shards: the clips; its index has the columns sha256, clip.
-        table: sha256, label_index; one row a video. A video of several clips counts with all of them. With `multilabel`
-            label_index holds a sequence of indices.
+        table: sha256, label_index (as the task's `index` gives it); one row a video. A video of several clips counts
+            with all of them.
         batch: clips a batch.
         shuffle_seed: of order and augmentation, for training. The last batch is then filled up with clips drawn again,
             so that all have one shape. None, for evaluation: the table's order, the last batch may be smaller.
         min_batches: in training an epoch has at least so many. A small table is gone through as often as that takes.
         augmentation: of training's clips; it changes the tensor `video`.
-        classes: how many there are; mix-up and `multilabel` need it.
-        class_weights: weights that make every class count alike; otherwise 1. Not with `multilabel`.
-        multilabel: a clip may have several of the classes.
+        classes: how many there are; mix-up and the task `MULTI` need it.
+        class_weights: the task's weights that make every class count alike; otherwise 1.
+        task: what the labels mean.
 
     Raises:
         InputError: the shards lack a video of the table.
@@ -85,7 +86,7 @@ class Batches:
         augmentation: Augmentation = NONE,
         classes: int = 0,
         class_weights: bool = False,
-        multilabel: bool = False,
+        task: Task = SINGLE,
     ) -> None:
         index = shards.index
         places = pd.DataFrame({"sha256": index["sha256"].to_numpy(), "row": np.arange(len(index))})
@@ -97,21 +98,13 @@ class Batches:
                 fix="`sora run` prepares what is missing",
             )
         self.shards, self.batch, self.shuffle_seed = shards, batch, shuffle_seed
-        self.augmentation, self.classes = augmentation, classes
+        self.augmentation, self.classes, self.task = augmentation, classes, task
         self.rows = joined["row"].to_numpy(np.int64)
+        self.labels = task.targets(joined["label_index"], classes)
         self.weights = np.ones(len(joined), np.float32)
-        self.class_weight = np.ones(classes, np.float32)
-        if multilabel:
-            self.labels = np.zeros((len(joined), classes), np.float32)
-            for number, indices in enumerate(joined["label_index"]):
-                self.labels[number, list(indices)] = 1
-        else:
-            self.labels = joined["label_index"].to_numpy(np.int64)
-            if class_weights:
-                self.weights = balanced(self.labels)
-            # A class without clips appears only as mirror images of another one: it counts as the average.
-            self.class_weight = np.ones(max(self.labels.max(initial=-1) + 1, classes), np.float32)
-            self.class_weight[self.labels] = self.weights
+        self.class_weights = task.class_weights(self.labels, classes) if class_weights else None
+        if self.class_weights is not None:
+            self.weights = task.weights(self.labels, self.class_weights)
         batches = -(-len(self.rows) // batch)
         self.batches = max(batches, min_batches) if batches and shuffle_seed is not None else batches
 
@@ -161,14 +154,14 @@ class Batches:
         for place, source in enumerate(x):
             clip, mirrored = source, False
             if kinds.flip or kinds.jitter:
-                mirror = self._mirrored(y[place])
+                mirror = y[place] if kinds.mirror is None else self.task.mirrored(y[place], kinds.mirror)
                 clip, mirrored = augment.flip_and_jitter(
                     clip, draws["basic"], flip=kinds.flip and mirror is not None, jitter=kinds.jitter
                 )
                 if mirrored and mirror is not None and (mirror != y[place]).any():
                     y[place] = mirror
-                    if y.ndim == 1:
-                        w[place] = self.class_weight[mirror]
+                    if self.class_weights is not None:
+                        w[place] = self.task.weights(mirror, self.class_weights)
             if kinds.speed:
                 clip = augment.slower(clip, draws["speed"], kinds.speed)
             if kinds.crop:
@@ -177,23 +170,6 @@ class Batches:
                 clip = augment.noisy(clip, draws["noise"], kinds.noise)
             result[place] = clip
         if kinds.mix_up:
-            y = y if y.ndim == 2 else np.eye(self.classes, dtype=np.float32)[y]
-            result, y, w = augment.mixed(result, y, w, draws["mix_up"], kinds.mix_up)
+            dense = self.task.dense(y, self.classes)
+            result, y, w = augment.mixed(result, dense, w, draws["mix_up"], kinds.mix_up)
         return Batch({**batch.inputs, VIDEO: result}, y, w)
-
-    def _mirrored(self, y: np.ndarray) -> np.ndarray | None:
-        """The label of a clip's mirror image: an index or `(classes,)`. None: the clip is never mirrored."""
-        if self.augmentation.mirror is None:
-            return y
-        to = np.asarray(self.augmentation.mirror)
-        if y.ndim == 0:
-            return to[y] if to[y] >= 0 else None
-        if y[to < 0].any():
-            return None
-        return y[np.where(to < 0, np.arange(len(to)), to)]  # pairs are each other's: the way back is the way there
-
-
-def balanced(labels: np.ndarray) -> np.ndarray:
-    """A weight a clip: inverse to the frequency of its class among `labels`, 1 on average. `(n,) float32`."""
-    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    return (len(labels) / (len(counts) * counts[inverse])).astype(np.float32)

@@ -129,7 +129,7 @@ def test_an_interrupted_build_does_not_keep_verdicts_of_other_limits(tmp_path: P
 
 def test_the_manifest_depends_on_the_limits_and_nothing_else_does(tmp_path: Path) -> None:
     plain = provenance.stages()
-    changed = provenance.stages(False, bounds_of(settings(max_frames=20)))
+    changed = provenance.stages(bounds=bounds_of(settings(max_frames=20)))
     assert bounds_of(settings(min_side=8)) == ""
     assert [stage for stage in plain if plain[stage] != changed[stage]] == ["manifest"]
     project = Project(tmp_path)

@@ -6,36 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pytest
 
 from sora.config import Settings, parse
-from sora.core import labels, provenance
+from sora.core import provenance
 from sora.dataset import splits
 from sora.dataset import table as tables
 from sora.dataset.quality import validate
 from sora.dataset.scan import scan
+from sora.tasks import MULTI
 from tests.dataset.rows import manifest, row
 
 SEVERAL = parse("model: {head: multilabel}\nclasses: [carry, run, walk]")
-
-
-@pytest.mark.parametrize(
-    ("given", "names"),
-    [("walk", ["walk"]), ("walk|carry", ["carry", "walk"]), (" walk | carry|walk||", ["carry", "walk"]), ("|", [])],
-)
-def test_names_are_sorted_bare_and_once(given: str, names: list[str]) -> None:
-    assert labels.names(given, True) == names
-    assert labels.names(given, False) == [given]
-    assert labels.names(labels.join(names), True) == names
-
-
-def test_hot_and_single() -> None:
-    column = pd.Series(["carry|walk", "walk", "run|other"])
-    assert labels.hot(column, ["carry", "run", "walk"]).tolist() == [[1, 0, 1], [0, 0, 1], [0, 1, 0]]
-    assert labels.hot([], ["carry"]).shape == (0, 1)
-    assert labels.single(column, True).tolist() == ["carry", "walk", "walk", "run", "other"]
-    assert labels.single(column, True).index.tolist() == [0, 0, 1, 2, 2]
-    assert labels.single(column, False) is column
 
 
 def labelled(folder: Path, rows: dict[str, str]) -> Path:
@@ -103,14 +84,14 @@ def test_every_class_is_in_every_split_though_combinations_are_rare() -> None:
     rng = np.random.default_rng(0)
     names = [f"label{number}" for number in range(8)]
     rows = [
-        row(f"{number:02}.mp4", label=labels.join(rng.choice(names, rng.integers(1, 4), replace=False)))
+        row(f"{number:02}.mp4", label=MULTI.join(rng.choice(names, rng.integers(1, 4), replace=False)))
         for number in range(60)
     ]
     table = manifest(rows)
     settings = parse("model: {head: multilabel}")
     given = splits.assign(table, splits.read(Path("/nonexistent")), settings)
     split = dict(zip(given.ledger["sha256"], given.ledger["split"], strict=True))
-    single = labels.single(table["label"], True)
+    single = MULTI.single(table["label"])
     found = pd.crosstab(single, table["sha256"].map(split).loc[single.index].to_numpy())
     assert (found > 0).all(axis=None) and len(found) == 8 and len(given.notes) == 1  # that no groups are known
     shares = found.div(found.sum(axis=1), axis=0)
@@ -127,10 +108,10 @@ def test_a_note_names_the_single_label_that_is_too_rare() -> None:
 
 def test_counts_of_a_table() -> None:
     table = pd.DataFrame({"label": ["carry|walk", "walk"]})
-    assert tables.counts(table, multilabel=True) == {"carry": 1, "walk": 2}
+    assert tables.counts(table, MULTI) == {"carry": 1, "walk": 2}
     assert tables.counts(table) == {"carry|walk": 1, "walk": 1}
 
 
 def test_the_head_is_part_of_the_code_behind_stages_that_read_labels() -> None:
-    plain, several = provenance.stages(), provenance.stages(multilabel=True)
+    plain, several = provenance.stages(), provenance.stages(MULTI.stage_suffix)
     assert [stage for stage in plain if plain[stage] != several[stage]] == ["manifest", "validate"]

@@ -14,6 +14,7 @@ from sora.config import Gate
 from sora.core.records import Decision, EvalReport
 from sora.judging.gate import clearly_worse, decide, mcnemar, mode_of, passes
 from sora.judging.report import measure
+from sora.tasks import MULTI
 
 GATE = Gate()
 
@@ -290,7 +291,7 @@ def several(answers: list[str], truth: list[str], classes: str = "abc") -> EvalR
 
     names = [f"{number:04d}" for number in range(len(answers))]
     probabilities = np.where(hot(answers), 0.9, 0.1)
-    result = measure.report("test", tuple(classes), hot(truth), probabilities, sha256=names, paths=names)
+    result = measure.report("test", tuple(classes), hot(truth), probabilities, sha256=names, paths=names, task=MULTI)
     result.metrics.update({"ece": 0.05, "ece_noise": 0.0, "latency_ms": 10.0})
     return result
 

@@ -17,6 +17,8 @@ from sora.core import statistics
 from sora.core.errors import DiskFull
 from sora.core.records import ClipSpec, EvalReport
 from sora.judging.report import measure, mistakes, page, plots
+from sora.tasks import MULTI, SINGLE
+from sora.tasks.task import TEMPERATURES
 
 SPEC = ClipSpec(frames=6, height=16, width=24)
 
@@ -67,29 +69,29 @@ def test_wilson_against_published_values() -> None:
 
 def test_a_videos_probabilities_are_the_mean_over_its_clips() -> None:
     logits = np.log(np.array([[0.9, 0.1], [0.5, 0.5], [0.2, 0.8]]))
-    found = statistics.video_probabilities(logits, np.array([0, 0, 1]), 2)
+    found = SINGLE.video_probabilities(logits, np.array([0, 0, 1]), 2)
     np.testing.assert_allclose(found, [[0.7, 0.3], [0.2, 0.8]])
-    assert np.isfinite(statistics.video_probabilities(logits * 1e4, np.array([0, 0, 1]), 2, 0.25)).all()
+    assert np.isfinite(SINGLE.video_probabilities(logits * 1e4, np.array([0, 0, 1]), 2, 0.25)).all()
 
 
 @pytest.mark.parametrize("true", [0.5, 1.0, 2.0, 4.0])
 def test_the_temperature_is_found_again(true: float) -> None:
     rng = np.random.default_rng(1)
     logits = rng.standard_normal((5000, 4)) * 2
-    probabilities = statistics.video_probabilities(logits, np.arange(5000), 5000)
+    probabilities = SINGLE.video_probabilities(logits, np.arange(5000), 5000)
     labels = np.array([rng.choice(4, p=p) for p in probabilities])
-    assert statistics.fit_temperature(logits * true, np.arange(5000), labels) == pytest.approx(true, rel=0.06)
+    assert SINGLE.fit_temperature(logits * true, np.arange(5000), labels) == pytest.approx(true, rel=0.06)
 
 
 def test_a_temperature_from_little() -> None:
-    assert statistics.fit_temperature(np.zeros((0, 3)), np.zeros(0, int), np.zeros(0, int)) == 1
-    low, high = statistics.TEMPERATURES
+    assert SINGLE.fit_temperature(np.zeros((0, 3)), np.zeros(0, int), np.zeros(0, int)) == 1
+    low, high = TEMPERATURES
     perfect = np.eye(3) * 2
-    few = statistics.fit_temperature(perfect, np.arange(3), np.arange(3))
+    few = SINGLE.fit_temperature(perfect, np.arange(3), np.arange(3))
     assert 0.4 < few < 1  # three right answers are no licence for certainty
-    wrong = statistics.fit_temperature(np.eye(3)[::-1] * 50.0, np.arange(3), np.arange(3))
+    wrong = SINGLE.fit_temperature(np.eye(3)[::-1] * 50.0, np.arange(3), np.arange(3))
     assert low <= wrong <= high
-    many = statistics.fit_temperature(np.tile(perfect, (200, 1)), np.arange(600), np.tile(np.arange(3), 200))
+    many = SINGLE.fit_temperature(np.tile(perfect, (200, 1)), np.arange(600), np.tile(np.arange(3), 200))
     assert low <= many < few
 
 
@@ -154,7 +156,7 @@ def test_the_report_by_hand() -> None:
 def several_report(labels: list[list[int]], probabilities: Any, classes: tuple[str, ...], **more: Any) -> EvalReport:
     names = [f"{number:04d}" for number in range(len(labels))]
     hot = np.array(labels, bool).reshape(-1, len(classes))
-    return measure.report("test", classes, hot, np.array(probabilities), sha256=names, paths=names, **more)
+    return measure.report("test", classes, hot, np.array(probabilities), sha256=names, paths=names, task=MULTI, **more)
 
 
 def test_several_labels_by_hand() -> None:
@@ -178,7 +180,7 @@ def test_several_labels_by_hand() -> None:
     # Of a: 0.6 (not so), 0.5 (so), 0.4 (so), 0.2 (not so). Precision 1/2 and 2/3 where recall grows.
     assert report.per_class["a"]["average_precision"] == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert found["mean_average_precision"] == pytest.approx((1 + 7 / 12) / 2)
-    confidence, so = statistics.decisions(np.array(probabilities), measure.truth(report))
+    confidence, so = MULTI.decisions(np.array(probabilities), measure.truth(report))
     assert len(confidence) == 12 and so.sum() == 5
     assert found["ece"] == statistics.expected_calibration_error(confidence, so)
     assert EvalReport.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False))) == report
@@ -199,10 +201,10 @@ def test_one_label_each_is_measured_alike_by_both() -> None:
 def test_the_temperature_of_sigmoids_is_found_again(true: float) -> None:
     rng = np.random.default_rng(1)
     logits = rng.normal(0, 2, (4000, 3))
-    labels = rng.random((4000, 3)) < statistics.clip_probabilities(logits, multilabel=True)
-    assert statistics.fit_temperature(logits * true, np.arange(4000), labels) == pytest.approx(true, rel=0.06)
-    assert statistics.fit_temperature(np.zeros((0, 3)), np.zeros(0, int), np.zeros((0, 3), bool)) == 1
-    extreme = statistics.video_probabilities(logits * 1e6, np.arange(4000), 4000, 0.25, multilabel=True)
+    labels = rng.random((4000, 3)) < MULTI.clip_probabilities(logits)
+    assert MULTI.fit_temperature(logits * true, np.arange(4000), labels) == pytest.approx(true, rel=0.06)
+    assert MULTI.fit_temperature(np.zeros((0, 3)), np.zeros(0, int), np.zeros((0, 3), bool)) == 1
+    extreme = MULTI.video_probabilities(logits * 1e6, np.arange(4000), 4000, 0.25)
     assert ((extreme >= 0) & (extreme <= 1)).all()
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from sora.serving.timeline import deciding, timeline
+from sora.tasks import MULTI
 
 
 def _of(*first: float) -> np.ndarray:
@@ -43,5 +44,5 @@ def test_no_other_run_speaks_more(probabilities: np.ndarray, label: int) -> None
 def test_of_several_labels_a_clip_speaks_for_one_by_itself() -> None:
     """The other class is there all the time: it takes nothing from the one that decided."""
     both = np.array([[0.2, 0.9], [0.7, 0.9], [0.8, 0.9], [0.3, 0.9]])
-    assert deciding(both, 0, multilabel=True) == (1, 2)
+    assert deciding(both, 0, MULTI) == (1, 2)
     assert deciding(both, 0) == (2, 2)

@@ -10,6 +10,7 @@ import pytest
 from sora.store import augment
 from sora.store.augment import Augmentation
 from sora.store.batches import Batches
+from sora.tasks import MULTI
 from tests.store.test_batches import Arrays, every, load, table
 
 OFTEN = range(30)
@@ -177,7 +178,7 @@ def test_views_are_beside_their_clip() -> None:
 def test_a_mirrored_clip_of_several_classes_swaps_each_and_one_that_has_a_side_stays() -> None:
     source = Arrays(3)
     rows = table(3).assign(label_index=[(0, 2), (1,), (2, 3)])
-    options = {"classes": 4, "multilabel": True, "class_weights": True}
+    options = {"classes": 4, "task": MULTI, "class_weights": True}
     kinds = Augmentation(flip=True, mirror=[1, 0, 2, -1])
     batches = Batches(source, rows, batch=60, shuffle_seed=0, augmentation=kinds, **options)  # type: ignore[arg-type]
     x, y, w = load(batches, 0, 0)
@@ -193,7 +194,7 @@ def test_a_mirrored_clip_of_several_classes_swaps_each_and_one_that_has_a_side_s
 def test_several_labels_are_mixed_up_by_share() -> None:
     rows = table(2).assign(label_index=[(0, 2), (1, 2)])
     batches = Batches(
-        Arrays(2), rows, batch=32, shuffle_seed=0, augmentation=Augmentation(mix_up=0.4), classes=3, multilabel=True
+        Arrays(2), rows, batch=32, shuffle_seed=0, augmentation=Augmentation(mix_up=0.4), classes=3, task=MULTI
     )
     _, soft, _ = load(batches, 0, 0)
     np.testing.assert_allclose(soft[:, 0] + soft[:, 1], 1, rtol=1e-5)

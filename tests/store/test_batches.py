@@ -16,8 +16,9 @@ import pytest
 from sora.core.errors import InputError, ServiceError
 from sora.core.tensors import TensorSpec
 from sora.store.augment import Augmentation
-from sora.store.batches import Batch, Batches, balanced
+from sora.store.batches import Batch, Batches
 from sora.store.shards import ShardSet
+from sora.tasks import MULTI, SINGLE
 from tests.clips import CLASSES, SPEC, make_shards
 
 
@@ -130,7 +131,7 @@ def test_the_source_is_never_altered() -> None:
 
 def test_class_weights_make_classes_count_alike() -> None:
     labels = np.array([0, 0, 0, 1])
-    weights = balanced(labels)
+    weights = SINGLE.weights(labels, SINGLE.class_weights(labels, 2))
     assert weights[labels == 0].sum() == pytest.approx(weights[labels == 1].sum())
     assert weights.mean() == pytest.approx(1)
     one = load(Batches(Arrays(4), table(4).assign(label_index=labels), batch=4, class_weights=True), 0, 0)[2]
@@ -182,5 +183,5 @@ def test_needs_no_backend() -> None:
 
 def test_a_clip_of_several_classes_has_them_all() -> None:
     rows = table(3).assign(label_index=[(0, 2), (1,), ()])
-    [(x, y, w)] = every(Batches(Arrays(3), rows, batch=4, classes=3, multilabel=True), 0)
+    [(x, y, w)] = every(Batches(Arrays(3), rows, batch=4, classes=3, task=MULTI), 0)
     assert y.tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 0]] and y.dtype == np.float32 and len(x) == len(w) == 3

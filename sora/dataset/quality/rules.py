@@ -21,7 +21,6 @@ import numpy as np
 import pandas as pd
 
 from sora.config import Settings
-from sora.core import labels
 from sora.core.records import RULES, Rejection
 from sora.dataset import ledger
 from sora.dataset.quality.expectations import (
@@ -37,6 +36,7 @@ from sora.dataset.quality.expectations import (
     unique,
 )
 from sora.dataset.similar import near_duplicates
+from sora.tasks import Task
 
 Subject = TypeVar("Subject", "Videos", "Classes")
 Values: TypeAlias = pd.Series  # one value a row of the subject
@@ -108,7 +108,7 @@ class Videos:
         self.limits = settings.validate_
         self.classes = classes
         facts = manifest.reset_index(drop=True)
-        foremost = facts["label"].map(lambda label: _foremost(label, classes, settings.multilabel)).astype(object)
+        foremost = facts["label"].map(lambda label: _foremost(label, classes, settings.task)).astype(object)
         self.facts = facts.assign(foremost=foremost)
 
     @cached_property
@@ -220,11 +220,11 @@ class Classes:
         return ((now - then).abs() / 2).round(6)
 
 
-def _foremost(label: object, classes: list[str], multilabel: bool) -> str | None:
+def _foremost(label: object, classes: list[str], task: Task) -> str | None:
     """The label that the rule about classes looks at: of several one that is no class, if there is one."""
     if not isinstance(label, str):
         return None
-    own = labels.names(label, multilabel)
+    own = task.names(label)
     return next((name for name in own if name not in classes), own[0])
 
 

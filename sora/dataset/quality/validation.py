@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 
 from sora.config import Settings
-from sora.core import labels
 from sora.core.errors import NotTrainable
 from sora.core.records import Rejection
 from sora.dataset.quality.expectations import Answer, Judge, Question, Severity
@@ -139,7 +138,7 @@ def judge(manifest: pd.DataFrame, settings: Settings, *, reference: dict[str, in
         settings: `validate`, `classes` and `model.head` are used; without classes every label that occurs is one.
         reference: accepted videos of each class in the last data version; None: no rule about the balance.
     """
-    classes = list(settings.classes) or sorted(labels.single(manifest["label"].dropna(), settings.multilabel).unique())
+    classes = list(settings.classes) or sorted(settings.task.single(manifest["label"].dropna()).unique())
     judge_suite = Judge()
     rules = VIDEO_RULES if len(manifest) else (NO_VIDEOS,)
     videos = _table("videos", "path", Videos(manifest, settings, classes), rules)
@@ -148,7 +147,7 @@ def judge(manifest: pd.DataFrame, settings: Settings, *, reference: dict[str, in
     rejected = _rejections(verdicts)
     findings = [_finding(verdict) for verdict in verdicts]
     accepted = manifest[~manifest["path"].isin({entry.path for entry in rejected})]
-    each = labels.single(accepted["label"], settings.multilabel).value_counts()
+    each = settings.task.single(accepted["label"]).value_counts()
     counts = {name: int(number) for name, number in each.reindex(classes, fill_value=0).items()}
     if len(manifest):
         subject = Classes(manifest, counts, rejected, settings, reference)

@@ -93,12 +93,12 @@ def code_hash() -> str:
 def write_code_lock(project: Project) -> None:
     """Writes preprocessing.lock where it differs: DVC depends on it, since it can't depend on installed packages."""
     settings = project.settings()
-    write_if_different(project.root / CODE_LOCK, code_lock_text(settings.multilabel, bounds_of(settings)))
+    write_if_different(project.root / CODE_LOCK, code_lock_text(settings.task.stage_suffix, bounds_of(settings)))
 
 
-def code_lock_text(multilabel: bool = False, bounds: str = "") -> str:
+def code_lock_text(suffix: str = "", bounds: str = "") -> str:
     """The content of preprocessing.lock; see `provenance.stages`."""
-    names = provenance.stages(multilabel, bounds)
+    names = provenance.stages(suffix, bounds)
     return _CODE_HEADER + "".join(f"{stage}: {name}\n" for stage, name in names.items())
 
 

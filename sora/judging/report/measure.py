@@ -1,7 +1,6 @@
 """All measures of one model on one split, as an `EvalReport`: pure functions on arrays, no model and no file.
 
-Probabilities are `(videos, classes) float`, labels `(videos,) int` or, where a video may have several,
-`(videos, classes) bool`, as in `sora.core.statistics`.
+Probabilities are `(videos, classes) float`; labels are the targets of the report's task, see `sora.tasks.Task`.
 """
 
 from __future__ import annotations
@@ -11,16 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from sora.core import labels as labelling
+from sora import tasks
 from sora.core.records import EvalReport, Split
-from sora.core.statistics import (
-    answered,
-    calibration_noise,
-    decisions,
-    expected_calibration_error,
-    log_loss,
-    wilson,
-)
+from sora.core.statistics import calibration_noise, expected_calibration_error, wilson
+from sora.tasks import SINGLE, Task
 
 MIN_GROUP = 3  # videos; a smaller group has no slice of its own
 WORST_GROUPS = 10
@@ -28,18 +21,17 @@ WORST_GROUPS = 10
 
 def truth(report: EvalReport) -> np.ndarray:
     """The labels of a report's videos, see the top of this module."""
-    if report.multilabel:
-        return labelling.hot([video["label"] for video in report.videos], report.classes)
-    return np.array([report.classes.index(video["label"]) for video in report.videos], int)
+    return tasks.of(report.multilabel).encode([video["label"] for video in report.videos], report.classes)
 
 
 def precision_recall(report: EvalReport) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
     """Class → (recall, precision, average precision), one against the rest, of the classes that the split holds."""
     from sklearn.metrics import average_precision_score, precision_recall_curve
 
+    names = [tasks.of(report.multilabel).names(video["label"]) for video in report.videos]
     result = {}
     for index, name in enumerate(report.classes):
-        has = [name in labelling.names(video["label"], report.multilabel) for video in report.videos]
+        has = [name in own for own in names]
         if any(has):
             score = np.array([video["probabilities"][index] for video in report.videos])
             precision, recall, _ = precision_recall_curve(np.array(has), score)
@@ -105,6 +97,7 @@ def report(
     sha256: Sequence[str],
     paths: Sequence[str],
     facts: dict[str, Sequence[Any]] | None = None,
+    task: Task = SINGLE,
     temperature: float = 1.0,
     metrics: dict[str, float] | None = None,
 ) -> EvalReport:
@@ -116,14 +109,14 @@ def report(
     strictest reading. `ece_noise` is `calibration_noise`. Intervals are Wilson's at 95 % and take videos as
     independent; where groups are few and alike, the truth is wider.
 
-    Where a video may have several labels, an answer is all classes of at least `records.THRESHOLD`, and right when it
+    Where a video may have several labels, an answer is all classes of at least `multi.THRESHOLD`, and right when it
     is an exact match: `accuracy`, `majority` (of the most frequent set of labels) and the slices count so. Recall,
     precision and F1 are each class's own, `ece` pools all classes of all videos, and there is
     `mean_average_precision`, over the classes that occur; there is no confusion, since a missed label is not taken for
     another one.
 
     Args:
-        labels: `(videos,) int`, indices of `classes`, or `(videos, classes) bool`.
+        labels: the task's targets, indices of `classes` or a column for each of them.
         probabilities: `(videos, classes) float`.
         facts: see `slices`.
         metrics: more metrics to carry (latency, the error before calibration).
@@ -132,9 +125,8 @@ def report(
     order = np.argsort(np.asarray(sha256, str), kind="stable")
     labels, probabilities = np.asarray(labels)[order], np.asarray(probabilities, float).reshape(-1, count)[order]
     facts = {name: [values[i] for i in order] for name, values in (facts or {}).items()}
-    multilabel = labels.ndim == 2
-    given = labels.astype(bool) if multilabel else np.arange(count) == labels[:, None]
-    answers = answered(probabilities, multilabel)
+    given = task.dense(labels, count).astype(bool)
+    answers = task.answered(probabilities)
     right = (given == answers).all(axis=1)
     support, claimed, hits = given.sum(axis=0), answers.sum(axis=0), (given & answers).sum(axis=0)
 
@@ -149,7 +141,7 @@ def report(
         if claimed[index]:
             per_class[name]["precision"] = float(hits[index] / claimed[index])
     if len(labels):
-        confidence, so = decisions(probabilities, labels)
+        confidence, so = task.decisions(probabilities, labels)
         occurs = support + claimed > 0
         low, high = wilson(float(right.sum()), len(right))
         found |= {
@@ -159,7 +151,7 @@ def report(
             "macro_f1": float((2 * hits[occurs] / (support + claimed)[occurs]).mean()) if occurs.any() else 0.0,
             "ece": expected_calibration_error(confidence, so),
             "ece_noise": calibration_noise(confidence),
-            "log_loss": log_loss(probabilities, labels),
+            "log_loss": task.log_loss(probabilities, labels),
             "majority": float(np.unique(given, axis=0, return_counts=True)[1].max() / len(labels)),
         }
     result = EvalReport(
@@ -167,28 +159,28 @@ def report(
         classes=tuple(classes),
         metrics={**found, **(metrics or {})},
         per_class=per_class,
-        confusion=[] if multilabel else (given.T.astype(int) @ answers.astype(int)).tolist(),
+        confusion=(given.T.astype(int) @ answers.astype(int)).tolist() if task.exclusive else [],
         slices=slices(facts, right) if len(labels) else [],
         videos=[
             {
                 "sha256": sha256[i],
                 "path": paths[i],
-                "label": _named(given[row], classes),
-                "predicted": _named(answers[row], classes),
+                "label": _named(given[row], classes, task),
+                "predicted": _named(answers[row], classes, task),
                 "probabilities": [round(float(p), 6) for p in probabilities[row]],
             }
             for row, i in enumerate(order)
         ],
         temperature=float(temperature),
-        multilabel=multilabel,
+        multilabel=task.multilabel,
     )
     averages = {name: curve[2] for name, curve in precision_recall(result).items()} if len(labels) else {}
     for name, average in averages.items():
         per_class[name]["average_precision"] = average
-    if multilabel and averages:
-        result.metrics.setdefault("mean_average_precision", float(np.mean(list(averages.values()))))
+    for name, value in task.averages(averages).items():
+        result.metrics.setdefault(name, value)
     return result
 
 
-def _named(row: np.ndarray, classes: Sequence[str]) -> str:
-    return labelling.join(name for name, is_so in zip(classes, row, strict=True) if is_so)
+def _named(row: np.ndarray, classes: Sequence[str], task: Task) -> str:
+    return task.join(name for name, is_so in zip(classes, row, strict=True) if is_so)

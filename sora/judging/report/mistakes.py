@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from sora.core.labels import hot
+from sora import tasks
 from sora.core.records import ClipSpec, EvalReport
 from sora.core.tensors import VIDEO
 
@@ -63,11 +63,8 @@ def worst(report: EvalReport, shards: Clips, most: int = MOST) -> list[Mistake]:
 
 
 def _confidence(video: dict[str, Any], report: EvalReport) -> tuple[float, float]:
-    if not report.multilabel:
-        return max(video["probabilities"]), video["probabilities"][report.classes.index(video["label"])]
-    is_so = hot([video["label"]], report.classes)[0]
-    most = float(np.abs(np.array(video["probabilities"]) - is_so).max())
-    return most, 1 - most
+    task = tasks.of(report.multilabel)
+    return task.mistake(np.array(video["probabilities"]), task.encode([video["label"]], report.classes)[0])
 
 
 def strip(shards: Clips, rows: np.ndarray) -> np.ndarray:

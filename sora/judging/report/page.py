@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sora import tasks
 from sora.core.files import atomic
-from sora.core.records import THRESHOLD, EvalReport
+from sora.core.records import EvalReport
 from sora.judging.report import mistakes as mistakes_
 from sora.judging.report import plots
 
@@ -44,7 +45,7 @@ def write(
     test = reports["test"]
     worst = mistakes_.worst(test, shards)
     images = {"recall": plots.recalls(test)}
-    if not test.multilabel:
+    if tasks.of(test.multilabel).exclusive:
         images["confusion"] = plots.confusion(test)
     if test.videos:
         images |= {"precision_recall": plots.precision_recall(test), "reliability": plots.reliability(test, raw_test)}
@@ -72,7 +73,7 @@ def render(
             title=title or "Evaluation",
             test=test,
             val=val,
-            threshold=THRESHOLD,
+            words=tasks.of(test.multilabel).words,
             cards=_cards(test),
             classes=classes[:MOST_CLASSES],
             left_out=max(0, len(classes) - MOST_CLASSES),
@@ -86,20 +87,20 @@ def render(
 
 def _cards(test: EvalReport) -> list[tuple[str, str, str]]:
     """(name, value, remark) of the figures on top."""
-    found = test.metrics
+    found, words = test.metrics, tasks.of(test.multilabel).words
     if not test.videos:
         return [("test videos", "0", "nothing can be said")]
     cards = [
         (
-            "exact match" if test.multilabel else "accuracy",
+            words.accuracy,
             f"{found['accuracy']:.1%}",
             f"95% interval {found['accuracy_low']:.1%} to {found['accuracy_high']:.1%}",
         ),
         ("macro-F1", f"{found['macro_f1']:.3f}", "mean over classes"),
         (
-            "most frequent labels" if test.multilabel else "majority class",
+            words.majority,
             f"{found['majority']:.1%}",
-            "accuracy of always answering them" if test.multilabel else "accuracy of always answering it",
+            words.always,
         ),
         (
             "calibration error",

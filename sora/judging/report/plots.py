@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sora import tasks
 from sora.core import statistics
 from sora.core.records import EvalReport
 from sora.judging.report import measure
@@ -113,7 +114,7 @@ def reliability(report: EvalReport, raw: np.ndarray | None) -> bytes:
 
     Of a multi-label model: how often a class is there against its probability, all classes together.
     """
-    truth = measure.truth(report)
+    task, truth = tasks.of(report.multilabel), measure.truth(report)
     served = np.array([video["probabilities"] for video in report.videos], float).reshape(-1, len(report.classes))
     figure = _figure(5, 4.4)
     axis = figure.add_subplot()
@@ -122,7 +123,7 @@ def reliability(report: EvalReport, raw: np.ndarray | None) -> bytes:
     if raw is not None and len(raw) == len(truth):
         sets.insert(0, ("as trained", raw, ORANGE))
     for name, probabilities, colour in sets:
-        confidence, right = statistics.decisions(probabilities, truth)
+        confidence, right = task.decisions(probabilities, truth)
         points = statistics.reliability(confidence, right) if len(right) else []
         error = statistics.expected_calibration_error(confidence, right)
         sizes = [20 + 180 * n / max(len(right), 1) for _, _, n in points]
@@ -130,8 +131,8 @@ def reliability(report: EvalReport, raw: np.ndarray | None) -> bytes:
         axis.scatter(
             [p[0] for p in points], [p[1] for p in points], s=sizes, color=colour, label=f"{name}: error {error:.3f}"
         )
-    words = ("probability", "share that has the class") if report.multilabel else ("confidence", "accuracy")
-    _bare(axis, xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel=words[0], ylabel=words[1])
+    words = task.words
+    _bare(axis, xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel=words.probability, ylabel=words.share)
     axis.legend(frameon=False, fontsize=9, loc="upper left")
     return _png(figure)
 
