@@ -140,7 +140,7 @@ def fit(job: PeerJob, emit: Emit) -> dict[str, Any]:
         trained = peer_networks.article_frame(clip, classes, job.side)
         asked = peer_networks.of_frames(trained, clip)
         flops, samples = clip.frames * article.flops(job.side, job.side), batches.clips * clip.frames
-    done = _train(job, trained, asked, loop.ClipDataset(batches, classes), validation, emit)
+    done = _train(job, trained, asked, loop.ClipDataset(batches, classes, trained), validation, emit)
     videos, metrics = _answers(job, asked, emit)
     return {
         "videos": videos,
@@ -238,8 +238,7 @@ def _samples(
     while True:
         for number in range(len(data.batches)):
             last = number + 1 == len(data.batches)
-            inputs, y, w = data[number]
-            x = inputs[VIDEO]
+            x, y, w = data[number]
             if frames is None:
                 yield last, x, y, w
                 continue
@@ -267,7 +266,7 @@ def _settle(model: keras.Model, data: ClipDataset) -> bool:
     for layer in normalisations:
         layer.momentum = 0.0
     for number in range(count):
-        model(data[number][0][VIDEO], training=True)
+        model(data[number][0], training=True)
         for layer, total in zip(normalisations, sums, strict=True):
             mean = np.asarray(layer.moving_mean)
             total += [mean, np.asarray(layer.moving_variance) + mean**2]

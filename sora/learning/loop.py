@@ -14,6 +14,7 @@ from sora.config import Train
 from sora.core.errors import InputError
 from sora.core.processes import Emit
 from sora.learning import checkpoint
+from sora.model.classifier import fed
 from sora.store.batches import Batch, Batches
 from sora.tasks import SINGLE, Task
 
@@ -22,15 +23,15 @@ _BATCH_EVENT_SECONDS = 0.5
 
 
 class ClipDataset(keras.utils.PyDataset):  # type: ignore[misc]
-    """`Batches` for `fit`: inputs by name, labels one-hot (for label smoothing), multi-hot or mixed, and weights.
+    """`Batches` for `fit`: what `model` takes, labels one-hot (for label smoothing), multi-hot or mixed, and weights.
 
     Two threads make at most 4 batches ahead. The threads are its own: Keras's may begin the next epoch before they are
     told that it is another. Batches made ahead are known by epoch and number, so the timing changes nothing.
     """
 
-    def __init__(self, batches: Batches, classes: int) -> None:
+    def __init__(self, batches: Batches, classes: int, model: keras.Model) -> None:
         super().__init__(workers=1)
-        self.batches, self.classes = batches, classes
+        self.batches, self.classes, self.model = batches, classes, model
         self.epoch = 0
         self.error: Exception | None = None
         self._threads = ThreadPoolExecutor(2, "batches")
@@ -40,7 +41,7 @@ class ClipDataset(keras.utils.PyDataset):  # type: ignore[misc]
     def num_batches(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[Any, np.ndarray, np.ndarray]:
         wanted = range(index, min(index + 1 + _AHEAD, len(self.batches)))
         self._ahead = {
             (self.epoch, number): self._ahead.get((self.epoch, number))
@@ -52,7 +53,7 @@ class ClipDataset(keras.utils.PyDataset):  # type: ignore[misc]
         except Exception as error:
             self.error = error  # a backend may show only its text, in an error of its own
             raise
-        return batch.inputs, self.batches.task.dense(batch.labels, self.classes), batch.weights
+        return fed(self.model, batch.inputs), self.batches.task.dense(batch.labels, self.classes), batch.weights
 
 
 def compile_model(model: keras.Model, train: Train, steps: int, *, task: Task = SINGLE, jit: bool | str) -> None:

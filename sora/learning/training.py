@@ -183,7 +183,6 @@ def _assembled(job: TrainJob, train: Train, footage: _Footage, machine: Machine,
 
     settings = Model(**job.model)
     keras.utils.set_random_seed(train.seed)
-    data = loop.ClipDataset(footage.training, len(job.classes))
     out = Path(job.out)
     with files.writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -191,6 +190,7 @@ def _assembled(job: TrainJob, train: Train, footage: _Footage, machine: Machine,
         model = _built(job)
         if settings.streams != "low" and settings.backbone != "residual":
             pretrained.load(model)
+        data = loop.ClipDataset(footage.training, len(job.classes), model)
         steps = len(footage.training) * train.epochs
         loop.compile_model(model, train, steps, task=settings.task, jit=machine.jit)
         end = loop.EpochEnd(
@@ -207,10 +207,11 @@ def _assembled(job: TrainJob, train: Train, footage: _Footage, machine: Machine,
 def _fit(fitting: _Fitting, train: Train, footage: _Footage, classes: int) -> None:
     from sora.learning import loop
 
+    model, judged = fitting.model, footage.validation
     try:
-        fitting.model.fit(
+        model.fit(
             _feed(fitting.data),
-            validation_data=_feed(loop.ClipDataset(footage.validation, classes)) if footage.validation.clips else None,
+            validation_data=_feed(loop.ClipDataset(judged, classes, model)) if judged.clips else None,
             initial_epoch=fitting.resumed_from,
             epochs=train.epochs,
             callbacks=[fitting.end],
@@ -381,9 +382,12 @@ def _feed(data: loop.ClipDataset) -> loop.ClipDataset | tf.data.Dataset:
         return data
     import tensorflow as tf
 
+    from sora.model.classifier import fed
+
     batches = data.batches
+    inputs = {name: tf.TensorSpec((None, *one.shape), one.dtype) for name, one in batches.shards.tensors.items()}
     signature = (
-        {name: tf.TensorSpec((None, *tensor.shape), tensor.dtype) for name, tensor in batches.shards.tensors.items()},
+        fed(data.model, inputs),
         tf.TensorSpec((None, data.classes), tf.float32),
         tf.TensorSpec((None,), tf.float32),
     )
