@@ -83,7 +83,7 @@ bench-accuracy: setup
 
 # Half an hour: a project is trained, then its champion moves 40 times under load. Options: ARGS="--minutes 5 --moves 5"
 bench-soak: setup
-	$(BIN)/python -m benchmarks.serving_soak $(ARGS)
+	$(BIN)/python -m benchmarks.serving.soak $(ARGS)
 
 # A hundred faults at random moments, in pieces of ten minutes: call it until all have a result. Options:
 # ARGS="--next 5", ARGS="--scenes DIR" (keeps the projects between the pieces), ARGS=--summary (the table).

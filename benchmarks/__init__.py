@@ -1,1 +1,2 @@
-"""One file a figure: `python -m benchmarks.NAME` prints a table and writes JSON to benchmarks/results/."""
+"""A folder a subject, a file a figure: `python -m benchmarks.throughput.memory` prints a table and writes JSON to
+benchmarks/results/."""

@@ -18,8 +18,10 @@ from typing import Any
 import psutil
 import yaml
 
-RESULTS = Path(__file__).resolve().parent / "results"
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results"
+IMAGES = REPOSITORY / "docs" / "images"
+SHARED = REPOSITORY.parent / "shared" / "data"
 SORA = [sys.executable, "-m", "sora.cli"]
 
 

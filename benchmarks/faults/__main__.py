@@ -203,7 +203,7 @@ def main() -> int:
     if not numbers:
         print("all cases have a result")
         return 0
-    commit = common.commit(Path(__file__).resolve().parent.parent.parent)
+    commit = common.commit(common.REPOSITORY)
     broken = 0
     with _stoppable(), tempfile.TemporaryDirectory(prefix="sora-faults-") as name:
         place = Path(name)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import av
 import numpy as np
 
-from benchmarks.common import change_params
+from benchmarks.common import REPOSITORY, change_params
 from benchmarks.faults.processes import Case, Verb, sora
 from sora.config import Project
 from sora.core.files import source_digest
@@ -48,7 +48,7 @@ class Scenes:
 def scenes_in(folder: Path) -> Scenes:
     """Those that were built in `folder` before by the same code, or new ones: for other code nothing is unchanged."""
     known = folder / "built.json"  # written last: what has none is not complete
-    code = source_digest(Path(__file__).resolve().parent.parent.parent, ("sora", "flows"))
+    code = source_digest(REPOSITORY, ("sora", "flows"))
     if known.is_file():
         built = json.loads(known.read_text(encoding="utf-8"))
         if built["code"] == code:

@@ -3,8 +3,8 @@ beside the interval of `sora.judging.report.measure`.
 
 Candidate and champion answered the *same* videos of the current test split, so the comparison is paired: only videos
 that one had right and the other wrong count. `wins` are the candidate's, `losses` the champion's. What each rule costs
-and catches is measured in `benchmarks/gate.py`. Of multi-label models a video is right when all its labels are, and the
-rule on one class is about the videos that have it: whether it was among the answered.
+and catches is measured in `benchmarks/accuracy/gate.py`. Of multi-label models a video is right
+when all its labels are, and the rule on one class is about the videos that have it: whether it was among the answered.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def decide(
         _against_champion(verdicts, evidence, candidate, champion, gate, mode_of(gate, new_data), forced)
     _budgets(verdicts, candidate, gate)
     if videos:
-        # Bonferroni over the looks: nights that chose among noisy scores leave the claim too high (benchmarks/gate.py).
+        # Bonferroni over the looks: nights that chose among noisy scores leave the claim too high (see RESULTS.md).
         right = round(candidate.metrics["accuracy"] * videos)
         low, _ = wilson(right, videos, 1 - 0.05 / (times_judged + 1))
         evidence["accuracy_low_for_looks"] = low

@@ -1,6 +1,6 @@
 """One fold of a cross-validation: train on a part of the videos, answer for another, keep the answers in one file.
 
-For figures (`benchmarks/accuracy.py`) and for the search for wrong labels (`sora data audit`). Training runs as in the
+For figures (`benchmarks/accuracy/`) and for the search for wrong labels (`sora data audit`). Training runs as in the
 nightly, in child processes; a fold that was killed goes on at its last epoch, a finished one is never trained again.
 """
 

@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks import accuracy, figures
-from benchmarks.accuracy import Prepared, Protocol
+from benchmarks.accuracy import crossvalidation, figures
+from benchmarks.accuracy.crossvalidation import Prepared, Protocol
 from sora.config import Settings
 from sora.core.errors import InputError, SettingsError
 from tests.clips import make_shards
@@ -49,7 +49,7 @@ def prepared(**changes: Any) -> Prepared:
 
 
 def test_every_video_is_judged_once_a_seed_and_no_group_is_on_two_sides() -> None:
-    folds = list(accuracy.plan(prepared(seeds=2), "commit", inner=False))
+    folds = list(crossvalidation.plan(prepared(seeds=2), "commit", inner=False))
     assert len(folds) == 10 and len({fold.key for fold in folds}) == 10
     for seed in (0, 1):
         own = [fold for fold in folds if fold.seed == seed]
@@ -62,8 +62,8 @@ def test_every_video_is_judged_once_a_seed_and_no_group_is_on_two_sides() -> Non
 
 
 def test_inner_folds_never_hold_the_outer_one() -> None:
-    outer = list(accuracy.plan(prepared(seeds=1), "commit", inner=False))
-    inner = list(accuracy.plan(prepared(seeds=1), "commit", inner=True))
+    outer = list(crossvalidation.plan(prepared(seeds=1), "commit", inner=False))
+    inner = list(crossvalidation.plan(prepared(seeds=1), "commit", inner=True))
     for one, other in zip(outer, inner, strict=True):
         left_out = set(one.table.loc[one.table["split"] == "test", "sha256"])
         assert set(other.table["split"]) == {"train", "val"} and not left_out & set(other.table["sha256"])
@@ -71,18 +71,18 @@ def test_inner_folds_never_hold_the_outer_one() -> None:
 
 
 def test_leave_one_group_out_and_random_folds() -> None:
-    one_out = list(accuracy.plan(prepared(folds=0, seeds=1, validation=0.0), "commit", inner=False))
+    one_out = list(crossvalidation.plan(prepared(folds=0, seeds=1, validation=0.0), "commit", inner=False))
     assert len(one_out) == 10
     for fold in one_out:
         assert fold.table.loc[fold.table["split"] == "test", "group"].nunique() == 1
         assert set(fold.table["split"]) == {"train", "test"}
-    leaking = list(accuracy.plan(prepared(random=True, seeds=1), "commit", inner=False))
+    leaking = list(crossvalidation.plan(prepared(random=True, seeds=1), "commit", inner=False))
     assert any((fold.table.groupby("group")["split"].nunique() > 1).any() for fold in leaking)
 
 
 def test_a_folds_name_is_its_configuration_and_commit() -> None:
     def keys(given: Prepared, commit: str = "commit") -> set[str]:
-        return {fold.key for fold in accuracy.plan(given, commit, inner=False)}
+        return {fold.key for fold in crossvalidation.plan(given, commit, inner=False)}
 
     base = prepared(seeds=1)
     changed = base.settings.model_copy(update={"train": base.settings.train.model_copy(update={"ema": 0.5})})
@@ -92,18 +92,20 @@ def test_a_folds_name_is_its_configuration_and_commit() -> None:
 
 
 def test_changes_are_checked_settings(tmp_path: Path) -> None:
-    changed = accuracy.settings_of(None, ["train.epochs=3", "model.low_filters=[16, 24]", "train.flip=[a, [b, c]]"])
+    changed = crossvalidation.settings_of(
+        None, ["train.epochs=3", "model.low_filters=[16, 24]", "train.flip=[a, [b, c]]"]
+    )
     assert (
         changed.train.epochs == 3 and changed.model.low_filters == (16, 24) and changed.train.flip == ("a", ("b", "c"))
     )
     (tmp_path / "params.yaml").write_text("train: {epochs: 7}")
-    assert accuracy.settings_of(tmp_path / "params.yaml", ["train.batch=2"]).train.epochs == 7
-    assert accuracy.settings_of(None, ["model.preset=base"]).model.embedding == 256
+    assert crossvalidation.settings_of(tmp_path / "params.yaml", ["train.batch=2"]).train.epochs == 7
+    assert crossvalidation.settings_of(None, ["model.preset=base"]).model.embedding == 256
     with pytest.raises(SettingsError, match=r"train\.epoches"):
-        accuracy.settings_of(None, ["train.epoches=3"])
+        crossvalidation.settings_of(None, ["train.epoches=3"])
     for wrong in ("train.epochs", "epochs=3", "trains.epochs=3"):
         with pytest.raises(InputError, match="is no change"):
-            accuracy.settings_of(None, [wrong])
+            crossvalidation.settings_of(None, [wrong])
 
 
 def fold(seed: int, number: int, right: list[bool], first: int = 0) -> dict[str, Any]:
@@ -168,7 +170,7 @@ def test_killed_and_run_again_it_goes_on_fold_by_fold(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     # All is done: nothing is trained, and the entry takes the place of the one before.
     written = [file.stat().st_mtime_ns for file in files]
-    assert accuracy.main([*options, "--limit-folds", "1"]) == 0  # not complete: the stored figure stays
-    assert accuracy.main(options) == 0
+    assert crossvalidation.main([*options, "--limit-folds", "1"]) == 0  # not complete: the stored figure stays
+    assert crossvalidation.main(options) == 0
     assert [file.stat().st_mtime_ns for file in files] == written and not (files[0].parent / "fit").exists()
     assert json.loads((tmp_path / "out" / "accuracy.json").read_text())["result"] == [entry]

@@ -12,7 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks import article, common, peer_networks, peer_training, peers
+from benchmarks import common
+from benchmarks.peers import article, compare
+from benchmarks.peers import networks as peer_networks
+from benchmarks.peers import training as peer_training
 from sora.core.records import ClipSpec
 from tests.benchmarks.test_accuracy import TINY, fold
 from tests.clips import make_shards
@@ -91,9 +94,9 @@ def test_the_rate_rises_and_falls() -> None:
 def test_ahead_is_a_paired_difference() -> None:
     videos = pd.DataFrame({"sha256": [f"{n:064x}" for n in range(4)], "unit": range(4)})
     ours, theirs = [fold(0, 0, [True, True, True, False])], [fold(0, 0, [True, False, False, False])]
-    found = peers.ahead(ours, theirs, videos)
+    found = compare.ahead(ours, theirs, videos)
     assert found["ahead"] == 0.5 and found["ahead_low"] <= 0.5 <= found["ahead_high"]
-    assert peers.ahead(ours, ours, videos) == {"ahead": 0, "ahead_low": 0, "ahead_high": 0}
+    assert compare.ahead(ours, ours, videos) == {"ahead": 0, "ahead_low": 0, "ahead_high": 0}
 
 
 def test_it_trains_compares_and_never_trains_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +106,7 @@ def test_it_trains_compares_and_never_trains_again(tmp_path: Path, monkeypatch: 
                "--folds", "1", "--budget", "0.5", "--network", "article", "--network", "r3d-18*2", "--side", "16",
                *(item for name in ("clips", "cache", "out") for item in (f"--{name}", str(tmp_path / name))),
                "--plot", str(tmp_path / "plot.png"), *TINY]  # fmt: skip
-    assert peers.main(options) == 0
+    assert compare.main(options) == 0
     entry = json.loads((tmp_path / "out" / "peers_data.json").read_text())["result"]
     assert entry["partial"] and entry["folds"] == [[0, 1]] and entry["folds_of"] == 5
     ours, article_, r3d = entry["networks"]
@@ -115,6 +118,6 @@ def test_it_trains_compares_and_never_trains_again(tmp_path: Path, monkeypatch: 
     assert r3d["seconds a fold"] > article_["seconds a fold"] >= 0.5 and "ahead" in r3d
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(peer_training, "run", lambda *_, **__: pytest.fail("trained again"))
-    assert peers.main(options) == 0
+    assert compare.main(options) == 0
     with pytest.raises(SystemExit):
-        peers.main(["--network", "vgg"])
+        compare.main(["--network", "vgg"])

@@ -219,7 +219,7 @@ def test_refusals_come_first() -> None:
 
 def test_the_simulation_uses_the_real_gate(repository: Path) -> None:
     """Its verdicts on counts are those of `decide` on reports with these counts."""
-    gate = _benchmark(repository)
+    gate = _benchmark()
     rng = np.random.default_rng(0)
     for mode in ("better", "not_worse"):
         for _ in range(30):
@@ -239,27 +239,24 @@ def test_the_simulation_uses_the_real_gate(repository: Path) -> None:
 
 
 def test_equals_disagree_as_the_simulation_states(repository: Path) -> None:
-    gate = _benchmark(repository)
+    gate = _benchmark()
     won, lost = gate.disagreement(0.8, 0.8, 0.7)
     assert won == pytest.approx(lost) and won + lost == pytest.approx(0.174, abs=0.002)
     won, lost = gate.disagreement(0.8, 0.85, 0.7)
     assert won - lost == pytest.approx(0.05)
 
 
-def _benchmark(repository: Path) -> ModuleType:
-    import importlib.util
+def _benchmark() -> ModuleType:
+    from benchmarks.accuracy import gate
 
-    spec = importlib.util.spec_from_file_location("gate", repository / "benchmarks" / "gate.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return gate
 
 
 def test_the_benchmark_runs(repository: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
-        "benchmarks/gate.py",
+        "-m",
+        "benchmarks.accuracy.gate",
         "--nights",
         "3",
         "--trials",

@@ -1,8 +1,9 @@
 """The main job on real footage, from folder to served model: what came out, as a table for docs/RESULTS.md.
 
-`python -m benchmarks.life sets` runs `sora init` and `sora run` on steps27 (grouped by person), kth9 and fights300.
-`python -m benchmarks.life grow` gives a project fights300 in four parts, a night each, under `sora up`: the decision of
-each night, how long the server took to follow, then a rollback. Outcomes are reported as they fall.
+`python -m benchmarks.accuracy.life sets` runs `sora init` and `sora run` on steps27 (grouped by person), kth9 and
+fights300. `python -m benchmarks.accuracy.life grow` gives a project fights300 in four parts, a night each, under
+`sora up`: the decision of each night, how long the server took to follow, then a rollback. Outcomes are reported as
+they fall.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The learning half of the pipeline with nothing around it: splits, fit and evaluation, for `benchmarks.pipeline`."""
+"""The learning half of the pipeline with nothing around it: splits, fit and evaluation. `pipeline` compares with it."""
 
 from __future__ import annotations
 

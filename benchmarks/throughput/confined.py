@@ -1,4 +1,4 @@
-"""What confined decoders cost against an earlier commit: `python -m benchmarks.confined [--before COMMIT]`.
+"""What confined decoders cost against an earlier commit: `python -m benchmarks.throughput.confined [--before COMMIT]`.
 
 - `manifest`: files of fights300 again and again, each of other bytes (some are appended), until all are in a manifest.
 - `shards`: the clips of as many of them.
@@ -22,9 +22,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks import common
-from benchmarks.common import SHARED, table
+from benchmarks.common import REPOSITORY, SHARED, table
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 BEFORE = "b072ec4"  # the last commit whose workers decoded footage unconfined
 FIGHTS = SHARED / "fights300"
 SKIPPED = 20  # files, until all decoders have started

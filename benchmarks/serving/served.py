@@ -134,8 +134,8 @@ def settled(project: Path, log: Path, **env: str) -> Iterator[Server]:
 
 
 def load(address: str, file: Path, *options: str) -> list[list[Any]]:
-    """The rows of `benchmarks.load`."""
-    command = [sys.executable, "-m", "benchmarks.load", address, str(file), *options]
+    """The rows of `benchmarks.serving.load`."""
+    command = [sys.executable, "-m", "benchmarks.serving.load", address, str(file), *options]
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     rows: list[list[Any]] = json.loads(answer)["rows"]
     return rows

@@ -1,7 +1,7 @@
 """Sora against other networks from scratch: `python -m benchmarks.peers --set steps27|fights300 [KEY=VALUE…]`.
 
 The folds, clips and videos kept aside are those of `benchmarks.accuracy`. In every fold Sora is trained as configured;
-then each peer (`benchmarks.peer_training.PEERS`) on the same clips for as many seconds as Sora's training took, in a
+then each peer (`benchmarks.peers.training.PEERS`) on the same clips for as many seconds as Sora's training took, in a
 process of its own on the same machine, however few of its steps fit; `--network NAME*FACTOR` gives one more time. The
 article's network sees single frames, made smaller (`--side`), each with its clip's label; its answer for a clip is the
 mean of its frames' probabilities. No peer's settings were tuned to the footage; Sora's are the ones that are given.
@@ -24,9 +24,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks import accuracy, common, figures, peer_training
-from benchmarks.accuracy import ROOT, SETS, Fold, Prepared, Protocol
-from benchmarks.peer_training import PEERS, PeerJob
+from benchmarks import common
+from benchmarks.accuracy import crossvalidation, figures
+from benchmarks.accuracy.crossvalidation import SETS, Fold, Prepared, Protocol
+from benchmarks.common import REPOSITORY
+from benchmarks.peers import training as peer_training
+from benchmarks.peers.training import PEERS, PeerJob
 from sora.config import Settings
 from sora.core.errors import InputError, SoraError
 from sora.core.files import atomic, source_digest
@@ -34,9 +37,9 @@ from sora.core.progress import bar, say
 from sora.learning import crossval
 from sora.store.shards import ShardSet
 
-CACHE = ROOT / ".sora" / "peers"
-PLOT = ROOT / "docs" / "images" / "accuracy_flops.png"
-_CODE = ("peer_training.py", "peer_networks.py", "article.py")
+CACHE = REPOSITORY / ".sora" / "peers"
+PLOT = REPOSITORY / "docs" / "images" / "accuracy_flops.png"
+_CODE = ("training.py", "networks.py", "article.py")
 _SHOWN = ("network", "parameters", "GFLOP a clip", "seconds a fold", "passes", "accuracy", "spread", "low", "high")
 
 
@@ -132,8 +135,8 @@ def row(name: str, about: str, folds: list[dict[str, Any]], videos: pd.DataFrame
 
 def measure(protocol: Protocol, settings: Settings, given: argparse.Namespace, commit: str) -> dict[str, Any]:
     """One set, from its files to its entry."""
-    prepared = accuracy.prepare(protocol, settings, given.clips)
-    plans = list(accuracy.plan(prepared, commit, inner=False))
+    prepared = crossvalidation.prepare(protocol, settings, given.clips)
+    plans = list(crossvalidation.plan(prepared, commit, inner=False))
     chosen = [fold for fold in plans if given.folds is None or fold.number in given.folds]
     if not chosen:
         raise InputError(f"--folds {given.folds} are none of {protocol.name}'s", fix="count from 0")
@@ -226,8 +229,8 @@ def main(arguments: list[str] | None = None) -> int:
         if given.data:
             protocol = Protocol(given.data.resolve().name, given.data.resolve(), given.group_pattern)
         protocol = replace(protocol, seeds=given.seeds or protocol.seeds)
-        settings = accuracy.settings_of(given.params, given.changes)
-        entry = measure(protocol, settings, given, common.commit(ROOT))
+        settings = crossvalidation.settings_of(given.params, given.changes)
+        entry = measure(protocol, settings, given, common.commit(REPOSITORY))
     except SoraError as error:
         say(f"bench-peers: {error}")
         return error.exit_code
@@ -268,7 +271,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     options.add_argument("--budget", type=lambda text: None if text == "auto" else float(text), metavar="SECONDS|auto",
                          help="of a peer's training [default: auto, what Sora's took]")  # fmt: skip
     options.add_argument("--side", type=int, default=56, help="of the article network's frames [default: %(default)s]")
-    options.add_argument("--clips", type=Path, default=accuracy.CACHE, help="decoded sets [default: %(default)s]")
+    options.add_argument(
+        "--clips", type=Path, default=crossvalidation.CACHE, help="decoded sets [default: %(default)s]"
+    )
     options.add_argument("--cache", type=Path, default=CACHE, help="finished trainings [default: %(default)s]")
     options.add_argument("--out", type=Path, default=common.RESULTS, help="[default: %(default)s]")
     options.add_argument("--plot", type=Path, default=PLOT, help="[default: %(default)s]")

@@ -1,4 +1,4 @@
-"""The champion moves under load: `make bench-soak`, or `python -m benchmarks.serving_soak [--minutes 20]`.
+"""The champion moves under load: `make bench-soak`, or `python -m benchmarks.serving.soak [--minutes 20]`.
 
 16 clients ask without pause while `sora promote` and `sora rollback`, as a user types them, move the champion again and
 again: version 1 → 2 → 1 → 3 → 1 → 2 …, so that each promotion is of a version that the server has to load, and each
@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.common import SORA, table
-from benchmarks.served import CLIENTS, arguments, clip_file, failures, serving, workplace
+from benchmarks.serving.served import CLIENTS, arguments, clip_file, failures, serving, workplace
 from sora.config import Project
 from sora.operations.servers import login, running
 from sora.registry import Registry
@@ -122,7 +122,7 @@ def main() -> None:
             move(project, "promote", "1")
             alias = Alias(home)
             with (place / "rows.json").open("w") as out:
-                command = [sys.executable, "-m", "benchmarks.load", server.address, str(video)]
+                command = [sys.executable, "-m", "benchmarks.serving.load", server.address, str(video)]
                 loads = subprocess.Popen([*command, "--clients", str(CLIENTS), "--seconds", str(seconds)], stdout=out)
                 start = time.monotonic()
                 moves = []

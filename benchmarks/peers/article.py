@@ -1,4 +1,4 @@
-"""The reference article's network and how fast it trains beside the presets: `python -m benchmarks.article`.
+"""The reference article's network and how fast it trains beside the presets: `python -m benchmarks.peers.article`.
 
 The network as printed can't train (its residual blocks have no shortcut, its reshape gives 114,688 outputs a sample);
 `network` is a fixed copy, its six convolutions and their full resolution as printed. It sees single frames, so a clip
@@ -92,7 +92,7 @@ def step(which: str, size: int, frames: int, clips: int, steps: int) -> None:
 def trained(which: str, size: int, frames: int, clips: int, steps: int) -> dict[str, Any]:
     """A row: clips a second (median step) of a network, by name, at one clip size."""
     options = [which, *map(str, (size, frames, clips, steps))]
-    done = timed([sys.executable, "-m", "benchmarks.article", "--child", *options], Path.cwd()).json()
+    done = timed([sys.executable, "-m", "benchmarks.peers.article", "--child", *options], Path.cwd()).json()
     seconds = median(done["seconds"])
     row = {
         "network": which,

@@ -12,8 +12,9 @@ from typing import Any
 import keras
 from keras import layers, ops
 
-from benchmarks import article
+from benchmarks.peers import article
 from sora.core.records import ClipSpec
+from sora.core.tensors import Shape
 from sora.model import cost
 
 Triple = tuple[int, int, int]  # time, height, width
@@ -38,7 +39,7 @@ class DepthwiseConv3D(layers.Layer):
         super().__init__(**options)
         self.kernel_size, self.stride = tuple(kernel_size), stride
 
-    def build(self, input_shape: tuple) -> None:
+    def build(self, input_shape: Shape) -> None:
         # In this order He's initialisation sees the kernel's volume as the inputs of a neuron.
         self.kernel = self.add_weight(
             shape=(*self.kernel_size, input_shape[-1]), initializer="he_normal", name="kernel"
@@ -65,7 +66,7 @@ class DepthwiseConv3D(layers.Layer):
             total = part if total is None else total + part
         return total
 
-    def compute_output_shape(self, input_shape: tuple) -> tuple:
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         height, width = (-(-side // self.stride) for side in input_shape[2:4])
         return (*input_shape[:2], height, width, input_shape[-1])
 
@@ -202,7 +203,7 @@ def movinet_a0(clip: ClipSpec, classes: int) -> keras.Model:
 
 
 def article_frame(clip: ClipSpec, classes: int, side: int) -> keras.Model:
-    """The reference article's network, fixed (`benchmarks.article.network`), on one frame of a clip made smaller.
+    """The reference article's network, fixed (`benchmarks.peers.article.network`), on one frame of a clip made smaller.
 
     Input shape: `(batch, clip.height, clip.width, 3)` uint8.
     Output shape: `(batch, classes)` logits.

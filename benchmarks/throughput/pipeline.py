@@ -1,9 +1,9 @@
 """What the pipeline costs over its bare stages, and a run with nothing changed.
 
-`python -m benchmarks.pipeline [--epochs N]`: on fights300. Bare: the three stages, training and evaluation called one
-after the other in processes of their own, with no DVC, no Prefect, no MLflow. Pipeline: `sora run` from the same start,
-once with the servers that it starts and ends itself, once under `sora up` as every nightly runs. Then `sora run` again
-with nothing changed, with servers up and without.
+`python -m benchmarks.throughput.pipeline [--epochs N]`: on fights300. Bare: the three stages, training and evaluation
+called one after the other in processes of their own, with no DVC, no Prefect, no MLflow. Pipeline: `sora run` from the
+same start, once with the servers that it starts and ends itself, once under `sora up` as every nightly runs. Then
+`sora run` again with nothing changed, with servers up and without.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def bare(project: Path) -> dict[str, float]:
     """Seconds of each stage by itself."""
     code = (
         "import sys\nfrom pathlib import Path\nfrom sora.config import Project\n"
-        "from benchmarks.bare import learn\nlearn(Project(Path(sys.argv[1])))"
+        "from benchmarks.throughput.bare import learn\nlearn(Project(Path(sys.argv[1])))"
     )
     spent = {}
     for stage in ("manifest", "validate", "shards"):
         spent[stage] = timed([sys.executable, "-m", "sora.stages", stage], project).seconds
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(common.REPOSITORY)
     spent["fit and evaluate"] = timed([sys.executable, "-c", code, str(project)], project, PYTHONPATH=root).seconds
     return spent
 

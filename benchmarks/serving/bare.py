@@ -1,4 +1,4 @@
-"""What serving is measured against: `python -m benchmarks.serving_bare MODEL RECIPE FILE` decodes one file and calls
+"""What serving is measured against: `python -m benchmarks.serving.bare MODEL RECIPE FILE` decodes one file and calls
 the warmed model on its clips, over and over, with no server around it.
 
 It says `ready`, then waits for lines on standard input: `requests N` or `seconds S`. Each gets one line of JSON, the

@@ -1,7 +1,8 @@
 """Peak memory with 300 and with 3,000 videos: it must not grow with their number.
 
-`python -m benchmarks.memory [--small 300 --large 3000]`. The videos are one short clip remuxed with another title each
-(other bytes, the same picture; the duplicate rules are off). Each step runs as the pipeline runs it, one epoch.
+`python -m benchmarks.throughput.memory [--small 300 --large 3000]`. The videos are one short clip remuxed with another
+title each (other bytes, the same picture; the duplicate rules are off).
+Each step runs as the pipeline runs it, one epoch.
 """
 
 from __future__ import annotations

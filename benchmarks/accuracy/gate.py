@@ -1,6 +1,6 @@
 """How often the gate is right, and how far a champion's claimed accuracy drifts above its true one. Simulated.
 
-    python benchmarks/gate.py [--nights 100] [--trials 4000] [--json PATH] [--plot PATH]
+    python benchmarks/accuracy/gate.py [--nights 100] [--trials 4000] [--json PATH] [--plot PATH]
 
 The model of errors. Every test video has a difficulty d ~ N(0, 1) that all models share; model m is right about a video
 when sqrt(rho) d + sqrt(1 - rho) e < Phi^-1(p_m), with e ~ N(0, 1) of its own and p_m its true accuracy. So rho is the
@@ -25,14 +25,15 @@ from typing import Any
 import numpy as np
 from scipy.stats import multivariate_normal, norm
 
+from benchmarks import common
 from sora.config import Gate
 from sora.core.statistics import wilson
 from sora.judging.gate import clearly_worse, passes
 
 SIZES = (45, 60, 150, 300, 1000)
 GATE = Gate()  # the defaults of params.yaml
-RESULTS = Path(__file__).resolve().parent / "results" / "gate.json"
-PLOT = Path(__file__).resolve().parent.parent / "docs" / "images" / "gate.png"
+RESULTS = common.RESULTS / "gate.json"
+PLOT = common.IMAGES / "gate.png"
 RULES = {
     "better": "McNemar at 95 %",
     "not_worse": f"within {GATE.margin:.2f}",

@@ -1,8 +1,8 @@
-"""The same model and clip behind other servers: `python -m benchmarks.serving_peers [--project DIR]`.
+"""The same model and clip behind other servers: `python -m benchmarks.serving.peers [--project DIR]`.
 
 - `mlflow models serve` of the registered version, asked with the decoded clip as JSON: it takes no videos.
-- LitServe with Sora's decoding and model in its workers (`benchmarks.peer_litserve`), by 1 and by 2 workers. It is not
-  in the lock: `.venv/bin/python -m pip install --no-deps --target .peers litserve==0.2.19 pyzmq`.
+- LitServe with Sora's decoding and model in its workers (`benchmarks.serving.litserve`), by 1 and by 2 workers. It is
+  not in the lock: `.venv/bin/python -m pip install --no-deps --target .peers litserve==0.2.19 pyzmq`.
 
 16 clients each, in rounds that take turns: one server runs at a time.
 """
@@ -24,7 +24,7 @@ from statistics import median
 
 from benchmarks import common
 from benchmarks.common import table
-from benchmarks.served import (
+from benchmarks.serving.served import (
     CLIENTS,
     arguments,
     champion_files,
@@ -39,7 +39,7 @@ from sora.config import Project
 from sora.core.records import Recipe
 from sora.media.video.transform import prepare_clips
 
-PEERS = Path(__file__).resolve().parent.parent / ".peers"
+PEERS = common.REPOSITORY / ".peers"
 # MLflow's scoring server knows nothing of Sora's layers; registering them is all that this adds to it.
 REGISTER = "import sora.model.classifier\n"
 
@@ -120,7 +120,7 @@ def main() -> None:
         def litserve(workers: int) -> Callable[[], float]:
             def run() -> float:
                 path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(PEERS)])
-                command = [sys.executable, "-m", "benchmarks.peer_litserve", str(model), str(recipe_file), "5198"]
+                command = [sys.executable, "-m", "benchmarks.serving.litserve", str(model), str(recipe_file), "5198"]
                 started: AbstractContextManager[str] = process(
                     [*command, str(workers)], "http://127.0.0.1:5198", place / "litserve.log", PYTHONPATH=path
                 )

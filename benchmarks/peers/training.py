@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from benchmarks import article
+from benchmarks.peers import article
 from sora.config import Model, Train
 from sora.core.errors import InputError
 from sora.core.processes import child_main, run_child
@@ -96,13 +96,13 @@ def run(job: PeerJob, on_event: Emit = lambda event: None, log: Path | None = No
         InputError: the loss diverged.
         ServiceError: the child died.
     """
-    return run_child("benchmarks.peer_training", asdict(job), on_event, log=log)
+    return run_child("benchmarks.peers.training", asdict(job), on_event, log=log)
 
 
 def cost(model: Model, clip: ClipSpec, classes: int) -> dict[str, int]:
     """{"parameters", "flops" of a clip} of Sora's own network, counted in a child process."""
     job = {"model": model.model_dump(mode="json"), "clip": clip.to_dict(), "classes": classes}
-    return run_child("benchmarks.peer_training", {"sora": job})
+    return run_child("benchmarks.peers.training", {"sora": job})
 
 
 # ---- the child's side -----------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def fit(job: PeerJob, emit: Emit) -> dict[str, Any]:
     """Body of the child: see `run`."""
     import keras
 
-    from benchmarks import peer_networks
+    from benchmarks.peers import networks as peer_networks
     from sora.learning import loop
 
     peer, train, clip = PEERS[job.network], Train(**job.train), ClipSpec.from_dict(job.clip)

@@ -5,7 +5,7 @@
 - `start`: from `sora serve` to ready with the model in the cache, against importing TensorFlow.
 
 Each is measured in rounds that take turns with what it is measured against; the table has medians of the rounds'
-ratios. `benchmarks.serving_peers` compares with other servers, `serving_soak` changes the champion under load,
+ratios. `benchmarks.serving.peers` compares with other servers, `serving_soak` changes the champion under load,
 `serving_odd` sends what is no video.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.common import table, timed
-from benchmarks.served import (
+from benchmarks.serving.served import (
     CLIENTS,
     Server,
     arguments,
@@ -55,7 +55,7 @@ class Bare:
         limit = threads if alone else {THREADS: "1", "TF_NUM_INTEROP_THREADS": "1"}
         model, recipe = champion_files(project.root)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.serving_bare", str(model), str(recipe), str(video)],
+            [sys.executable, "-m", "benchmarks.serving.bare", str(model), str(recipe), str(video)],
             env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **limit},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

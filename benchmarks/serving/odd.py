@@ -1,4 +1,4 @@
-"""What is no video, or no longer one, sent to a server: `python -m benchmarks.serving_odd [--uploads 5000]`.
+"""What is no video, or no longer one, sent to a server: `python -m benchmarks.serving.odd [--uploads 5000]`.
 
 The files of `odd`, and truncations and bit flips of those and of real footage, made from a seed. Asked: no 5xx, no
 file or process left, memory flat. Memory is that of the server and of its decoders, RssAnon, after every tenth of the
@@ -20,8 +20,8 @@ import psutil
 
 from benchmarks import common
 from benchmarks.common import SHARED, anonymous_bytes, table
-from benchmarks.load import multipart
-from benchmarks.served import Server, arguments, settled, workplace
+from benchmarks.serving.load import multipart
+from benchmarks.serving.served import Server, arguments, settled, workplace
 
 CLIENTS = 4
 

@@ -23,8 +23,8 @@ import pandas as pd
 import yaml
 
 from benchmarks import common
-from benchmarks.common import SHARED, table
-from benchmarks.figures import plot, summarise
+from benchmarks.accuracy.figures import plot, summarise
+from benchmarks.common import REPOSITORY, SHARED, table
 from sora.config import Settings, parse
 from sora.core.errors import InputError, SoraError
 from sora.core.files import atomic
@@ -34,8 +34,7 @@ from sora.dataset import folds, manifest, splits
 from sora.learning import crossval
 from sora.store import shards
 
-ROOT = Path(__file__).resolve().parent.parent
-CACHE = ROOT / ".sora" / "accuracy"
+CACHE = REPOSITORY / ".sora" / "accuracy"
 
 
 @dataclass(frozen=True)
@@ -241,7 +240,7 @@ def _in_words(protocol: Protocol, *, inner: bool) -> str:
 def main(arguments: list[str] | None = None) -> int:
     given = _options(arguments)
     try:
-        commit = common.commit(ROOT)
+        commit = common.commit(REPOSITORY)
         settings = settings_of(given.params, given.changes)
         protocols = [SETS[name] for name in given.set]
         if given.data:

@@ -1,4 +1,4 @@
-"""The load generator: `python -m benchmarks.load ADDRESS FILE --clients N (--seconds S | --requests N)`.
+"""The load generator: `python -m benchmarks.serving.load ADDRESS FILE --clients N (--seconds S | --requests N)`.
 
 A process of its own with nothing but the standard library, so that it takes as little of the machine as it can. Each
 client sends the same prepared request over a connection that stays open, and asks again when it has its answer.

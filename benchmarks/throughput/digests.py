@@ -1,4 +1,4 @@
-"""What the digests of shards cost: `python -m benchmarks.digests [--footage FOLDER] [--rounds N]`.
+"""What the digests of shards cost: `python -m benchmarks.throughput.digests [--footage FOLDER] [--rounds N]`.
 
 - GB/s of the digests that Python has, over one clip of 16x112x112 on one core;
 - reading and comparing the whole shard set of the footage, as a build does before it keeps a bucket, beside making it;
@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.common import SHARED, table
-from benchmarks.preprocessing import BATCH, spent
+from benchmarks.throughput.preprocessing import BATCH, spent
 from sora.config import Settings
 from sora.core.records import ClipSpec
 from sora.core.tensors import VIDEO

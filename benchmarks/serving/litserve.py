@@ -1,4 +1,4 @@
-"""The same decoding and the same model behind LitServe: `python -m benchmarks.peer_litserve MODEL RECIPE PORT WORKERS`.
+"""The same decoding and model behind LitServe: `python -m benchmarks.serving.litserve MODEL RECIPE PORT WORKERS`.
 
 As its documentation has it: batches of up to 8, each worker process with a model of its own, uploads as form files.
 """

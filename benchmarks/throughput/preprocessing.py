@@ -1,4 +1,6 @@
-"""Decoding, shards, loading and bookkeeping near the limit: `python -m benchmarks.preprocessing [--only FIGURE…]`.
+"""Decoding, shards, loading and bookkeeping near the limit.
+
+`python -m benchmarks.throughput.preprocessing [--only FIGURE…]`
 
 - `decode`: fights300 from files to shards, against the fastest of PyAV's ways to decode the same files on all cores and
   drop the frames: files side by side in processes or in threads, or frame threads a file.
@@ -44,6 +46,7 @@ from sora.store import shards
 from sora.store.batches import Batches
 from sora.store.shards import ShardSet
 
+MODULE = "benchmarks.throughput.preprocessing"
 FIGHTS = SHARED / "fights300"
 BATCH = 16
 MILLION = 1_000_000
@@ -197,7 +200,7 @@ def batches(rounds: int) -> list[dict[str, Any]]:
                 source.copy()
 
         pairs = [(spent(load), spent(copy)) for _ in range(rounds * 3)]
-        trained = timed([sys.executable, "-m", "benchmarks.preprocessing", "--child", "train"], Path.cwd()).json()
+        trained = timed([sys.executable, "-m", MODULE, "--child", "train"], Path.cwd()).json()
         ours = median(pair[0] for pair in pairs)
         clips = len(loader) * BATCH / ours
         return [
@@ -274,7 +277,7 @@ def added(rounds: int) -> list[dict[str, Any]]:
 
 
 def rows(rounds: int) -> list[dict[str, Any]]:
-    done = timed([sys.executable, "-m", "benchmarks.preprocessing", "--child", "rows"], Path.cwd(), memory=True)
+    done = timed([sys.executable, "-m", MODULE, "--child", "rows"], Path.cwd(), memory=True)
     found = done.json()
     print(json.dumps({**found, "peak MB": done.peak / 1e6}), flush=True)
     return [

@@ -1,0 +1,1 @@
+"""Other networks on the same folds, for the same time."""

@@ -1,0 +1,1 @@
+"""The server under load, beside the same work without a server and beside other servers."""

@@ -1,0 +1,1 @@
+"""Speed and memory of everything up to a trained model."""
