@@ -220,7 +220,7 @@ def test_review_at_the_terminal(project, inbox, clips):
     assert json.loads(accepted.stdout)["path"] == f"jump/corrections/{first.id[:12]}.mp4"
     rejected = sora(project.root, "data", "review", "--reject", second.id)
     assert rejected.returncode == 0 and "rejected" in rejected.stdout
-    assert "nothing waits" in sora(project.root, "data", "review").stdout
+    assert "nothing is waiting" in sora(project.root, "data", "review").stdout
     gone = sora(project.root, "data", "review", "--accept", first.id)
     assert gone.returncode == 2 and "fix:" in gone.stderr
     both = sora(project.root, "data", "review", "--accept", first.id, "--reject", first.id)

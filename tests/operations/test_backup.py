@@ -298,8 +298,8 @@ def test_an_object_that_is_missing(project: Project, out: Path, tmp_path: Path) 
 def test_where_it_may_not_go(project: Project, out: Path) -> None:
     (out / "there.tar").write_text("mine")
     for target, said in (
-        (project.root / "b.tar", "lies in the project"),
-        (out / "there.tar", "there already"),
+        (project.root / "b.tar", "is inside the project"),
+        (out / "there.tar", "already exists"),
         (out / "none" / "b.tar", "no folder"),
     ):
         with pytest.raises(InputError, match=said):

@@ -106,12 +106,12 @@ def test_labels_links_and_no_git_identity(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("missing", "is no folder"),
+        ("missing", "is not a folder"),
         ("empty", "none"),
         ("one class", "only 'jump'"),
         ("unlabelled", "none"),
-        ("inside", "lie in each other"),
-        ("around", "lie in each other"),
+        ("inside", "overlap"),
+        ("around", "overlap"),
         ("file", "is a file"),
         ("not empty", "is not empty"),
         ("broken link", "leads nowhere"),
