@@ -106,7 +106,7 @@ def test_accepting_puts_it_where_the_next_run_finds_it(project, inbox, clips):
 
 def test_accepting_under_another_label(project, inbox, clips):
     entry = inbox.add(clips[0], **SAID)
-    with pytest.raises(InputError, match="none of the classes"):
+    with pytest.raises(InputError, match="not one of the classes"):
         inbox.accept(entry.id, "swim")
     assert inbox.accept(entry.id, "jump").parts[0] == "jump"
 
@@ -133,7 +133,7 @@ def test_accepting_several_labels(project, inbox, clips):
         inbox.accept(entry.id)
     table = project.data / "labels.csv"
     table.write_text("path,label\njump/old.mp4,jump\nwave/old.mp4,wave\n", encoding="utf-8")
-    with pytest.raises(InputError, match="'swim' is none of the classes"):
+    with pytest.raises(InputError, match="'swim' is not one of the classes"):
         inbox.accept(entry.id, "jump|swim")
     path = inbox.accept(entry.id)
     found = {one.path: one for one in scan(project.data, project.settings())}

@@ -202,7 +202,7 @@ def test_a_disk_that_is_too_small_is_told_before_copying(tmp_path: Path) -> None
     [
         ("train: {flip: []}", "train.flip"),
         ("train: {flip: [a, [a, b]]}", "names a class twice"),
-        ("{classes: [a, b], train: {flip: [c]}}", "'c', which is none of the classes"),
+        ("{classes: [a, b], train: {flip: [c]}}", "'c', which is not one of the classes"),
         ("{train: {flip: [a]}, eval: {views: [mirrored]}}", "needs train.flip: true"),
         ("eval: {views: [left, left]}", "names a view twice"),
         ("unsure: {precision: 1.0}", "unsure.precision"),
