@@ -1,4 +1,4 @@
-"""What a longer video shows when: its clips' answers in the order of time, and the span that decided. Pure."""
+"""What a longer video shows when: its clips' answers in order of time, and the span that decided. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sora.core.records import THRESHOLD
 def timeline(
     spans: Sequence[tuple[float, float]], classes: Sequence[str], probabilities: np.ndarray
 ) -> tuple[Window, ...]:
-    """One window a clip.
+    """One window per clip.
 
     Arguments:
-        spans: seconds, one a clip. A long video's clips lie apart: what is between them was not looked at.
+        spans: seconds, one per clip. A long video's clips are apart: what is between them was not examined.
         probabilities: `(clips, classes)`.
     """
     return tuple(
@@ -31,11 +31,11 @@ def timeline(
 
 
 def deciding(probabilities: np.ndarray, label: int, multilabel: bool = False) -> tuple[int, int]:
-    """The run of clips that speaks most for class `label`: first and last, both included.
+    """The run of clips that speaks most for class `label`: its first and last clip, both included.
 
     A clip speaks with its margin: the probability of the label less that of the best other class. So a clip that sees
     something else speaks against it. The classes of a multi-label model don't exclude each other: there `THRESHOLD`
-    takes the place of the other class. The run with the largest sum is found in one pass (Bentley, "Programming pearls:
+    replaces the other class. The run with the largest sum is found in one pass (Bentley, "Programming pearls:
     algorithm design techniques", 1984). Of equal runs it is the first and shortest. There is always one: where no clip
     speaks for the label, it is the clip that speaks least against it.
     """
