@@ -1,6 +1,6 @@
 """Batches of clips, from memory-mapped shards to named arrays: NumPy only.
 
-What a batch holds depends on (seed, epoch, number of the batch) alone. So batches may be made ahead and by several
+What a batch holds depends only on (seed, epoch, number of the batch). So batches may be made ahead and by several
 threads, and a training that resumes at an epoch sees what the uninterrupted one saw.
 """
 
@@ -19,12 +19,12 @@ from sora.store import augment
 from sora.store.augment import Augmentation
 
 NONE = Augmentation()
-# Kind of augmentation → what its generator's seed has beside seed, epoch and number of the batch.
+# Kind of augmentation → what its generator's seed has besides seed, epoch and number of the batch.
 _STREAMS: dict[str, tuple[int, ...]] = {"basic": (), "speed": (1,), "crop": (2,), "noise": (3,), "mix_up": (4,)}
 
 
 class ClipSource(Protocol):
-    """What `sora.store.shards.ShardSet` offers."""
+    """The part of `sora.store.shards.ShardSet` that is used here."""
 
     @property
     def index(self) -> pd.DataFrame: ...
@@ -59,16 +59,16 @@ class Batches:
 
     Args:
         shards: the clips; its index has the columns sha256, clip.
-        table: sha256, label_index; one row a video. A video of several clips counts with all of them. With `multilabel`
+        table: sha256, label_index; one row per video. A video with several clips counts with all. With `multilabel`
             label_index holds a sequence of indices.
-        batch: clips a batch.
-        shuffle_seed: of order and augmentation, for training. The last batch is then filled up with clips drawn again,
+        batch: clips per batch.
+        shuffle_seed: for training: seed of order and augmentation. The last batch is filled with clips drawn again,
             so that all have one shape. None, for evaluation: the table's order, the last batch may be smaller.
-        min_batches: in training an epoch has at least so many. A small table is gone through as often as that takes.
-        augmentation: of training's clips; it changes the tensor `video`.
+        min_batches: in training an epoch has at least this many. A small table is repeated as often as needed.
+        augmentation: for training clips; it changes the tensor `video`.
         classes: how many there are; mix-up and `multilabel` need it.
-        class_weights: weights that make every class count alike; otherwise 1. Not with `multilabel`.
-        multilabel: a clip may have several of the classes.
+        class_weights: weights that make every class count equally; otherwise 1. Not with `multilabel`.
+        multilabel: a clip may have several classes.
 
     Raises:
         InputError: the shards lack a video of the table.
@@ -109,19 +109,19 @@ class Batches:
             self.labels = joined["label_index"].to_numpy(np.int64)
             if class_weights:
                 self.weights = balanced(self.labels)
-            # A class without clips appears only as mirror images of another one: it counts as the average.
+            # A class without clips appears only as mirror images of another class: it gets the average weight.
             self.class_weight = np.ones(max(self.labels.max(initial=-1) + 1, classes), np.float32)
             self.class_weight[self.labels] = self.weights
         batches = -(-len(self.rows) // batch)
         self.batches = max(batches, min_batches) if batches and shuffle_seed is not None else batches
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Batches per epoch."""
         return self.batches
 
     @property
     def clips(self) -> int:
-        """Different clips an epoch."""
+        """Different clips per epoch."""
         return len(self.rows)
 
     def load(self, epoch: int, number: int) -> Batch:
@@ -190,10 +190,10 @@ class Batches:
             return to[y] if to[y] >= 0 else None
         if y[to < 0].any():
             return None
-        return y[np.where(to < 0, np.arange(len(to)), to)]  # pairs are each other's: the way back is the way there
+        return y[np.where(to < 0, np.arange(len(to)), to)]  # each pair is mutual: the inverse is the same mapping
 
 
 def balanced(labels: np.ndarray) -> np.ndarray:
-    """A weight a clip: inverse to the frequency of its class among `labels`, 1 on average. `(n,) float32`."""
+    """One weight per clip: inverse to the frequency of its class among `labels`, 1 on average. `(n,) float32`."""
     _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
     return (len(labels) / (len(counts) * counts[inverse])).astype(np.float32)
