@@ -1,9 +1,9 @@
 """Statistics of a classifier's answers: pure functions on arrays.
 
 Logits are `(clips, classes) float`, `owner` is `(clips,) int`: the video that each clip belongs to, 0 … videos-1.
-Probabilities are `(videos, classes) float`, labels `(videos,) int` or, where a video may have several,
-`(videos, classes) bool`. The answer for a video is the mean of its clips' softmax(logits / temperature), of a
-multi-label model of their sigmoids: what the server gives.
+Probabilities are `(videos, classes) float`, labels `(videos,) int` or, if a video may have several,
+`(videos, classes) bool`. The answer for a video is the mean of its clips' softmax(logits / temperature), for a
+multi-label model of their sigmoids: what the server answers.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def video_probabilities(
 
 
 def log_loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Mean negative log-likelihood, in nats; of several labels a video the sum over its classes."""
+    """Mean negative log-likelihood, in nats; with several labels per video the sum over its classes."""
     if labels.ndim == 2:
         given = np.where(labels, probabilities, 1 - probabilities)
         return float(-np.log(np.clip(given, 1e-12, 1)).sum(axis=1).mean())
@@ -88,9 +88,9 @@ def answered(probabilities: np.ndarray, multilabel: bool) -> np.ndarray:
 
 
 def decisions(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What calibration is about: probabilities, and whether what they are of was so, `(n,) float` and `(n,) bool`.
+    """What calibration compares: probabilities, and whether the events happened, `(n,) float` and `(n,) bool`.
 
-    One a video: of the answer, whether it is right. Of several labels a video one a class of each: whether it has it.
+    One per video: whether its answer is right. With several labels, one per video and class: whether the video has it.
     """
     if labels.ndim == 2:
         return probabilities.ravel(), labels.ravel().astype(bool)
@@ -98,7 +98,7 @@ def decisions(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
 
 
 def _bin(confidence: np.ndarray, bins: int) -> np.ndarray:
-    """Number of the bin, (low, high] as in Guo et al., that each confidence falls into."""
+    """The number of the bin, (low, high] as in Guo et al., of each confidence."""
     return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
 
 
@@ -113,14 +113,14 @@ def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> 
 
 
 def expected_calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> float:
-    """Mean distance of confidence and accuracy over bins of equal width, weighted by videos (Guo et al. 2017)."""
+    """Mean distance between confidence and accuracy over bins of equal width, weighted by videos (Guo et al. 2017)."""
     if len(confidence) == 0:
         return 0.0
     return float(np.abs(np.bincount(_bin(confidence, bins), weights=confidence - right)).sum() / len(confidence))
 
 
 def calibration_noise(confidence: np.ndarray, quantile: float = 0.95, draws: int = 200) -> float:
-    """The calibration error that a *perfectly* calibrated model with these confidences stays below, by chance.
+    """The bound below which a *perfectly* calibrated model's calibration error stays by chance at these confidences.
 
     Consistency resampling (Bröcker & Smith 2007): outcomes are drawn with the confidences as their probabilities. With
     confidences spread from 0.55 to 1 it is 0.20 with 30 videos, 0.15 with 60 and 0.04 with 1000, so that a limit of 0.1
@@ -141,16 +141,16 @@ def unsure_below(confidence: np.ndarray, right: np.ndarray, precision: float) ->
     meets: for 0.9 it takes eight right answers in a row, where the plain share would trust the first one.
 
     Args:
-        confidence: `(videos,) float`, of the answer given.
+        confidence: `(videos,) float`, of the given answer.
         right: `(videos,) bool`.
 
     Returns:
-        A confidence; just above 1, so that every answer is unsure, where no threshold gives the precision.
+        A confidence; just above 1, so that every answer is unsure, if no threshold gives the precision.
     """
     order = np.argsort(-confidence, kind="stable")
     ranked, hits = confidence[order], np.cumsum(right[order])
     known = (hits + 1) / (np.arange(len(order)) + 3)
-    last = np.append(ranked[1:] < ranked[:-1], True) if len(ranked) else np.zeros(0, bool)  # equals stay together
+    last = np.append(ranked[1:] < ranked[:-1], True) if len(ranked) else np.zeros(0, bool)  # ties stay together
     good = np.flatnonzero((known >= precision) & last)
     return float(ranked[good[-1]]) if len(good) else math.nextafter(1, 2)
 
@@ -158,5 +158,5 @@ def unsure_below(confidence: np.ndarray, right: np.ndarray, precision: float) ->
 def selective(confidence: np.ndarray, right: np.ndarray, below: float) -> dict[str, float]:
     """`coverage`: share of the videos with at least the confidence `below`; `sure_precision`: share of those right."""
     sure = confidence >= below
-    found = {"coverage": float(sure.mean())} if len(sure) else {}
-    return found | ({"sure_precision": float(right[sure].mean())} if sure.any() else {})
+    measured = {"coverage": float(sure.mean())} if len(sure) else {}
+    return measured | ({"sure_precision": float(right[sure].mean())} if sure.any() else {})

@@ -338,7 +338,7 @@ def test_noise_in_the_shards_never_becomes_the_recorded_state(
     assert (prepared_project.root / "dvc.lock").read_text() == lock
     assert versioning.status(prepared_project) == {}
     assert counts(prepared_project, "shards")["damaged"] == 8
-    assert "clips of 1 of its 1 videos are damaged; they are made anew" in capsys.readouterr().err
+    assert "clips of 1 of its 1 videos are damaged; they are made again" in capsys.readouterr().err
 
 
 def test_noise_in_the_shards_and_a_new_video(prepared_project: Project, tmp_path: Path) -> None:
