@@ -67,8 +67,8 @@ def init(directory: Path, data: Path, *, multilabel: bool = False, progress: Bar
     try:
         _copy_all(files, source, project, progress)
         head = parse("model: {head: multilabel}" if multilabel else "")
-        table_labels = [file.label for file in scan(project.data, head) if file.label]
-        classes = sorted({name for label in table_labels for name in labels.names(label, multilabel)})
+        all_labels = [file.label for file in scan(project.data, head) if file.label]
+        classes = sorted({name for label in all_labels for name in labels.names(label, multilabel)})
         _check_classes(set(classes), source)
     except InputError as error:
         error.message = error.message.replace(str(project.data), str(source))  # the copy is gone: fix the original
