@@ -94,7 +94,7 @@ def _acquire(stack: ExitStack, usable: list[Device], count: int, wait_seconds: f
 
     until = time.monotonic() + wait_seconds
     logging.getLogger(_QUEUE_LOG).addFilter(_TAKEN)  # for good: Prefect's thread may log after we have its answer
-    told = False
+    reported = False
     while True:
         for choice in itertools.combinations(usable, count):
             names = [device.slot for device in choice]
@@ -111,8 +111,8 @@ def _acquire(stack: ExitStack, usable: list[Device], count: int, wait_seconds: f
                 f"no device was free for {wait_seconds:.0f} s: {', '.join(device.slot for device in usable)}",
                 fix="see who holds it with `prefect gcl ls`; the slot of a holder that died frees itself within 75 s",
             )
-        if not told:
-            told = True
+        if not reported:
+            reported = True
             say("waiting for a device: another run holds it (one that was killed frees it within 75 s)")
         time.sleep(min(_ASK_AGAIN, max(0.1, until - time.monotonic())))
 

@@ -69,6 +69,6 @@ def unforeseen(error: Exception, arguments: list[str]) -> str:
 
 def _place(arguments: list[str]) -> Path:
     """The folder that a verb wrote to: the project's, or the current one."""
-    given = [after for name, after in pairwise(arguments) if name == "--project"]
-    given += [name.removeprefix("--project=") for name in arguments if name.startswith("--project=")]
-    return Path(given[0] if given else ".").absolute()
+    projects = [after for name, after in pairwise(arguments) if name == "--project"]
+    projects += [name.removeprefix("--project=") for name in arguments if name.startswith("--project=")]
+    return Path(projects[0] if projects else ".").absolute()

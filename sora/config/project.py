@@ -56,7 +56,7 @@ class Project:
 
     @property
     def dvc_home(self) -> Path:
-        """DVC's own folder: its configuration, and its cache where none is configured."""
+        """DVC's own folder: its configuration, and its default cache."""
         return self.root / ".dvc"
 
     @property

@@ -56,8 +56,8 @@ def video_probabilities(
 def log_loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Mean negative log-likelihood, in nats; with several labels per video the sum over its classes."""
     if labels.ndim == 2:
-        given = np.where(labels, probabilities, 1 - probabilities)
-        return float(-np.log(np.clip(given, 1e-12, 1)).sum(axis=1).mean())
+        likelihood = np.where(labels, probabilities, 1 - probabilities)
+        return float(-np.log(np.clip(likelihood, 1e-12, 1)).sum(axis=1).mean())
     return float(-np.log(np.clip(probabilities[np.arange(len(labels)), labels], 1e-12, 1)).mean())
 
 

@@ -115,26 +115,26 @@ def rank(answers: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[Find
     if not answers:
         return []
     names = list(classes)
-    given = np.array([names.index(one["label"]) for one in answers])
+    label = np.array([names.index(one["label"]) for one in answers])
     p = np.array([one["probabilities"] for one in answers], float)
     every = np.arange(len(p))
     # Nothing is known about a class without videos: no probability reaches its average.
-    threshold = np.array([p[given == c, c].mean() if (given == c).any() else np.inf for c in range(len(names))])
+    threshold = np.array([p[label == c, c].mean() if (label == c).any() else np.inf for c in range(len(names))])
     confident = np.where(p >= threshold, p, -1)
     likeliest = confident.argmax(axis=1)
-    suspect = (confident.max(axis=1) >= 0) & (likeliest != given)
+    suspect = (confident.max(axis=1) >= 0) & (likeliest != label)
     others = p.copy()
-    others[every, given] = -1
+    others[every, label] = -1
     other = np.where(suspect, likeliest, others.argmax(axis=1))
-    margin = p[every, other] - p[every, given]
+    margin = p[every, other] - p[every, label]
     order = sorted(range(len(p)), key=lambda i: (not suspect[i], -margin[i], answers[i]["sha256"]))
     return [
         Finding(
             path=answers[i]["path"],
             sha256=answers[i]["sha256"],
-            label=names[given[i]],
+            label=names[label[i]],
             suggested=names[other[i]],
-            probability=float(p[i, given[i]]),
+            probability=float(p[i, label[i]]),
             suggested_probability=float(p[i, other[i]]),
             margin=float(margin[i]),
             suspect=bool(suspect[i]),

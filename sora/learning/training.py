@@ -328,7 +328,7 @@ class Machine:
 
 
 def _machine(train: Train, devices: Sequence[str] | None) -> Machine:
-    """Sets the backend up for what it finds.
+    """Sets up the backend for the available devices.
 
     XLA only on accelerators: it made training on CPU three times slower. JAX compiles by XLA always. Half precision on
     TensorFlow's GPUs is float16 (with loss scaling, which Keras adds), whose convolutions cuDNN has on every card since
@@ -379,9 +379,9 @@ def _accelerator(backend: str) -> str:
 
 
 def _feed(data: loop.ClipDataset) -> Any:
-    """What Keras's `fit` is given: the data themselves, but with TensorFlow a `tf.data.Dataset` of them.
+    """The argument of Keras's `fit`: the data itself, but with TensorFlow a `tf.data.Dataset` of it.
 
-    Keras makes the same of a `PyDataset`, with autotuning. At the end of an iterator TensorFlow waits for the
+    Keras does the same with a `PyDataset`, but with autotuning. At the end of an iterator TensorFlow waits for the
     autotuning thread, which sleeps: one epoch in three took 5 to 8 idle seconds more (TensorFlow 2.21, 12 s each).
     """
     import keras
@@ -396,7 +396,7 @@ def _feed(data: loop.ClipDataset) -> Any:
         tf.TensorSpec((None, data.classes), tf.float32),
         tf.TensorSpec((None,), tf.float32),
     )
-    # Each epoch makes an iterator of its own, so no iterator starts before the data know the epoch.
+    # Each epoch makes its own iterator, so no iterator starts before the data knows the epoch.
     dataset = tf.data.Dataset.from_generator(
         lambda: (data[index] for index in range(len(batches))), output_signature=signature
     )
@@ -406,7 +406,7 @@ def _feed(data: loop.ClipDataset) -> Any:
 
 
 def _save(model: Any, path: Path) -> None:
-    """The whole model or nothing. Keras insists on the suffix."""
+    """Saves the whole model or nothing. Keras requires the suffix."""
     draft = path.with_name("draft.keras")
     with files.writing(path):
         try:

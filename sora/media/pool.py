@@ -195,12 +195,12 @@ def clips_in(header: dict[str, Any], spec: ClipSpec, modality: Modality = MODALI
     Raises:
         ValueError: other tensors than clips of this spec have, or more clips than a file can have.
     """
-    said, expected = header.get("tensors"), modality.tensors(spec)
-    if not isinstance(said, dict) or list(said) != list(expected):
-        raise ValueError(f"tensors {str(said)[:100]}")
+    tensors, expected = header.get("tensors"), modality.tensors(spec)
+    if not isinstance(tensors, dict) or list(tensors) != list(expected):
+        raise ValueError(f"tensors {str(tensors)[:100]}")
     counts = []
     for name, tensor in expected.items():
-        one = said[name]
+        one = tensors[name]
         shape = one.get("shape") if isinstance(one, dict) else None
         if not isinstance(shape, list) or shape[1:] != list(tensor.shape) or one.get("dtype") != tensor.dtype:
             raise ValueError(f"a tensor {name!r} of {str(one)[:100]}")
@@ -360,7 +360,7 @@ class Decoder:
         self._fill(memoryview(text), until)
         header = json.loads(text)
         if not isinstance(header, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         return header
 
     def _fill(self, target: memoryview, until: float) -> None:

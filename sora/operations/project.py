@@ -95,8 +95,8 @@ def template(name: str) -> str:
 
 def params_text(name: str, classes: list[str], *, multilabel: bool = False) -> str:
     """params.yaml with every default, and these classes."""
-    given = {"name": name, "classes": classes, "model": {"head": "multilabel"} if multilabel else {}}
-    return params_yaml(parse(yaml.safe_dump(given)))
+    values = {"name": name, "classes": classes, "model": {"head": "multilabel"} if multilabel else {}}
+    return params_yaml(parse(yaml.safe_dump(values)))
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------

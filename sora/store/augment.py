@@ -1,6 +1,6 @@
 """Changes of whole clips, `(time, height, width, rgb) uint8`, that keep their class: NumPy only.
 
-Each kind draws from a generator of its own (see `batches`). So switching one kind on or off does not change what the
+Each kind draws from its own generator (see `batches`). So switching one kind on or off does not change what the
 others draw.
 """
 

@@ -67,11 +67,11 @@ def _how_to_restore(project: Project, name: str) -> str:
     last = git(project.root, "show", f"HEAD:./{name}")
     from_git = f"`git checkout HEAD -- {name}` in {project.root} brings back what git's last commit holds"
     if name == "dvc.lock":
-        anew = f"remove {name}: the next `sora run` writes it again, and keeps what is prepared and intact"
+        otherwise = f"remove {name}: the next `sora run` writes it again, and keeps what is prepared and intact"
     elif project.data.is_dir():
-        anew = f"remove {name}: the next `sora run` writes it again from data/"
+        otherwise = f"remove {name}: the next `sora run` writes it again from data/"
     else:
-        anew = f"get {name} from another clone: without data/, nothing else says which data it named"
+        otherwise = f"get {name} from another clone: without data/, nothing else says which data it named"
     if last is None or _fault(name, last):
-        return f"{anew} (git has no whole copy of it)"
-    return f"{from_git}; or {anew}"
+        return f"{otherwise} (git has no whole copy of it)"
+    return f"{from_git}; or {otherwise}"

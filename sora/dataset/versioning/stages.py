@@ -59,13 +59,13 @@ def validate(project: Project) -> dict[str, int]:
     judgement = judge(manifests.read(project.manifest), project.settings(), reference=reference)
     docs.write(project.docs, judgement)
     report = judgement.report
-    told = report.to_dict()
-    _write_json(side_file(project), told)
+    contents = report.to_dict()
+    _write_json(side_file(project), contents)
     report.require()
     quarantine.write(project, report.rejected)
     # The stage must be a pure function of its inputs: a verdict against another run is kept outside.
-    told["expectations"] = [one for one in told["expectations"] if one["rule"] != BALANCE]
-    _write_json(project.validation, told)
+    contents["expectations"] = [one for one in contents["expectations"] if one["rule"] != BALANCE]
+    _write_json(project.validation, contents)
     return {"accepted": report.accepted, "rejected": len(report.rejected)}
 
 

@@ -1,6 +1,6 @@
 """The plots of an evaluation, each a PNG in memory. Figures are drawn without pyplot, which would keep them all alive.
 
-Labels and paths come from folder names: `$` starts no formula here, and a script that the font lacks is no warning.
+Labels and paths come from folder names: `$` does not start a formula, and missing glyphs cause no warning.
 """
 
 from __future__ import annotations
