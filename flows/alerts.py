@@ -2,12 +2,12 @@
 
 The address is often a secret itself (chat services put the token into the path), so no log line holds more of it than
 the host, and the environment is the better place for it: params.yaml is in git. Redirects are not followed, and a name
-that stands for this machine or its link (where clouds keep their metadata) is not called: only an address that was
-written as such may lead there.
+that stands for this machine or its link (where clouds keep their metadata) is not called: only an address that is
+written out may lead there.
 
 An alert that can't be delivered is logged and nothing else: it must not fail the flow that it reports on.
 
-`python -m flows.alerts [PROJECT]` looks once whether a nightly is overdue, for cron or a container beside the worker:
+`python -m flows.alerts [PROJECT]` checks once whether a nightly is overdue, for cron or a container beside the worker:
 a worker that is down can't report that it is down.
 """
 
@@ -52,7 +52,7 @@ class Alert:
     project: str  # its folder
     flow_run: str | None = None  # nightly_failed: its name in Prefect
     reason: str | None = None  # of a failure
-    fix: str | None = None  # of a failure: "" where none is known
+    fix: str | None = None  # of a failure: "" if none is known
     expected: str | None = None  # nightly_missed: when it should have begun; ISO 8601
     last: str | None = None  # nightly_missed: when the last good one ended; ISO 8601
 
@@ -61,7 +61,7 @@ class Alert:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirected POST would arrive as a GET without its body; better a failure that is logged."""
+    """A redirected POST would arrive as a GET without its body; a logged failure is better."""
 
     def redirect_request(self, *args: Any, **options: Any) -> None:
         return None
@@ -78,14 +78,14 @@ def redacted(url: str) -> str:
 
 
 def send(webhook: str | None, alert: Alert) -> bool:
-    """POSTs the alert as JSON: three tries, then a log line. Never raises. Whether it was delivered.
+    """POSTs the alert as JSON: three tries, then a log line. Never raises. Returns whether it was delivered.
 
-    Tried again: no connection, no answer, 429 and 5xx. Any other refusal stays one.
+    It tries again after no connection, no answer, 429 and 5xx. Any other refusal is final.
     """
     if not webhook:
         return False
     try:
-        if urlsplit(webhook).scheme not in ("http", "https"):  # urllib would open files as well
+        if urlsplit(webhook).scheme not in ("http", "https"):  # urllib would also open files
             raise ValueError("scheme")
         if _leads_inside(webhook):
             raise _Inside
@@ -104,13 +104,13 @@ def send(webhook: str | None, alert: Alert) -> bool:
             except urllib.error.HTTPError as error:
                 reason, again = f"it answered {error.code}", error.code == 429 or error.code >= 500
                 error.close()
-            except OSError as error:  # URLError, timeouts and resets are all of this kind
+            except OSError as error:  # includes URLError, timeouts and resets
                 reason, again = type(getattr(error, "reason", error)).__name__, True
             if not again or pause is None:
                 break
             time.sleep(pause)
     except _Inside:
-        reason = "its name stands for this machine or its link: write the address itself if that is meant"
+        reason = "its name stands for this machine or its link: write the address itself if you mean it"
     except Exception as error:  # a webhook that is not an address
         reason = type(error).__name__
     _log.warning("alert %s was not delivered to %s: %s", alert.event, redacted(webhook), reason)
@@ -126,7 +126,7 @@ def _leads_inside(webhook: str) -> bool:
     name = urlsplit(webhook).hostname or ""
     try:
         ipaddress.ip_address(name)
-        return False  # written so
+        return False  # an address that is written out
     except ValueError:
         pass
     if name == "localhost":
@@ -134,14 +134,14 @@ def _leads_inside(webhook: str) -> bool:
     try:
         texts = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(name, None)}
     except OSError:
-        return False  # the call says so itself, and tries again
+        return False  # the call reports it and tries again
     every = [ipaddress.ip_address(text) for text in texts]
     addresses = [getattr(address, "ipv4_mapped", None) or address for address in every]
     return any(address.is_loopback or address.is_link_local or address.is_unspecified for address in addresses)
 
 
 def nightly_failed(project: Project, *, flow_run: str, reason: str, fix: str = "") -> bool:
-    """Sends `nightly_failed`. The webhook is what environment and params.yaml say now."""
+    """Sends `nightly_failed`. The webhook comes from the environment and params.yaml as of now."""
     root = str(project.root)
     alert = Alert("nightly_failed", root, flow_run=flow_run, reason=reason[-_LONGEST_REASON:], fix=fix)
     return send(_webhook(project), alert)
@@ -169,7 +169,7 @@ on_crashed = on_failure
 
 
 def _error_of(state: State) -> BaseException | None:
-    """The exception behind a failed state; None where it stayed in another process (a crash)."""
+    """The exception behind a failed state; None if it stayed in another process (a crash)."""
     try:
         result = state.result(raise_on_failure=False)
     except Exception:
@@ -178,9 +178,9 @@ def _error_of(state: State) -> BaseException | None:
 
 
 def check_missed(project: Project, now: datetime | None = None) -> datetime | None:
-    """Alerts when a nightly is overdue, once for each nightly. Returns the time of the one that is overdue.
+    """Alerts when a nightly is overdue, once per nightly. Returns the time of the overdue one.
 
-    A delivered alert is remembered in `.sora/alerted.json`; one that was not is tried again at the next look.
+    A delivered alert is remembered in `.sora/alerted.json`; one that was not is tried again at the next check.
     """
     settings = project.settings()
     last = nightly_log.read(project)

@@ -1,4 +1,4 @@
-"""The one seam to Prefect's API: a client whose failures are Sora's errors."""
+"""The only access to Prefect's API: a client whose failures are Sora's errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def prefect_client() -> Iterator[SyncPrefectClient]:
             yield client
         except httpx.HTTPError as error:
             raise ServiceError(
-                f"the Prefect server at {client.api_url.copy_with(userinfo=b'')} did not do what it was asked: "
+                f"the Prefect server at {client.api_url.copy_with(userinfo=b'')} did not do what it was asked to: "
                 f"{type(error).__name__}: {error}",
-                fix="see that it is up (`sora doctor`), and that PREFECT_API_AUTH_STRING is set where it asks for one",
+                fix="check that it is up (`sora doctor`), and that PREFECT_API_AUTH_STRING is set if it asks for one",
             ) from error

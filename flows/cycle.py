@@ -1,4 +1,4 @@
-"""One night from beginning to end: the steps in their order, and what an interrupted run does not do again.
+"""One night from start to end: the steps in order, and what a resumed run does not repeat.
 
 `Steps` are plain functions by default; `flows.nightly` gives the same ones as Prefect tasks.
 """
@@ -22,13 +22,13 @@ from sora.core.records import Decision
 from sora.learning.training import TrainResult
 from sora.registry import JudgedRun, RegistryPort, Smoke
 
-NO_HISTORY = "no_history"  # tag of a run that found splits dealt before, and no run that dealt them
+NO_HISTORY = "no_history"  # tag of a run that found assigned splits, but no run that assigned them
 NO_HISTORY_WORDS = (
-    "splits.csv held {rows} videos' splits before this run, and MLflow knows no run that was judged on them: version "
-    "numbers begin anew, and how often this test split has judged is not known; fine in a new clone, otherwise .sora/ "
-    "or its mlflow.db was lost (`sora restore` brings a backup back)"
+    "splits.csv held {rows} videos' splits before this run, but MLflow knows no run that was judged on them: version "
+    "numbers start again, and how often this test split judged is not known; fine in a new clone, otherwise .sora/ "
+    "or its mlflow.db was lost (`sora restore` restores a backup)"
 )
-_RUNS = 1000  # whose tags are looked at
+_RUNS = 1000  # most runs whose tags are read
 
 
 def _smoke() -> AbstractContextManager[Smoke]:
@@ -39,7 +39,7 @@ def _smoke() -> AbstractContextManager[Smoke]:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """What the cycle calls, each by a function of `flows.steps` unless something else is given."""
+    """What the cycle calls: functions of `flows.steps` by default."""
 
     version_data: Callable[[Project], str] = plain.version_data
     reproduce: Callable[[Project], list[str]] = plain.reproduce
@@ -76,7 +76,7 @@ def run(night: Night, *, force: bool = False, steps: Steps | None = None) -> Nig
     key = RunKey.of(night.settings, steps.version_data(project))
     if judged is not None and not force and key.is_of(judged):
         say("nothing changed since the last judged run: data, parameters and code are the same")
-        reason = "data, parameters and code are as in the last judged run; --force trains all the same"
+        reason = "data, parameters and code are as in the last judged run; --force trains anyway"
         return NightResult("unchanged", key.data_version, judged.run_id, judged.version, (reason,), judged.metrics)
     steps.reproduce(project)
     past = Past(judged, recorded, doubts_of(registry, judged, recorded, len(rows)))
@@ -86,14 +86,14 @@ def run(night: Night, *, force: bool = False, steps: Steps | None = None) -> Nig
 def doubts_of(
     registry: RegistryPort, judged: JudgedRun | None, recorded: Recorded | None, rows: int
 ) -> tuple[str, ...]:
-    """What is not known of the history although the ledger, which outlives servers, says that there is one."""
+    """Warnings about a history that is missing although the ledger, which outlives servers, shows that one existed."""
     if recorded is not None or not rows:
         return ()
     if judged is not None:
         return ("no judged run's copy of splits.csv can be read in MLflow: it was not compared with anything",)
     tags = registry.runs.own_tags(_RUNS)
     if tags and not any(NO_HISTORY in one for one in tags):
-        return ()  # the first run of this history did not come to its end: it dealt these splits
+        return ()  # the first run of this history did not finish: it assigned these splits
     return (NO_HISTORY_WORDS.format(rows=rows),)
 
 
@@ -118,7 +118,7 @@ def _learn(night: Night, steps: Steps, key: RunKey, past: Past, force: bool) -> 
         registry.runs.finish(run_id, "FAILED")
         raise
     project.reference.write_text(json.dumps(dict(facts.counts)), encoding="utf-8")
-    with suppress(ServiceError):  # a copy for `sora check` and `sora doctor`; the decision stands without it
+    with suppress(ServiceError):  # a copy for `sora check` and `sora doctor`; the decision does not need it
         if (recorded := registry.judged_ledger()) is not None:
             ledger.remember(project, recorded)
     result = replace(result, pages=steps.publish(night, case, result, evaluation))
@@ -127,18 +127,18 @@ def _learn(night: Night, steps: Steps, key: RunKey, past: Past, force: bool) -> 
 
 
 def _splits(night: Night, steps: Steps, key: RunKey, past: Past) -> tuple[Work, tuple[str, ...], SplitFacts]:
-    """The work folder of this run, the doubts that hold for it, and its splits."""
+    """The work folder of this run, its warnings about the history, and its splits."""
     folder = night.project.work / key.name
     while True:
         work = Work(folder)
-        doubts = work.once(DOUBTS, lambda: past.doubts)  # before splits are dealt: they answer it
-        for doubt in doubts:
-            say(f"warning: {doubt}")
+        doubts = work.once(DOUBTS, lambda: past.doubts)  # before splits are assigned: new rows would hide it
+        for warning in doubts:
+            say(f"warning: {warning}")
         facts = steps.assign(night, work.table, past.recorded)
         known = work.get(SPLITS) or work.note(SPLITS, facts.digest)
         if known == facts.digest:
             return work, doubts, facts
-        # The ledger changed under an interrupted run: what it did was for other splits.
+        # The ledger changed under an interrupted run: its results are for other splits.
         work.remove()
 
 
@@ -147,7 +147,7 @@ def _candidate(
 ) -> tuple[NightResult, Evaluation]:
     """Trains, evaluates, registers and judges the candidate, and promotes it if the gate says so."""
     fitted = work.once(FIT, lambda: steps.fit(night, run_id, work))
-    with steps.smoke() as smoke:  # its child does its imports while the candidate is evaluated
+    with steps.smoke() as smoke:  # its child imports while the candidate is evaluated
         evaluation = steps.evaluate(night, work, fitted)
         version = work.once(REGISTER, lambda: steps.register(night, case, run_id, fitted, evaluation))
         decision = work.once(JUDGE, lambda: steps.judge(night, case, evaluation, version))

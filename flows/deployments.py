@@ -1,8 +1,8 @@
 """Registers a project with a Prefect server: work pools, `nightly/<name>` with its schedule, `train/<name>`.
 
 Every registration can be repeated. There is no Prefect-side concurrency limit on the nightly: a limit that cancels new
-runs stays taken when worker and server are killed together, and would cancel every night that follows. At most one run
-at a time is held by the project's file lock, which the kernel gives back.
+runs stays taken when worker and server are killed together, and would cancel every later night. The project's file
+lock, which the kernel releases, allows at most one run at a time.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def pool_name(settings: Settings) -> str:
 def register(project: Project, api_url: str) -> Registered:
     """Creates or updates the project's work pools and deployments on the server at `api_url`.
 
-    The nightly is imported from the installed package in the project's folder, so any folder will do and no code
-    travels. Runs that were scheduled or late before are dropped: what counts from now is the schedule of params.yaml.
+    The nightly is imported from the installed package in the project's folder, so any folder works and no code
+    is sent. Earlier scheduled or late runs are dropped: from now on only the schedule in params.yaml counts.
 
     Raises:
         ServiceError: the server does not answer, or refuses.
@@ -76,7 +76,7 @@ def _register(project: Project, settings: Settings) -> Registered:
         train_pool = settings.train.work_pool
         if train_pool:
             _ensure_pool(client, train_pool)
-            # No folder in it: each worker knows its own clone (SORA_PROJECT).
+            # It has no folder: each worker knows its own clone (SORA_PROJECT).
             _deploy(client, settings.name, TRAIN, train_pool)
     return Registered(pool, f"nightly/{settings.name}", f"train/{settings.name}" if train_pool else None, train_pool)
 
@@ -91,7 +91,7 @@ def _ensure_pool(client: SyncPrefectClient, name: str) -> None:
         client.read_work_pool(name)
     except ObjectNotFound:
         template = ProcessWorker.get_default_base_job_template()
-        with suppress(ObjectAlreadyExists):  # somebody was quicker
+        with suppress(ObjectAlreadyExists):  # somebody else was quicker
             client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=template))
 
 
@@ -114,10 +114,10 @@ def _deploy(client: SyncPrefectClient, name: str, entrypoint: str, pool: str, **
 
 
 def superseded() -> str | None:
-    """In a flow run: the name of a newer scheduled run of the same deployment that is due as well, if there is one.
+    """In a flow run: the name of a newer scheduled run of the same deployment that is also due, if there is one.
 
     After a weekend without a worker several nights are due at once. The newest does all the work; the others should
-    end as cancelled. None outside a deployment's scheduled run: what a person starts is never superseded.
+    end as cancelled. None outside a deployment's scheduled run: a run that a person starts is never superseded.
     """
     from datetime import UTC, datetime
 

@@ -1,4 +1,4 @@
-"""`python -m flows.empty_database FILE`: Prefect's database without anybody's rows, for `sora.operations.servers`."""
+"""`python -m flows.empty_database FILE`: Prefect's database without user data, for `sora.operations.servers`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def main(file: str) -> None:
     from prefect.server.database import provide_database_interface
 
     asyncio.run(provide_database_interface().create_db())
-    with sqlite3.connect(file) as database:  # all of it in the one file, which is to be copied
+    with sqlite3.connect(file) as database:  # everything in one file, which is then copied
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         database.execute("PRAGMA journal_mode = DELETE")
     database.close()

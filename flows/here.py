@@ -1,4 +1,4 @@
-"""`sora run`: the nightly flow once, in this process, with the servers that are up or with some of its own."""
+"""`sora run`: the nightly flow once, in this process, with the servers that are up or with its own."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def run_here(project: Project, *, force: bool = False) -> dict[str, Any]:
     """
     from sora.operations.servers import environment, running, servers
 
-    project.settings()  # a wrong params.yaml is said before servers start
+    project.settings()  # report a wrong params.yaml before servers start
     active = holder(project)
     if active is not None:
         raise RunActive(
-            f"a run is active in {project.root} already (process {active['pid']}, since {active['since']})",
+            f"a run is already active in {project.root} (process {active['pid']}, since {active['since']})",
             fix="wait until it ends, or stop that process",
         )
     for name, value in QUIET_ENV.items():
         os.environ.setdefault(name, value)
-    # Prefect's own lines, the tracebacks of failed tasks among them, go to its server; the terminal shows Sora's.
+    # Prefect's own lines, including tracebacks of failed tasks, go to its server; the terminal shows Sora's.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     standing = "mlflow" in running(project) or project.settings().services.mlflow_tracking_uri
     with servers(project) as addresses:
@@ -39,10 +39,10 @@ def run_here(project: Project, *, force: bool = False) -> dict[str, Any]:
         from flows.nightly import nightly
 
         state: Any = nightly(str(project.root), force=force, return_state=True)
-        APILogHandler().flush()  # while the server that takes the lines is up
+        APILogHandler().flush()  # while the server that receives the lines is up
         if state.is_completed():
             result: dict[str, Any] = state.result().to_dict()
-            if not standing:  # nobody answers at that address any more
+            if not standing:  # nobody answers at that address any longer
                 result["pages"] = [page for page in result["pages"] if not page.startswith("MLflow")]
             return result
         if state.is_cancelled():

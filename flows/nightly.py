@@ -1,6 +1,6 @@
 """The nightly flow: the steps of `flows.steps` as Prefect tasks, with retries, alerts and the backup around them.
 
-Prefect decides when and where, retries what retrying helps, and shows what happened. It remembers nothing: DVC knows
+Prefect decides when and where, retries where that helps, and shows what happened. It remembers nothing: DVC knows
 whether data changed, MLflow what was judged, and a run's own work folder which steps of an interrupted run are done.
 """
 
@@ -34,13 +34,13 @@ R = TypeVar("R")
 
 
 def _may_pass(_task: object, _run: object, state: State) -> bool:
-    """Retry only what may pass by itself: a server or child that failed, not a wrong input or a full disk."""
+    """Retry only what may resolve itself: a failed server or child, not a wrong input or a full disk."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, ServiceError) and not isinstance(error, DiskFull)
 
 
 def _task(name: str, step: Callable[P, R], *, retries: int = 0) -> Callable[P, R]:
-    """The step as a task, which runs again up to `retries` times where that may help."""
+    """The step as a task, which runs again up to `retries` times if that may help."""
     again: dict[str, Any] = {"retry_delay_seconds": 5, "retry_condition_fn": _may_pass} if retries else {}
     made = task(name=name, cache_policy=NO_CACHE, persist_result=False, retries=retries, **again)(step)
     return cast("Callable[P, R]", made)
@@ -89,21 +89,21 @@ TASKS = cycle.Steps(
 def nightly(project: str, force: bool = False) -> NightResult | State:
     """Runs the whole cycle once for the project folder `project`.
 
-    At most one run holds a project: where another one does, the flow ends as Cancelled and changes nothing.
+    At most one run holds a project: if another one does, the flow ends as Cancelled and changes nothing.
     """
     if "PREFECT__FLOW_RUN_ID" in os.environ:
-        die_with_parent()  # a worker's: no run outlives its worker and holds the project
+        die_with_parent()  # in a worker: no run outlives its worker and keeps holding the project
     here = Project(Path(project))
     newer = superseded()
     if newer is not None:
-        return Cancelled(message=f"a newer night is due as well: {newer} does the work of both")
+        return Cancelled(message=f"a newer night is also due: {newer} does the work of both")
     try:
         with run_lock(here):
             result = _cycle(here, force)
     except RunActive as error:
         return Cancelled(message=error.message)
     except Exception:
-        _back_up(here)  # nights that fail are the ones after which a backup is wanted
+        _back_up(here)  # a backup matters most after nights that fail
         raise
     nightly_log.write(here, outcome=result.outcome, run_id=result.run_id)
     _back_up(here)
@@ -119,7 +119,7 @@ def _cycle(project: Project, force: bool) -> NightResult:
 
 
 def _back_up(project: Project) -> None:
-    """The backup of `backup.keep`. A failure is told (webhook, doctor, the task's state), and fails nothing else."""
+    """The backup of `backup.keep`. A failure is reported (webhook, doctor, the task's state) and fails nothing else."""
     from sora.operations import backup
 
     try:
@@ -129,6 +129,6 @@ def _back_up(project: Project) -> None:
     except Exception as error:
         reason, fix = (error.message, error.fix) if isinstance(error, SoraError) else (repr(error), "")
         say(f"the backup failed: {reason}")
-        with suppress(OSError, SoraError):  # on the disk that is full
+        with suppress(OSError, SoraError):  # the disk may be full
             backup.note_failure(project, reason)
         alerts.backup_failed(project, reason=reason, fix=fix)

@@ -1,4 +1,4 @@
-"""What one night's steps hand to one another: frozen records, with their JSON where they are stored or printed."""
+"""What one night's steps pass to each other: frozen records, with their JSON if they are stored or printed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Night:
-    """Where a night works: the project, its settings as they were when the night began, and its registry."""
+    """Where a night works: the project, its settings at the start of the night, and its registry."""
 
     project: Project
     settings: Settings
@@ -43,7 +43,7 @@ class RunKey:
 
     @property
     def name(self) -> str:
-        """Of the work folder of every try of this run."""
+        """The key of the work folder for every try of this run."""
         return hashlib.sha256(json.dumps(self.to_tags(), sort_keys=True).encode()).hexdigest()[:16]
 
     def is_of(self, judged: JudgedRun) -> bool:
@@ -74,18 +74,18 @@ class SplitFacts:
     val: int
     test: int
     counts: Mapping[str, int]  # of each class
-    digest: str  # which video stands where under which label
-    test_digest: str  # the same of the test split alone
+    digest: str  # which video is in which split under which label
+    test_digest: str  # the same for the test split alone
 
     def metrics(self) -> dict[str, float]:
-        """As they are logged with the run."""
+        """The numbers as they are logged with the run."""
         names = ("videos", "rejected", "train", "val", "test")
         return {f"data/{name}": getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What this night's candidate comes from and is judged against, known before it is trained."""
+    """What this night's candidate is made from and judged against; known before it is trained."""
 
     key: RunKey
     facts: SplitFacts
@@ -94,20 +94,20 @@ class Case:
 
     @property
     def new_data(self) -> bool:
-        """Whether the data are other ones than those of the last judged run."""
+        """Whether the data differs from that of the last judged run."""
         return self.judged is None or self.judged.data_version != self.key.data_version
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Candidate and champion on the same current splits. The champion's fields are None where there is none yet."""
+    """Candidate and champion on the same current splits. The champion's fields are None if there is none yet."""
 
     candidate: EvalOutcome
     champion: EvalOutcome | None
     champion_version: int | None
 
     def test_metrics(self) -> dict[str, float]:
-        """The candidate's on the test split, as `test/<metric>`."""
+        """The candidate's metrics on the test split, as `test/<metric>`."""
         return {f"test/{name}": value for name, value in self.candidate.reports["test"].metrics.items()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _outcome(value: dict[str, Any]) -> EvalOutcome:
 
 @dataclass(frozen=True, slots=True)
 class NightResult:
-    """What a night did. `to_dict` is what `sora run --json` prints."""
+    """The result of a night. `to_dict` is what `sora run --json` prints."""
 
     outcome: Outcome
     data_version: str

@@ -8,7 +8,7 @@ from sora.core.doorkeeper import Doorkeeper, hosts_of
 
 
 def create_app() -> ASGIApp:
-    """Prefect asks for the login itself (PREFECT_SERVER_API_AUTH_STRING), at every path that says or does anything: so
+    """Prefect itself asks for the login (PREFECT_SERVER_API_AUTH_STRING) at every path that shows or does anything: so
     its page, which has a form for it, can load."""
     from prefect.server.api.server import create_app as create_prefect
 

@@ -11,11 +11,11 @@ from flows import steps
 from flows.records import Case, Evaluation, Night, NightResult
 from sora.core.records import EvalReport
 
-_METRICS = ("accuracy", "macro_f1", "ece", "log_loss", "latency_ms")  # of the table, where a report has them
+_METRICS = ("accuracy", "macro_f1", "ece", "log_loss", "latency_ms")  # in the table, if a report has them
 
 
 def unchanged(result: NightResult) -> None:
-    """An artifact of a night that had nothing to do."""
+    """An artifact for a night that had nothing to do."""
     if FlowRunContext.get():
         create_markdown_artifact(
             f"**unchanged**: {'; '.join(result.reasons)} (version {result.version})",
@@ -25,7 +25,7 @@ def unchanged(result: NightResult) -> None:
 
 
 def report(night: Night, case: Case, result: NightResult, evaluation: Evaluation) -> tuple[str, ...]:
-    """Artifacts of a judged run. Returns what `steps.publish` does: the addresses of the pages that show it."""
+    """Artifacts for a judged run. Returns what `steps.publish` does: the addresses of the pages that show it."""
     candidate = evaluation.candidate.reports["test"]
     champion = evaluation.champion.reports["test"] if evaluation.champion else None
     if FlowRunContext.get():

@@ -26,12 +26,12 @@ from sora.core.progress import say
 
 LEASE_SECONDS = 60.0  # the least that Prefect's server allows
 LEASE_STORAGE = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
-_ASK_AGAIN = 5.0  # seconds between two looks for a free slot
+_ASK_AGAIN = 5.0  # seconds between two requests for a free slot
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """`index` is what CUDA_VISIBLE_DEVICES takes: a number or a UUID; "0" for the processor."""
+    """`index` is a value for CUDA_VISIBLE_DEVICES: a number or a UUID; "0" for the processor."""
 
     kind: str  # gpu | cpu
     index: str
@@ -63,7 +63,7 @@ def _installed_gpus() -> list[str]:
             [tool, "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, timeout=30, check=True
         )
     except (OSError, subprocess.SubprocessError):
-        return []  # the tool is there and the driver is not
+        return []  # the tool exists, but the driver does not
     return [line.strip() for line in answer.stdout.splitlines() if line.strip().isdigit()]
 
 
@@ -73,30 +73,30 @@ def device_slot(
 ) -> Iterator[dict[str, str]]:
     """Holds `count` of the candidates (default: this machine's devices; 0: all of them together) while the body runs.
 
-    Yields the environment that shows a child those devices and no other. Several are taken in one request, all or
-    none, so two holders can't wait for each other. When the lease can't be renewed the body is interrupted: another
+    Yields the environment that shows a child only those devices. Several are taken in one request, all or
+    none, so two holders can't wait for each other. If the lease can't be renewed, the body is interrupted: another
     may hold the device by then.
 
     Raises:
         ServiceError: none became free within `wait_seconds`, or the Prefect server does not answer.
     """
-    found = list(candidates if candidates is not None else devices())
-    _create_limits([device.slot for device in found])
+    usable = list(candidates if candidates is not None else devices())
+    _create_limits([device.slot for device in usable])
     with ExitStack() as stack:
-        held = _acquire(stack, found, min(count or len(found), len(found)), wait_seconds)
+        held = _acquire(stack, usable, min(count or len(usable), len(usable)), wait_seconds)
         yield {"CUDA_VISIBLE_DEVICES": ",".join(device.index for device in held if device.kind == "gpu") or "-1"}
 
 
-def _acquire(stack: ExitStack, found: list[Device], count: int, wait_seconds: float) -> tuple[Device, ...]:
-    """Enters the first lease to be had into `stack`."""
+def _acquire(stack: ExitStack, usable: list[Device], count: int, wait_seconds: float) -> tuple[Device, ...]:
+    """Enters the first available lease into `stack`."""
     from prefect.concurrency.asyncio import AcquireConcurrencySlotTimeoutError, ConcurrencySlotAcquisitionError
     from prefect.concurrency.sync import concurrency
 
     until = time.monotonic() + wait_seconds
     logging.getLogger(_QUEUE_LOG).addFilter(_TAKEN)  # for good: Prefect's thread may log after we have its answer
-    told = False
+    reported = False
     while True:
-        for choice in itertools.combinations(found, count):
+        for choice in itertools.combinations(usable, count):
             names = [device.slot for device in choice]
             try:
                 stack.enter_context(concurrency(names, strict=True, lease_duration=LEASE_SECONDS, max_retries=0))
@@ -104,15 +104,15 @@ def _acquire(stack: ExitStack, found: list[Device], count: int, wait_seconds: fl
             except (AcquireConcurrencySlotTimeoutError, ConcurrencySlotAcquisitionError) as error:
                 if not _taken(error):
                     raise ServiceError(
-                        f"no device slot: {error}", fix="see that the Prefect server answers (`sora doctor`)"
+                        f"no device slot: {error}", fix="check that the Prefect server answers (`sora doctor`)"
                     ) from error
         if time.monotonic() >= until:
             raise ServiceError(
-                f"no device was free for {wait_seconds:.0f} s: {', '.join(device.slot for device in found)}",
+                f"no device was free for {wait_seconds:.0f} s: {', '.join(device.slot for device in usable)}",
                 fix="see who holds it with `prefect gcl ls`; the slot of a holder that died frees itself within 75 s",
             )
-        if not told:
-            told = True
+        if not reported:
+            reported = True
             say("waiting for a device: another run holds it (one that was killed frees it within 75 s)")
         time.sleep(min(_ASK_AGAIN, max(0.1, until - time.monotonic())))
 
@@ -129,7 +129,7 @@ def _locked(error: BaseException | None) -> bool:
 class _TakenIsNoError(logging.Filter):
     """Drops the line that Prefect's queue writes as an error whenever a slot is taken, and no other.
 
-    That answer is the ordinary one here: after a killed run it comes every `_ASK_AGAIN` seconds until the lease ends.
+    That answer is normal here: after a killed run it comes every `_ASK_AGAIN` seconds until the lease ends.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -141,7 +141,7 @@ _TAKEN = _TakenIsNoError()
 
 
 def _create_limits(names: list[str]) -> None:
-    """Creates the limits that do not exist. One that does is left alone: changing it would reset its taken slots."""
+    """Creates the missing limits. An existing one is left alone: changing it would reset its taken slots."""
     from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
     from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
@@ -150,5 +150,5 @@ def _create_limits(names: list[str]) -> None:
             try:
                 client.read_global_concurrency_limit_by_name(name)
             except ObjectNotFound:
-                with suppress(ObjectAlreadyExists):  # somebody was quicker
+                with suppress(ObjectAlreadyExists):  # somebody else was quicker
                     client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))

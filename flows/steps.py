@@ -35,7 +35,7 @@ def open_registry(project: Project, settings: Settings) -> Registry:
 
 
 def back_up(project: Project, settings: Settings) -> None:
-    """Writes the backup of `backup.keep` and says what became of it."""
+    """Writes the backup of `backup.keep` and prints the result."""
     from sora.operations import backup
 
     registry = open_registry(project, settings)
@@ -73,7 +73,7 @@ def assign(night: Night, target: Path, recorded: Recorded | None) -> SplitFacts:
     from sora.dataset.quality import quarantine
 
     project, settings = night.project, night.settings
-    ledger.require(project.splits_file, recorded)  # once more: the stages before may have taken an hour
+    ledger.require(project.splits_file, recorded)  # again: the earlier stages may have taken an hour
     rows = manifest.read(project.manifest)
     rejected = quarantine.rejected_paths(project)
     accepted = rows[~rows["path"].isin(rejected)]
@@ -117,7 +117,7 @@ def open_run(night: Night, case: Case) -> str:
 
 
 def job_for(shards: Path, table: Path, settings: Settings, out: Path) -> TrainJob:
-    """The training of a project's shards and table; `out` keeps what a resumed training goes on from."""
+    """The training job for a project's shards and table; `out` keeps what a resumed training continues from."""
     values = settings.to_dict()
     return TrainJob(
         shards=str(shards),
@@ -131,7 +131,7 @@ def job_for(shards: Path, table: Path, settings: Settings, out: Path) -> TrainJo
 
 
 def fit(night: Night, run_id: str, work: Work, environment: Mapping[str, str] | None = None) -> TrainResult:
-    """Trains on this machine, with what `environment` adds to the child's (CUDA_VISIBLE_DEVICES).
+    """Trains on this machine; `environment` is added to the child's (CUDA_VISIBLE_DEVICES).
 
     The same call again resumes after the last finished epoch.
     """
@@ -146,7 +146,7 @@ def fit(night: Night, run_id: str, work: Work, environment: Mapping[str, str] | 
 def evaluate(night: Night, work: Work, fitted: TrainResult) -> Evaluation:
     """Evaluates candidate and champion on the same current splits, in one child process.
 
-    What an earlier try evaluated counts while the champion is still the same.
+    An earlier try's evaluation counts as long as the champion is still the same.
     """
     from sora.judging import evaluation
 
@@ -205,7 +205,7 @@ def register(night: Night, case: Case, run_id: str, fitted: TrainResult, evaluat
 
 
 def judge(night: Night, case: Case, evaluation: Evaluation, version: int) -> Decision:
-    """Asks the gate."""
+    """Lets the gate decide."""
     from sora.judging import gate
 
     champion = evaluation.champion
@@ -221,7 +221,7 @@ def judge(night: Night, case: Case, evaluation: Evaluation, version: int) -> Dec
 
 
 def promote(night: Night, version: int, reasons: Sequence[str], smoke: Smoke) -> str | None:
-    """Moves the alias; a failed smoke prediction puts the old champion back. Returns the failure in words, or None."""
+    """Moves the alias; a failed smoke prediction restores the old champion. Returns the failure in words, or None."""
     from sora.runtime.lifecycle import alias_lock, model_cache
 
     cache = model_cache(night.project)
@@ -234,7 +234,7 @@ def promote(night: Night, version: int, reasons: Sequence[str], smoke: Smoke) ->
 
 
 def publish(night: Night, case: Case, result: NightResult, evaluation: Evaluation) -> tuple[str, ...]:
-    """Keeps the page of the evaluation, which then needs no server. Returns the addresses of all pages of the run."""
+    """Keeps the evaluation page, which needs no server. Returns the addresses of all pages of the run."""
     pages = [f"MLflow run: {night.registry.runs.run_page(result.run_id)}"]
     if (night.project.docs_page).exists():
         pages.append(f"Data Docs: {night.project.docs_page}")
@@ -245,7 +245,7 @@ def publish(night: Night, case: Case, result: NightResult, evaluation: Evaluatio
 
 
 def live(runs: RunsPort, run_id: str, update: Bar) -> Emit:
-    """For `training.run`: a bar over all epochs, and each epoch's metrics to MLflow as they come."""
+    """For `training.run`: a bar over all epochs, and each epoch's metrics to MLflow as they arrive."""
 
     def on_event(event: Event) -> None:
         if event["event"] == "epoch":

@@ -1,9 +1,9 @@
 """Training on another machine: the `train` flow that a GPU worker runs, and the nightly's request for it.
 
 The two machines share nothing but three servers: Prefect carries the call (run, `dvc.lock`, `params.yaml`), the DVC
-remote the shards, MLflow the table of splits, the live metrics and, at the end, the model. The worker stands in a clone
-of the project of its own, named by SORA_PROJECT; remote and credentials are that clone's. It leases a device, and beats
-every few seconds, so that whoever waits learns of a worker that died, whatever it died of.
+remote the shards, MLflow the table of splits, the live metrics and, at the end, the model. The worker runs in its own
+clone of the project, named by SORA_PROJECT; remote and credentials are that clone's. It leases a device, and beats
+every few seconds, so that the nightly notices a dead worker, whatever it died of.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from sora.registry import Registry, RunsPort
 
 HANDOVER = PurePosixPath("handover/table.parquet")  # artifacts of the run: to the worker …
 HANDBACK = "handback"  # … and back: model.keras, result.json
-# Of a project's state what the worker needs. The splits' ledger is not among it: the table holds what is used of it.
+# The part of a project's state that the worker needs. Not the split ledger: the table holds what is used of it.
 STATE = ("data.dvc", "dvc.yaml", "dvc.lock", "preprocessing.lock", "params.yaml")
 BEAT_SECONDS = 10.0
 SILENCE_SECONDS = 120.0  # without a beat: the worker is lost
-NO_WORKER_SECONDS = 60.0  # that a pool may be without a worker, which may just be restarting
+NO_WORKER_SECONDS = 60.0  # that a pool may be without a worker: it may be restarting
 OUTAGE_SECONDS = 900.0  # that the Prefect server may be away
 QUEUE_SECONDS = 12 * 3600.0  # that a run may wait for a worker that is busy
 _POLL_SECONDS = 2.0
@@ -58,9 +58,9 @@ def train(run_id: str, mlflow: str, state: dict[str, str], table_sha256: str, co
 
     Args:
         run_id: the MLflow run, which the nightly opened.
-        mlflow: address of the MLflow server; MLFLOW_TRACKING_URI of the worker's machine goes before it.
+        mlflow: address of the MLflow server; MLFLOW_TRACKING_URI on the worker's machine takes precedence.
         state: the texts of `STATE`.
-        table_sha256: of the table of splits, which is an artifact of the run.
+        table_sha256: sha256 of the table of splits, which is an artifact of the run.
         code: `provenance.LEARNING` of the nightly's machine: a model of another version might not even load.
     """
     from flows.slots import device_slot
@@ -92,7 +92,7 @@ def own_clone() -> Project:
     """The worker's own clone of the project.
 
     Raises:
-        InputError: SORA_PROJECT names none.
+        InputError: SORA_PROJECT does not name one.
     """
     root = os.environ.get("SORA_PROJECT", "")
     if not root or not (Path(root) / "params.yaml").is_file():
@@ -107,18 +107,18 @@ def own_clone() -> Project:
 def _fetch(
     clone: Project, runs: RunsPort, run_id: str, state: dict[str, str], table_sha256: str, work: Path
 ) -> Project:
-    """Lays the nightly's state out in a folder of its own; the clone's files stay as they are."""
+    """Lays out the nightly's state in a separate folder; the clone's files stay as they are."""
     from sora.dataset import versioning
 
     target = work / "project"
-    shutil.rmtree(target, ignore_errors=True)  # an earlier try's; the cache still has the bytes
+    shutil.rmtree(target, ignore_errors=True)  # of an earlier try; the cache still has the bytes
     work.mkdir(parents=True, exist_ok=True)
     try:
         prepared = versioning.restore(clone, state, target, data=False)
     except ServiceError as error:
         raise ServiceError(
             f"the shards did not arrive: {error.message}",
-            fix="give project and clone a DVC remote that both reach (dvc remote add --default NAME URL)",
+            fix="give project and clone a DVC remote that both can reach (dvc remote add --default NAME URL)",
         ) from error
     if runs.fetch_file(run_id, str(HANDOVER), work / "table.parquet") != table_sha256:
         raise ServiceError("the table of splits did not arrive whole", fix="run the nightly again")
@@ -141,7 +141,7 @@ def _fit(
 
 @task(name="hand back", cache_policy=NO_CACHE, persist_result=False, retries=4, retry_delay_seconds=15)
 def _hand_back(runs: RunsPort, run_id: str, done: TrainResult) -> None:
-    """Sends the model, and after it the result, which says that the model is there whole."""
+    """Sends the model, then the result, which says that the model is complete."""
     model = Path(done.model)
     with model.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -174,7 +174,7 @@ def beating() -> Iterator[Bar]:
             number += 1
             done, total, note = last
             text = f"{number} {done}/{total} {note}".rstrip() if total else f"{number} {note}"
-            # A server that is away for a while is no reason to end a training of hours.
+            # A server that is away for a while must not end a training of hours.
             with suppress(Exception), prefect_client() as client:
                 percent = 100.0 * done / total if total else 0.0
                 client.update_artifact(artifact, ArtifactUpdate(data=percent, description=text))
@@ -262,7 +262,7 @@ class _Look:
     state: str  # SCHEDULED, PENDING, RUNNING, COMPLETED, …
     final: bool
     message: str
-    workers: int  # that poll the pool
+    workers: int  # workers that poll the pool
     beat: str | None  # what the worker showed last
 
 
@@ -287,7 +287,7 @@ def _look(flow_run: UUID, pool: str) -> _Look:
 
 
 class _Watch:
-    """How long a training may stand still. Time without an answer of the server is no time of silence."""
+    """How long a training may be silent. Time without an answer from the server does not count as silence."""
 
     def __init__(self, pool: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._pool = pool
@@ -304,7 +304,7 @@ class _Watch:
     def answered(self, look: _Look, progress: Bar) -> None:
         """
         Raises:
-            ServiceError: nobody works on the training.
+            ServiceError: no worker is working on the training.
         """
         now = self._answered = self._clock()
         if (look.state, look.beat) != self._last or (look.state == "SCHEDULED" and look.workers):
@@ -331,7 +331,7 @@ class _Watch:
 
 
 def _cancel(flow_run: UUID) -> None:
-    """Best effort: the caller is on its way out with an error of its own."""
+    """Best effort: the caller is already failing with its own error."""
     from prefect.client.schemas.objects import State, StateType
 
     with suppress(Exception), prefect_client() as client:

@@ -1,4 +1,4 @@
-"""The work folder of one run: the results of the steps that are done, so that a killed run goes on where it was."""
+"""The work folder of one run: the results of finished steps, so that a killed run continues where it was."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 class Step(Generic[T]):
     """One step of a run: the name of its result in `steps.json`, and how the result becomes JSON and comes back.
 
-    `read` raises KeyError, TypeError or ValueError for what is no such result.
+    `read` raises KeyError, TypeError or ValueError for anything that is not such a result.
     """
 
     name: str
@@ -30,14 +30,14 @@ class Step(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """Against which champion the candidate was evaluated."""
+    """The champion that the candidate was evaluated against."""
 
     champion_version: int | None
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not a text")
+        raise TypeError(f"{value!r} is not a string")
     return value
 
 
@@ -68,8 +68,8 @@ STEPS: tuple[Step[Any], ...] = (DOUBTS, SPLITS, RUN, FIT, EVALUATED, REGISTER, J
 class Work:
     """The folder and its `steps.json`, which is replaced as a whole after each step.
 
-    Where what an earlier try wrote can't be read, that is said and all steps run anew. Training still resumes from its
-    checkpoint in this folder, which has a check of its own.
+    If an earlier try's file can't be read, a message says so and all steps run again. Training still resumes from its
+    checkpoint in this folder, which has its own check.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -94,7 +94,7 @@ class Work:
         return self.folder / "evaluation"
 
     def get(self, step: Step[T]) -> T | None:
-        """The result of a step that is done, or None."""
+        """The result of a finished step, or None."""
         stored = self._results.get(step.name)
         return None if stored is None else step.read(stored)
 
@@ -118,13 +118,13 @@ class Work:
         try:
             results = json.loads(self._file.read_text(encoding="utf-8"))
             if not isinstance(results, dict):
-                raise TypeError("it holds no results by name")
+                raise TypeError("it does not hold results by name")
             for step in STEPS:
                 if results.get(step.name) is not None:
                     step.read(results[step.name])
         except FileNotFoundError:
             return {}
         except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-            say(f"warning: {self._file} of an interrupted run can't be read ({error!r}): its steps run anew")
+            say(f"warning: {self._file} of an interrupted run can't be read ({error!r}): its steps run again")
             return {}
         return results

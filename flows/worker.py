@@ -15,7 +15,7 @@ from sora.core.progress import say
 
 
 def main() -> int:
-    """Never returns when all goes well. Arguments after the project go to Prefect (`--with-healthcheck`)."""
+    """Never returns if all goes well. Arguments after the project go to Prefect (`--with-healthcheck`)."""
     try:
         project = find_project(Path(sys.argv[1] if len(sys.argv) > 1 else "."))
         address = os.environ.get("PREFECT_API_URL")

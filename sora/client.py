@@ -1,4 +1,4 @@
-"""Sora's API for Python programs. Needs httpx and nothing else of Sora's libraries.
+"""Sora's API for Python programs. Needs only httpx of Sora's libraries.
 
     from sora.client import Client
 
@@ -6,7 +6,7 @@
         answer = sora.predict("video.mp4")
         print(answer.label, answer.probabilities[answer.label], answer.version)
 
-A busy or starting server is asked again, after the time that it names; so is one that can't be reached. Predicting
+A busy or starting server is asked again after the time that it names; so is one that can't be reached. Predicting
 changes nothing, so asking twice does no harm.
 """
 
@@ -38,14 +38,14 @@ _BUSY = (429, 503)
 
 
 class Client:
-    """One server. Threads may share a client.
+    """A client of one server. Threads may share it.
 
     Args:
         address: `http://` or `https://`, without a path of the API.
-        token: a bearer token, where the server asks for one.
+        token: a bearer token, if the server asks for one.
         timeout: seconds that one attempt may take between two signs of life of the server.
-        retries: attempts beyond the first where the server is busy, starting or can't be reached.
-        longest_wait: seconds before one of them; a server that asks for more is not waited for.
+        retries: attempts beyond the first if the server is busy, starting or can't be reached.
+        longest_wait: the longest wait before one of them, in seconds; if a server asks for more, the client gives up.
 
     Raises:
         InputError: the address does not begin with http:// or https://.
@@ -87,8 +87,8 @@ class Client:
 
         Args:
             video: a path, or a binary file (sent from its beginning).
-            timeline: the answer by clip, also of a video that is one clip.
-            embedding: the video's vector too, as `sora embed` has it.
+            timeline: the answer per clip, also for a video that is one clip.
+            embedding: the video's vector too, as from `sora embed`.
 
         Raises:
             ApiProblem: the server refused the video (`kind`, `fix`), or is still busy after the last attempt.
@@ -100,10 +100,10 @@ class Client:
     def predict_all(
         self, videos: Sequence[Video], *, timeline: bool = False, embedding: bool = False
     ) -> list[Answer | ApiProblem]:
-        """An answer for each video, in order, all by one version. A video that is refused has an `ApiProblem` in its
+        """An answer for each video, in order, all by one version. A refused video has an `ApiProblem` in its
         place, which is not raised.
 
-        One call: the server bounds how many files it may bring and their bytes together (`model().limits`).
+        One call: the server limits its number of files and their total bytes (`model().limits`).
 
         Raises:
             ApiProblem: the server refused the call as a whole, or is still busy after the last attempt.
@@ -123,23 +123,23 @@ class Client:
         return [_answer(one) if "label" in one else _problem(int(one["status"]), one) for one in answers]
 
     def model(self) -> Model:
-        """What serves now.
+        """The served version.
 
         Raises:
             ApiProblem, ServiceError: see `predict`.
         """
         value = self._get("/v1/model")
-        older = {"limits": {}, "multilabel": False}  # a server that does not say them yet
+        older = {"limits": {}, "multilabel": False}  # for a server that does not send them yet
         return _known(Model, {**older, **value, "classes": tuple(value["classes"])})
 
     def ready(self) -> bool:
-        """Whether the server can predict now. Asked once; one that can't be reached is not ready."""
+        """Whether the server can predict now. Asks once; a server that can't be reached is not ready."""
         try:
             return self._client.get("/readyz").status_code == 200
         except httpx.TransportError:
             return False
 
-    # -- one request, as often as it takes --
+    # -- one request, repeated as needed --
 
     def _get(self, path: str) -> dict[str, Any]:
         return self._answered(lambda: self._client.get(path), again=True)
@@ -150,7 +150,7 @@ class Client:
             again = True
             for video in videos:
                 stream, name = _opened(video, opened)
-                again = again and stream.seekable()  # else it is gone after the first attempt
+                again = again and stream.seekable()  # else it is consumed after the first attempt
                 files.append(("file", (name, stream if stream.seekable() else _Stream(stream))))
             query = {name: "1" for name, asked in (("timeline", timeline), ("embedding", embedding)) if asked}
             return self._answered(lambda: self._client.post("/v1/predict", params=query, files=files), again=again)
@@ -178,31 +178,31 @@ class Client:
         raise AssertionError("the last attempt returns or raises")
 
     def _pause(self, attempt: int) -> float:
-        """Seconds before the next attempt: doubling, and spread, so that clients that were turned away together don't
+        """Seconds before the next attempt: doubling, with jitter, so that clients that were turned away together don't
         come back together."""
         return min(self._longest_wait, 0.2 * float(2**attempt)) * random.uniform(0.5, 1)
 
 
 class _Stream:
-    """A stream that can be read only, as httpx is to see it: it would take a pipe's size, 0, for its length."""
+    """A stream that httpx can only read: else it would take a pipe's size, 0, for its length."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.read = stream.read
 
 
 def _opened(video: Video, opened: ExitStack) -> tuple[IO[bytes], str]:
-    """A binary file and the name that it is sent under."""
+    """A binary file and the name under which it is sent."""
     if isinstance(video, str | os.PathLike):
         try:
             return opened.enter_context(open(video, "rb")), Path(video).name
         except OSError as error:
-            raise InputError(f"can't open {video}: {error.strerror}", fix="give the path of a video") from error
+            raise InputError(f"can't open {video}: {error.strerror}", fix="name a video file") from error
     name = getattr(video, "name", None)
     return video, Path(name).name if isinstance(name, str) and name else "video"
 
 
 def _document(answer: httpx.Response) -> dict[str, Any]:
-    """The problem document. Where the answer is something else, such as a proxy's page, it is made from that."""
+    """The problem document. If the answer is something else, such as a proxy's page, it is made from that."""
     try:
         value = answer.json()
     except ValueError:
@@ -228,6 +228,6 @@ def _answer(value: Mapping[str, Any]) -> Answer:
 
 
 def _known(kind: type[T], value: Mapping[str, Any]) -> T:
-    """A dataclass from an answer; a newer server may say more than it has fields for."""
+    """A dataclass from an answer; a newer server may send more than it has fields for."""
     names = {one.name for one in fields(kind)}  # type: ignore[arg-type]
     return kind(**{name: item for name, item in value.items() if name in names})

@@ -17,7 +17,7 @@ from sora.core.progress import echo, one_line
 @json_option
 @common_options
 def predict(files: tuple[Path, ...], as_json: bool) -> None:
-    """The champion's answer for video FILEs."""
+    """Print the champion's answer for each video FILE."""
     from sora.runtime import lifecycle
 
     answers = lifecycle.predict(current_project(), list(files))
@@ -47,7 +47,7 @@ def _answered(answer: dict[str, Any]) -> str:
 @json_option
 @common_options
 def embed(files: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
-    """The champion's representation of video FILEs: a vector each."""
+    """Print the champion's representation of each video FILE: one vector per file."""
     from sora.runtime import representation
 
     if (out is None) != as_json or (out is not None and out.suffix != ".npy"):
@@ -56,14 +56,14 @@ def embed(files: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     failed = [answer for answer in answers if "error" in answer]
     if as_json:
         print_json(answers)
-    elif out is not None and not failed:  # a row a file: with one missing, rows would stand for the wrong files
+    elif out is not None and not failed:  # one row per file: with one missing, rows would belong to the wrong files
         representation.write(out, answers)
         echo(f"{out}: {len(answers)} vectors of version {answers[0]['version']}")
     for answer in failed:
         echo(f"{one_line(answer['path'])}: {answer['error']}", err=True)
     if failed:
         if out is not None:
-            echo(f"{out} was not written: leave these files out", err=True)
+            echo(f"{out} was not written: run again without these files", err=True)
         sys.exit(2)
 
 
@@ -73,7 +73,7 @@ def embed(files: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
 @json_option
 @common_options
 def similar(file: Path, count: int, as_json: bool) -> None:
-    """The videos nearest to FILE among those that the champion learned from."""
+    """Find the videos nearest to FILE among those that the champion learned from."""
     from sora.core.progress import bar
     from sora.runtime import representation
 

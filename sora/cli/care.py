@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @json_option
 @common_options
 def doctor(as_json: bool) -> None:
-    """What is installed, reachable, running, and how to fix what is not."""
+    """Show what is installed, reachable and running, and how to fix what is not."""
     from sora.core.errors import SettingsError
     from sora.operations import doctor as doctoring
 
@@ -39,11 +39,11 @@ def doctor(as_json: bool) -> None:
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--without-data", is_flag=True, help="Leave the videos and clips out: DVC's remote must have them.")
-@click.option("--keep", type=click.IntRange(min=1), help="Recent versions whose data go along [default: 10].")
+@click.option("--keep", type=click.IntRange(min=1), help="Recent versions whose data is included [default: 10].")
 @json_option
 @common_options
 def backup(file: Path, without_data: bool, keep: int | None, as_json: bool) -> None:
-    """Write all of the project into the new FILE, while servers and runs go on. It holds secrets: keep it so."""
+    """Write the whole project into the new FILE, while servers and runs continue. It holds secrets: keep it safe."""
     from dataclasses import asdict
 
     from sora.core.progress import bar
@@ -65,7 +65,7 @@ def backup(file: Path, without_data: bool, keep: int | None, as_json: bool) -> N
 @json_option
 @common_options
 def restore(file: Path, directory: Path, as_json: bool) -> None:
-    """Make the project that the backup FILE holds in the new or empty folder DIR."""
+    """Restore the project in the backup FILE into the new or empty folder DIR."""
     from dataclasses import asdict
 
     from sora.core.progress import bar

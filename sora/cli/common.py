@@ -20,7 +20,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 
 def common_options(verb: Verb) -> Verb:
-    """Adds the options that every verb takes. They are kept beside the verb's own, wherever they stand."""
+    """Adds the options that every verb takes. They may stand anywhere among the verb's own options."""
     verb = click.option("--debug", is_flag=True, expose_value=False, callback=_keep("debug"), help="Show tracebacks.")(
         verb
     )
@@ -37,7 +37,7 @@ def current_project() -> Project:
     """The project that `--project` names, or else the nearest one upwards.
 
     Raises:
-        SettingsError: there is none.
+        SettingsError: there is no project.
     """
     from sora.config import find_project
 

@@ -10,17 +10,17 @@ from sora.core.progress import echo, one_line
 
 @click.group()
 def data() -> None:
-    """What data/ is made of: corrections of labels, and labels that look wrong."""
+    """Maintain data/: review corrections, and find labels that look wrong."""
 
 
 @data.command()
-@click.option("--accept", metavar="ID", help="Take this clip into data/ (its id, or the first 8 digits of it).")
+@click.option("--accept", metavar="ID", help="Move this clip into data/ (its id, or the first 8 digits).")
 @click.option("--reject", metavar="ID", help="Remove this clip.")
-@click.option("--label", help="With --accept: the right class, where it is not what was said.")
+@click.option("--label", help="With --accept: the right class, if the sender's label is wrong.")
 @json_option
 @common_options
 def review(accept: str | None, reject: str | None, label: str | None, as_json: bool) -> None:
-    """The inbox of corrections: list it, accept into data/, or reject."""
+    """List the inbox of corrections, accept one into data/, or reject one."""
     from sora.dataset.corrections import NEXT, Inbox
 
     if (accept and reject) or (label and not accept):
@@ -41,7 +41,7 @@ def review(accept: str | None, reject: str | None, label: str | None, as_json: b
             echo(
                 f"data/{one_line(answer['path'])}: {NEXT}"
                 if accept
-                else f"rejected: {one_line(entry.filename)} is removed"
+                else f"rejected: {one_line(entry.filename)} was removed"
             )
         return
     entries, known = inbox.entries(), inbox.sources()
@@ -63,7 +63,7 @@ def review(accept: str | None, reject: str | None, label: str | None, as_json: b
             echo(one_line(str(source)), mark=f"              {often}", colour=colour)
         echo(f"              {inbox.file(entry)}", err=True)
     if not entries:
-        echo("nothing waits for review")
+        echo("nothing is waiting for review")
 
 
 @data.command()
@@ -71,7 +71,7 @@ def review(accept: str | None, reject: str | None, label: str | None, as_json: b
 @json_option
 @common_options
 def audit(folds: int, as_json: bool) -> None:
-    """Rank videos that are probably mislabelled, by models that have not seen them."""
+    """Rank videos that are probably mislabelled, using models that have not seen them."""
     from sora.core.progress import bar
     from sora.learning import audit as auditing
 

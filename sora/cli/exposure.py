@@ -1,13 +1,13 @@
-"""`sora up --host`: what servers need that other machines can reach, so that nobody uses them without a login.
+"""`sora up --host`: what servers need when other machines can reach them, so that nobody uses them without a login.
 
-Prefect and MLflow ask for the project's secret (`.sora/secret`). On another address than loopback they ask for what the
-people there were given, by these environment variables:
+Prefect and MLflow ask for the project's secret (`.sora/secret`). On any address but loopback they ask for the
+logins that these environment variables set:
 
     PREFECT_SERVER_API_AUTH_STRING   "user:password" of Prefect's API and pages
     MLFLOW_FLASK_SERVER_SECRET_KEY   signs MLflow's forms; any long random text
     MLFLOW_AUTH_ADMIN_PASSWORD       of MLflow's first user, `admin` or MLFLOW_AUTH_ADMIN_USERNAME
 
-and the API needs SORA_API_TOKEN or a token of `sora token add`. MLflow answers only to names that it knows itself by:
+and the API needs SORA_API_TOKEN or a token of `sora token add`. MLflow answers only to its own names:
 this machine's, the given address and private networks; MLFLOW_SERVER_ALLOWED_HOSTS replaces that list.
 """
 
@@ -27,7 +27,7 @@ from sora.operations import servers as services
 from sora.operations.servers import Server
 from sora.serving.tokens import ENVIRONMENT, TokenFile
 
-# What must be set off loopback, and what it is.
+# What must be set when the address is not loopback, and what it is.
 _SECRETS = {
     "PREFECT_SERVER_API_AUTH_STRING": "user:password for Prefect",
     "MLFLOW_FLASK_SERVER_SECRET_KEY": "a long random text for MLflow",
@@ -50,8 +50,8 @@ def client_logins(project: Project, host: str) -> dict[str, str]:
         missing = [one for one in missing if not one.startswith(f"{ENVIRONMENT} ")]
     if missing:
         raise InputError(
-            f"{host} can be reached by others, and nothing asks who they are: not set are {', '.join(missing)}",
-            fix="set these environment variables, or leave --host out to stay on this machine",
+            f"other machines can reach {host}, and these logins are not set: {', '.join(missing)}",
+            fix="set these environment variables, or omit --host to stay on this machine",
         )
     if ":" not in os.environ["PREFECT_SERVER_API_AUTH_STRING"]:
         raise InputError("PREFECT_SERVER_API_AUTH_STRING has no colon", fix="use user:password")
@@ -72,7 +72,7 @@ def client_logins(project: Project, host: str) -> dict[str, str]:
 
 
 def prefect_server(project: Project, host: str, *, exposed: bool) -> Server:
-    """Prefect with the nightly schedule; `exposed`: with the login that the environment gives."""
+    """Prefect with the nightly schedule; `exposed`: with the login from the environment."""
     if not exposed:
         return services.prefect_server(project, schedules=True)
     login = Login.parse(os.environ["PREFECT_SERVER_API_AUTH_STRING"])
@@ -104,7 +104,7 @@ def _mlflow_with_accounts(project: Project, host: str) -> Server:
 
 
 def _names(host: str) -> list[str]:
-    """Names by which others call servers on `host`; MLFLOW_SERVER_ALLOWED_HOSTS gives more, but for its patterns."""
+    """Names by which others call servers on `host`; MLFLOW_SERVER_ALLOWED_HOSTS adds more, except patterns."""
     given = os.environ.get("MLFLOW_SERVER_ALLOWED_HOSTS", "").split(",")
     names = ["localhost", socket.gethostname(), socket.getfqdn(), host, *(name.strip() for name in given)]
     return list(dict.fromkeys(name for name in names if name and "*" not in name))

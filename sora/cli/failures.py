@@ -1,4 +1,4 @@
-"""Every way in which a verb can end becomes an exit code and, where it failed, words with a fix."""
+"""Turns every way in which a verb can end into an exit code and, if it failed, a message with a fix."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run_verb(arguments: list[str]) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 3
     except (KeyboardInterrupt, click.Abort):
-        echo("stopped; run the same command again to go on", err=True)
+        echo("stopped; run the same command again to continue", err=True)
         return 130
     except click.ClickException as error:
         error.show()
@@ -43,7 +43,7 @@ def run_verb(arguments: list[str]) -> int:
 
 
 def with_disk(error: SoraError, arguments: list[str]) -> str:
-    """The error's words. A server's or a child's failure also names the disk where that is full or read-only."""
+    """The error's message. A server's or a child's failure also names the disk if it is full or read-only."""
     if not isinstance(error, ServiceError) or isinstance(error, DiskFull | ReadOnly):
         return str(error)
     disk = disk_failure(_place(arguments), error.message)
@@ -51,15 +51,15 @@ def with_disk(error: SoraError, arguments: list[str]) -> str:
 
 
 def unforeseen(error: Exception, arguments: list[str]) -> str:
-    """Words for an exception that nothing in Sora translated."""
-    # Libraries wrap what the system said: its words, or its error, are somewhere in the chain.
+    """A message for an exception that nothing in Sora translated."""
+    # Libraries wrap the system's error: it, or its text, is somewhere in the chain.
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
         chain.append(link)
         link = link.__cause__ or link.__context__
-    said = "\n".join(str(one) for one in chain)
-    disk = disk_failure(_place(arguments), said)
+    text = "\n".join(str(one) for one in chain)
+    disk = disk_failure(_place(arguments), text)
     if disk is not None:
         return f"{disk.message} ({type(error).__name__}: {error})\n  fix: {disk.fix}"
     if isinstance(error, PermissionError):
@@ -68,7 +68,7 @@ def unforeseen(error: Exception, arguments: list[str]) -> str:
 
 
 def _place(arguments: list[str]) -> Path:
-    """The folder that a verb wrote to: the project's, or this one."""
-    given = [after for name, after in pairwise(arguments) if name == "--project"]
-    given += [name.removeprefix("--project=") for name in arguments if name.startswith("--project=")]
-    return Path(given[0] if given else ".").absolute()
+    """The folder that a verb wrote to: the project's, or the current one."""
+    projects = [after for name, after in pairwise(arguments) if name == "--project"]
+    projects += [name.removeprefix("--project=") for name in arguments if name.startswith("--project=")]
+    return Path(projects[0] if projects else ".").absolute()

@@ -11,17 +11,17 @@ from sora.core.progress import echo
 @click.group()
 @common_options
 def model() -> None:
-    """The network: what it is made of and what it costs."""
+    """Inspect the network: what it is made of and what it costs."""
 
 
 @model.command()
 @click.argument("preset", required=False)
 @click.option("--classes", type=click.IntRange(min=2), help="[default: the project's, or 2 with PRESET]")
-@click.option("--batch", type=click.IntRange(min=1), help="For the memory [default: train.batch].")
+@click.option("--batch", type=click.IntRange(min=1), help="Batch size of the memory estimate [default: train.batch].")
 @json_option
 @common_options
 def describe(preset: str | None, classes: int | None, batch: int | None, as_json: bool) -> None:
-    """Layers, shapes, parameters, FLOPs a clip and memory: of the project's model, or of PRESET at its own clips."""
+    """Show layers, shapes, parameters, FLOPs per clip and memory for the project's model, or of PRESET."""
     from sora.model import describe as describing
 
     settings = describing.of_preset(preset) if preset else current_project().settings()

@@ -1,4 +1,4 @@
-"""The nightly by hand, and a past version's evaluation again: run, reproduce."""
+"""The nightly by hand, and the evaluation of a past version repeated: run, reproduce."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sora.core.progress import echo
 
 
 @click.command()
-@click.option("--force", is_flag=True, help="Train and judge although nothing changed; promote on little evidence.")
+@click.option("--force", is_flag=True, help="Train and judge even if nothing changed; promote on little evidence.")
 @json_option
 @common_options
 def run(force: bool, as_json: bool) -> None:

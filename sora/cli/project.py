@@ -1,4 +1,4 @@
-"""A project from a folder of videos: init, check, and its split ledger."""
+"""A project from a folder of videos: init, check, and the split ledger."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sora.core.progress import echo
 @click.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="A folder of labelled videos.")
-@click.option("--multilabel", is_flag=True, help="A video may have several labels: labels.csv joins them by |.")
+@click.option("--multilabel", is_flag=True, help="A video may have several labels, joined by | in labels.csv.")
 @json_option
 @common_options
 def init(directory: Path, data: Path, multilabel: bool, as_json: bool) -> None:
@@ -33,7 +33,7 @@ def init(directory: Path, data: Path, multilabel: bool, as_json: bool) -> None:
 
 @click.command()
 @click.argument("folder", required=False, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Where the report goes when FOLDER is no project.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where the report goes if FOLDER is not a project.")
 @json_option
 @common_options
 def check(folder: Path | None, out: Path | None, as_json: bool) -> None:
@@ -53,7 +53,7 @@ def check(folder: Path | None, out: Path | None, as_json: bool) -> None:
 
 @click.group()
 def splits() -> None:
-    """Which video is for training, validation and test: the ledger splits.csv."""
+    """Manage the ledger splits.csv: which video is for training, validation or test."""
 
 
 @splits.command("restore")
@@ -61,7 +61,7 @@ def splits() -> None:
 @json_option
 @common_options
 def splits_restore(version: int | None, as_json: bool) -> None:
-    """Bring lost or changed rows back as a judged run recorded them; new rows stay where they contradict nothing."""
+    """Restore lost or changed rows as a judged run recorded them; new rows stay unless they contradict it."""
     from dataclasses import asdict
 
     from sora.runtime import lifecycle
@@ -72,7 +72,7 @@ def splits_restore(version: int | None, as_json: bool) -> None:
         return
     echo(
         f"as {done.source} recorded: {done.returned} rows came back, {done.corrected} were corrected, "
-        f"{done.kept} newer ones stay, {done.dropped} were dropped (the next run deals those); {done.rows} in all"
+        f"{done.kept} newer ones stay, {done.dropped} were dropped (the next run assigns those); {done.rows} in all"
     )
     if done.copy:
-        echo(f"  what stood there before: {done.copy}", err=True)
+        echo(f"  the previous ledger: {done.copy}", err=True)

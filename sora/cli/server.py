@@ -26,7 +26,7 @@ def serve(host: str | None, port: int | None) -> None:
 @click.option("--api-port", type=click.IntRange(0, 65535), help="[default: serve.port of params.yaml, 8000]")
 @common_options
 def up(host: str, prefect_port: int, mlflow_port: int, api_port: int | None) -> None:
-    """All of it on one machine: Prefect, MLflow, a worker with the nightly schedule, the API."""
+    """Run everything on one machine: Prefect, MLflow, a worker with the nightly schedule, the API."""
     from sora.cli.supervisor import up as start_all
 
     start_all(current_project(), host=host, prefect_port=prefect_port, mlflow_port=mlflow_port, api_port=api_port)
@@ -34,16 +34,16 @@ def up(host: str, prefect_port: int, mlflow_port: int, api_port: int | None) -> 
 
 @click.group()
 def token() -> None:
-    """Bearer tokens of the API; a running server follows them."""
+    """Manage the API's bearer tokens; a running server picks up changes."""
 
 
 @token.command("add")
 @click.argument("name")
-@click.option("--review", is_flag=True, help="It may also review corrections: what is accepted is learned from.")
+@click.option("--review", is_flag=True, help="It may also review corrections; accepted ones become training data.")
 @json_option
 @common_options
 def token_add(name: str, review: bool, as_json: bool) -> None:
-    """Make a token for NAME and print it: once, since only its hash is kept."""
+    """Make a token for NAME and print it once: only its hash is kept."""
     from sora.serving.tokens import TokenFile
 
     made = TokenFile(current_project().tokens).add(name, review=review)
@@ -57,7 +57,7 @@ def token_add(name: str, review: bool, as_json: bool) -> None:
 @json_option
 @common_options
 def token_list(as_json: bool) -> None:
-    """The tokens' names, when they were made, and which may review corrections."""
+    """List the tokens' names, when they were made, and which may review corrections."""
     from sora.serving.tokens import TokenFile
 
     known = TokenFile(current_project().tokens).tokens()
@@ -73,7 +73,7 @@ def token_list(as_json: bool) -> None:
 @json_option
 @common_options
 def token_revoke(name: str, as_json: bool) -> None:
-    """Take the rights of NAME's token."""
+    """Revoke NAME's token."""
     from sora.serving.tokens import TokenFile
 
     file = TokenFile(current_project().tokens)
@@ -81,4 +81,4 @@ def token_revoke(name: str, as_json: bool) -> None:
     if as_json:
         print_json({"name": name, "left": left})
     elif not left:
-        echo(f"no token is left, so nobody may call; remove {file.path} to serve this machine without tokens")
+        echo(f"no token is left, so nobody may call the API; remove {file.path} to serve this machine without tokens")

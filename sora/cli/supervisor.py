@@ -24,8 +24,8 @@ from sora.operations import nightly_log
 from sora.operations import servers as services
 from sora.operations.servers import Addresses, RunningServer
 
-_LOOK = 0.3  # seconds between two looks at the parts
-_GOOD_LIFE = 60.0  # seconds after which a part's next end counts as its first
+_LOOK = 0.3  # seconds between two checks of the parts
+_GOOD_LIFE = 60.0  # seconds of life after which a part's next end counts as its first
 _LONGEST_PAUSE = 60.0
 _NIGHTLY_LOOK = 60.0
 
@@ -43,7 +43,7 @@ class Part(Protocol):
     def name(self) -> str: ...
 
     def start(self, *, again: bool) -> subprocess.Popen[bytes]:
-        """Starts the process; `again`: its log goes on where the one before ended."""
+        """Starts the process; `again`: it appends to the previous process's log."""
 
     def ready(self) -> bool: ...
 
@@ -71,7 +71,7 @@ class ServerPart:
 
 @dataclass(frozen=True, slots=True)
 class ProgramPart:
-    """One of Sora's own programs: the worker, which says in its log that it is ready, or the API, which answers."""
+    """One of Sora's own programs: the worker, which logs that it is ready, or the API, which answers."""
 
     project: Project
     name: str
@@ -102,7 +102,7 @@ class _Kept:
 
 
 class Supervisor:
-    """Owns processes: starts them, starts again what ends, with growing pauses, and ends them all with its block."""
+    """Owns processes: starts them, restarts those that end, with growing pauses, and ends them all with its block."""
 
     def __init__(self, project: Project, on_line: Say) -> None:
         self._project = project
@@ -119,7 +119,7 @@ class Supervisor:
         _end([kept.child for kept in self._kept if kept.child is not None])
 
     def adopt(self, part: Part, child: subprocess.Popen[bytes]) -> None:
-        """Takes a process that runs already."""
+        """Adopts a process that is already running."""
         self._kept.append(_Kept(part, child, time.monotonic()))
 
     def start(self, part: Part) -> None:
@@ -135,7 +135,7 @@ class Supervisor:
             self._wait(kept)
 
     def keep(self) -> None:
-        """Looks once: starts again what ended, after its pause."""
+        """Checks every part once and restarts what ended, after its pause."""
         now = time.monotonic()
         for kept in self._kept:
             self._keep(kept, now)
@@ -184,19 +184,19 @@ def up(
     api_port: int | None = None,
     on_line: Say = echo,
 ) -> None:
-    """Starts every part, waits until each answers, says where, and keeps them up until Ctrl-C or SIGTERM.
+    """Starts every part, waits until each answers, prints the addresses, and keeps them up until Ctrl-C or SIGTERM.
 
-    A part that ends is started again, with growing pauses. All parts end with this process, however it ends.
+    A part that ends is restarted, with growing pauses. All parts end with this process, however it ends.
 
     Args:
-        prefect_port, mlflow_port, api_port: preferred ones (`api_port`: `serve.port` of params.yaml); where one is
-            taken, a free one is used and said. 0: any.
+        prefect_port, mlflow_port, api_port: preferred ports (`api_port`: `serve.port` of params.yaml); if one is
+            taken, a free one is used and printed. 0: any.
 
     Raises:
-        InputError: an address that strangers can reach, without authentication.
+        InputError: others can reach the address, and authentication is not set up.
         RunActive: the project's servers belong to another process.
         ServiceError: a part does not start.
-        KeyboardInterrupt: Ctrl-C, after all has ended.
+        KeyboardInterrupt: Ctrl-C, after all parts have ended.
     """
     settings = project.settings()
     logins = exposure.client_logins(project, host)
@@ -282,8 +282,8 @@ def _say_where(
         ("logs", str(project.logs)),
     ]
     if own_login:
-        # Not the secret itself: this may be a log that others read.
-        login = f"Prefect's page: the line in {secret_file(project)}; MLflow's: what is before and after its colon"
+        # Not the secret itself: others may read this log.
+        login = f"Prefect's page: the line in {secret_file(project)}; MLflow's: the parts before and after its colon"
         rows.insert(3, ("log in", login))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
@@ -292,16 +292,16 @@ def _say_where(
 
 
 def _watch(project: Project, supervisor: Supervisor, on_line: Say) -> None:
-    """Keeps the parts up, and tells when a nightly did not happen. Never returns."""
+    """Keeps the parts up, and reports a nightly that did not happen. Never returns."""
     look_at_nightly = 0.0
-    told: datetime | None = None
+    reported: datetime | None = None
     while True:
         supervisor.keep()
         if time.monotonic() >= look_at_nightly:
             look_at_nightly = time.monotonic() + _NIGHTLY_LOOK
             expected = nightly_log.missed(nightly_log.read(project), datetime.now(UTC), project.settings().schedule)
-            if expected is not None and expected != told:
-                told = expected
+            if expected is not None and expected != reported:
+                reported = expected
                 on_line(f"the nightly of {expected.isoformat(timespec='minutes')} did not happen; see `sora doctor`")
             if expected is not None:
                 _alert(project)
@@ -309,7 +309,7 @@ def _watch(project: Project, supervisor: Supervisor, on_line: Say) -> None:
 
 
 def _alert(project: Project) -> None:
-    """The webhook is told by a process of its own: a slow one must not hold the watch up."""
+    """Calls the webhook from a separate process: a slow webhook must not delay the watch."""
     start_child(
         [sys.executable, "-m", "flows.alerts", str(project.root)],
         stdin=subprocess.DEVNULL,
@@ -319,7 +319,7 @@ def _alert(project: Project) -> None:
 
 
 def _end(children: list[subprocess.Popen[bytes]]) -> None:
-    """Ends processes with everything below them: a worker's flow run is a process of its own."""
+    """Ends processes and all their children: a worker's flow run is a separate process."""
     import psutil
 
     below: list[psutil.Process] = []
@@ -352,17 +352,17 @@ def _only_one(project: Project) -> Iterator[None]:
             if others:
                 entry = next(iter(others.values()))
                 raise RunActive(
-                    f"a `sora {entry.owner}` (since {entry.started}) has servers of this project up",
+                    f"a `sora {entry.owner}` (since {entry.started}) is running servers of this project",
                     fix="wait until it ends, then start again",
                 )
             yield
     except Timeout as error:
-        raise RunActive(f"`sora up` runs for {project.root} already", fix="use it, or stop it first") from error
+        raise RunActive(f"`sora up` is already running for {project.root}", fix="use it, or stop it first") from error
 
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, in order, but is no error."""
+    """SIGTERM ends the block in order, as Ctrl-C does, but is not an error."""
 
     def terminate(number: int, frame: FrameType | None) -> None:
         raise _Terminated

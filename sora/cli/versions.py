@@ -14,7 +14,7 @@ from sora.core.progress import echo
 @json_option
 @common_options
 def models(as_json: bool) -> None:
-    """Every version: aliases, metrics, data version, when and why."""
+    """List every version: aliases, metrics, data version, when and why."""
     from sora.runtime import lifecycle
 
     versions = [version.to_dict() for version in lifecycle.models(current_project())]
@@ -41,7 +41,7 @@ def models(as_json: bool) -> None:
         )
     console.print(table if versions else "no version yet: `sora run` makes the first")
     for version in versions:
-        # Reasons are sentences: beside the figures they would have a column a word wide.
+        # Reasons are sentences: in the table their column would be one word wide.
         if version["reasons"]:
             console.print(f"\nversion {version['version']}: {escape(version['decision'])}", soft_wrap=True)
         for reason in version["reasons"]:
@@ -78,12 +78,12 @@ def _moved(result: dict[str, Any], as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
 @click.option("--keep", default=10, show_default=True, type=click.IntRange(min=1), help="Versions to keep whole.")
 @json_option
 @common_options
 def gc(dry_run: bool, keep: int, as_json: bool) -> None:
-    """Free what no served or recent version needs: DVC cache, old runs and versions, work folders, logs."""
+    """Remove what no served or recent version needs: DVC cache, old runs and versions, work folders, logs."""
     from sora.runtime import lifecycle
 
     result = lifecycle.gc(current_project(), keep=keep, dry_run=dry_run)

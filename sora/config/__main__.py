@@ -1,6 +1,6 @@
-"""`python -m sora.config`: writes what this repository has from the settings' code.
+"""`python -m sora.config`: writes the files of this repository that follow from the settings' code.
 
-These are the template of params.yaml, this repository's own params.yaml (with the values that it has), and
+These are the template of params.yaml, this repository's own params.yaml (with its present values), and
 docs/settings.md.
 """
 
@@ -14,7 +14,7 @@ from sora.config.settings import Settings
 
 
 def generated(repository: Path) -> dict[Path, str]:
-    """Each file that is written from the code, and its text."""
+    """Each file that is written from the code, with its text."""
     own = Project(repository)
     return {
         own.params_file: params_yaml(own.settings()),

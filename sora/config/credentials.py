@@ -1,7 +1,7 @@
-"""The project's own secret: what Prefect's and MLflow's servers ask for, and the folder that keeps it to its owner.
+"""The project's own secret, which Prefect's and MLflow's servers ask for, and the folder that only its owner can read.
 
 `.sora/secret` (mode 0600) holds one line, `sora:TOKEN`. It is made once, and is Prefect's auth string and MLflow's user
-and password. It never stands on a command line or in a database: processes get it from this file or their environment.
+and password. It is never on a command line or in a database: processes get it from this file or their environment.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ _FORM = re.compile(r"[A-Za-z0-9._-]{1,64}:[\x21-\x7e]{16,256}")
 
 @dataclass(frozen=True, slots=True)
 class Login:
-    """Whom a server is to take us for."""
+    """The user and password for a server."""
 
     user: str
     password: str = field(repr=False)
 
     @classmethod
     def parse(cls, text: str) -> Login:
-        """Of `user:password`, which must hold a colon."""
+        """The login from `user:password`, which must contain a colon."""
         user, _, password = text.partition(":")
         return cls(user, password)
 
     @property
     def auth_string(self) -> str:
-        """`user:password`, as Prefect takes it."""
+        """`user:password`, as Prefect expects it."""
         return f"{self.user}:{self.password}"
 
     @property
     def pair(self) -> tuple[str, str]:
-        """(user, password), as httpx takes it."""
+        """(user, password), as httpx expects it."""
         return self.user, self.password
 
 
@@ -50,7 +50,7 @@ def secret_file(project: Project) -> Path:
 
 
 def private_state(project: Project) -> None:
-    """Makes `.sora`, and takes it from everybody but its owner where an older Sora left it open.
+    """Makes `.sora`, and closes it to everybody but its owner if an older Sora left it open.
 
     Raises:
         ServiceError: it can't be made, or belongs to another user.
@@ -62,7 +62,7 @@ def private_state(project: Project) -> None:
 
 
 def secret(project: Project) -> Login:
-    """The project's login; made at the first call, by whichever process comes first.
+    """The project's login; the first process that calls this makes it.
 
     Raises:
         ServiceError: the file is damaged, or can't be written or read.
@@ -78,13 +78,13 @@ def secret(project: Project) -> Login:
     if not _FORM.fullmatch(text):
         raise ServiceError(
             f"{file} does not hold a secret (`user:password`, at least 16 characters of password)",
-            fix="end what runs of this project, remove the file, and start again: a new secret is made",
+            fix="stop everything of this project that runs, remove the file, and start again: a new secret is made",
         )
     return Login.parse(text)
 
 
 def _make(file: Path) -> None:
-    """Whole or not at all: another process that reads it at this moment must not see half a secret."""
+    """Writes the file whole or not at all: another process that reads it now must not see half a secret."""
     draft = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:

@@ -1,4 +1,4 @@
-"""The sections that decide what is made of the videos: validate, split, clip, shards."""
+"""The sections that decide what is made from the videos: validate, split, clip, shards."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from sora.core.records import ClipSpec
 class Validate(Section):
     """Rules about good data. Per-video rules quarantine; four stop or warn about the whole set.
 
-    The last ones bound what a file may cost. A day at 30 frames a second, 8K, and five hours of 1080p keep within them.
+    The last ones limit what a file may cost. A day at 30 frames a second, 8K, and five hours of 1080p are within them.
     """
 
     min_frames: int = Field(8, ge=1, description="frames that must decode")
     min_seconds: float = Field(0.3, ge=0, description="seconds")
-    min_side: int = Field(32, ge=1, description="pixels, the shorter side")
+    min_side: int = Field(32, ge=1, description="pixels of the shorter side")
     min_fps: float = Field(4, gt=0, description="frames a second")
     max_fps: float = Field(240, gt=0, description="frames a second")
     duplicates: bool = Field(True, description="exact copies and near-duplicates are quarantined")
     near_duplicate_bits: int = Field(
-        10, ge=0, le=64, description="of 192: two videos that differ in at most so many are near-duplicates"
+        10, ge=0, le=64, description="of 192: two videos that differ in at most this many are near-duplicates"
     )
     min_classes: int = Field(2, ge=2, description="classes that have videos; fewer stop the run")
     min_videos_per_class: int = Field(3, ge=1, description="a class with fewer stops the run")
@@ -59,23 +59,23 @@ class Validate(Section):
         return {name: getattr(self, name) for name in ("max_bytes", "max_seconds", "max_pixels", "max_frames")}
 
     def decoding(self) -> dict[str, Any]:
-        """All that bounds the decoding of a file."""
+        """Everything that limits the decoding of a file."""
         names = ("max_decode_seconds", "decode_memory")
         return {**self.file_limits(), **{name: getattr(self, name) for name in names}}
 
 
 class Split(Section):
-    """Which videos train, which validate, which test."""
+    """Which videos are for training, validation and test."""
 
     group_pattern: str | None = Field(
         None,
-        description="Whoever or whatever is filmed must not be on both sides. Name the person, camera or source in the "
-        "column `group` of data/labels.csv, or give a regular expression on the path whose first capturing group it "
-        r"is, such as 'person(\d+)'.",
+        description="The same person or thing must not be on both sides. Name the person, camera or source in the "
+        "column `group` of data/labels.csv, or set a regular expression for the path whose first capturing group is "
+        r"the name, such as 'person(\d+)'.",
     )
     val: float = Field(0.15, gt=0, lt=0.5, description="share of the videos for validation")
     test: float = Field(0.15, gt=0, lt=0.5, description="share of the videos for the test")
-    seed: int = Field(0, description="deals otherwise equal choices differently")
+    seed: int = Field(0, description="decides between otherwise equal choices")
 
     @field_validator("group_pattern")
     @classmethod
@@ -99,7 +99,7 @@ class Clip(Section):
         "uniform", description="over the whole video; `window`: several clips of window_seconds each, for long videos"
     )
     window_seconds: float = Field(2.0, gt=0, le=3600, description="seconds that a clip covers, with `window`")
-    max_clips: int = Field(8, ge=1, le=1000, description="clips of a video at most, with `window`")
+    max_clips: int = Field(8, ge=1, le=1000, description="maximum number of clips per video, with `window`")
     aspect: Literal["stretch", "crop", "pad"] = Field(
         "crop", description="the middle of the picture; `pad` adds bars, `stretch` distorts"
     )
@@ -113,7 +113,7 @@ class Clip(Section):
 
 
 class Shards(Section):
-    """Files that the clips are kept in."""
+    """The files that hold the clips."""
 
     buckets: int = Field(
         16, ge=1, le=4096, description="files; more for many thousands of videos: an added video rewrites one of them"

@@ -10,11 +10,11 @@ from sora.config.section import Section
 
 
 class Eval(Section):
-    """How a model is asked. Travels in its recipe, so that the server asks as the evaluation did."""
+    """How a model is queried. It is part of the recipe, so that the server asks as the evaluation did."""
 
     views: tuple[Literal["mirrored", "left", "right"], ...] = Field(  # see `sora.store.augment.views`
         (),
-        description="of each clip besides itself, averaged: mirrored, left, right; each costs one more model call",
+        description="averaged with each clip's own answer: mirrored, left, right; each costs one more model call",
     )
 
     @field_validator("views")
@@ -26,7 +26,7 @@ class Eval(Section):
 
 
 class Unsure(Section):
-    """Below a confidence that is calibrated on validation an answer is marked as unsure."""
+    """Answers below a confidence that is calibrated on validation are marked as unsure."""
 
     precision: float | None = Field(
         None,
@@ -40,7 +40,7 @@ class Gate(Section):
     """What a candidate must show before it replaces the champion."""
 
     mode: Literal["better", "not_worse", "auto"] = Field(
-        "auto", description="not_worse with new data, better without; `not_worse` or `better`: always that"
+        "auto", description="not_worse with new data, better without; `not_worse` or `better`: always that one"
     )
     margin: float = Field(
         0.02, ge=0, le=0.5, description="with not_worse: an accuracy that is lower by this much is still not worse"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Model(Section):
     """The two-branch residual fusion model (see `sora/model/classifier.py`).
 
-    A field that is left out comes from the preset, and what the preset does not name has the default shown here.
+    An omitted field comes from the preset, and what the preset does not name has the default shown here.
     """
 
     preset: Literal["demo", "small", "base", "pretrained", "article"] = Field(
@@ -37,14 +37,14 @@ class Model(Section):
         "downloaded once (`efficientnet-lite0`, `mobilenetv2`): appearance from little data.",
     )
     backbone_trainable: bool = Field(
-        False, description="the weights from ImageNet go on learning, not only how their features are read"
+        False, description="the weights from ImageNet are trained too, not only the layers that read their features"
     )
     blocks: int = Field(1, ge=1, le=8, description="residual blocks of each level")
     shift: float = Field(
         0.125,
         ge=0,
         le=0.5,
-        description="share of the channels that each block moves a frame on and a frame back; 0 keeps frames apart",
+        description="share of the channels that each block shifts one frame forward and back; 0 keeps frames apart",
     )
     lateral: bool = Field(
         False, description="the motion network's maps join the appearance network's before each of its levels"
@@ -54,10 +54,10 @@ class Model(Section):
         "concat", description="how the features of all levels are joined: `concat`, `gated` or `gram`"
     )
     gated_width: int = Field(
-        128, ge=8, le=2048, description="with fusion `gated`: every level is brought to this width"
+        128, ge=8, le=2048, description="with fusion `gated`: every level is projected to this width"
     )
     gram_width: int = Field(
-        64, ge=8, le=512, description="with fusion `gram`: every feature vector is brought to this width"
+        64, ge=8, le=512, description="with fusion `gram`: every feature vector is projected to this width"
     )
     gram_vectors: Literal["level", "frame"] = Field(
         "level", description="with fusion `gram`: one vector for each level and frame; `frame`: one for each frame"
@@ -81,7 +81,7 @@ class Model(Section):
     def _of_preset(cls, value: Any) -> Any:
         if isinstance(value, dict):
             preset = value.get("preset", cls.model_fields["preset"].default)
-            if isinstance(preset, str) and preset in PRESETS:  # any other is the field's own error
+            if isinstance(preset, str) and preset in PRESETS:  # the field itself reports any other
                 return {**PRESETS[preset].model, **value}
         return value
 

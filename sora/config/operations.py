@@ -59,13 +59,13 @@ class Backup(Section):
 
     keep: int = Field(0, ge=0, le=1000, description="backups that are kept, the latest; 0: the nightly makes none")
     folder: str | None = Field(
-        None, description="where they are kept: with keep it is needed, on another disk than the project's"
+        None, description="where they are kept, on another disk than the project's; keep needs it"
     )
     data: bool = Field(True, description="with the videos and clips that the served and recent versions need")
 
     @model_validator(mode="after")
     def _somewhere(self) -> Backup:
-        # No default: a folder of the project, or beside it, would be lost with the disk that it guards against.
+        # No default: a folder in or beside the project would be lost with the disk that the backup guards against.
         if self.keep and not self.folder:
             raise ValueError("keep needs a folder: name one on another disk in backup.folder")
         return self

@@ -1,6 +1,6 @@
 """Named sets of model settings: `model.preset` in params.yaml, and what `sora model describe PRESET` shows.
 
-A preset says what a left-out field of the section `model` is; a field that is given overrides it. It never touches
+A preset sets the omitted fields of the section `model`; a given field overrides it. It never touches
 other sections: clips are DVC's, and a changed model must not decode videos again. `clip` is what a preset was made for.
 """
 
@@ -28,12 +28,12 @@ PRESETS: dict[str, Preset] = {
         ClipSpec(frames=12, height=64, width=64),
     ),
     "small": Preset("the defaults: a CPU, minutes for a few hundred clips", {}),
-    # A fourth level sees the 112 pixels' 4x4 remains, where width is cheap: 1.3 GFLOP a clip, twice those of `small`.
+    # A fourth level sees 4x4 of the 112 pixels, where width is cheap: 1.3 GFLOP per clip, twice those of `small`.
     "base": Preset(
         "one GPU, or patience",
         {"low_filters": (16, 32, 64, 128), "high_filters": (48, 96, 192, 256), "embedding": 256},
     ),
-    # Of the high network only its reading is learnt: what a few hundred clips are enough for.
+    # In the high network only the layers that read it are trained: a few hundred clips are enough for that.
     "pretrained": Preset(
         "little data: appearance as ImageNet taught it, motion from scratch",
         {"backbone": "efficientnet-lite0"},

@@ -1,6 +1,6 @@
 """A project: a folder with params.yaml, and the place of everything that Sora reads or writes below it.
 
-Nobody else spells such a path. What a server keeps in its own home besides its database is the server's affair.
+Nobody else builds such a path. A server alone decides what it keeps in its own folder besides its database.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Project:
 
     @property
     def dvc_home(self) -> Path:
-        """DVC's own folder: its configuration, and its cache where none is configured."""
+        """DVC's own folder: its configuration, and its default cache."""
         return self.root / ".dvc"
 
     @property
@@ -129,7 +129,7 @@ class Project:
         """A file that `sora init` writes to see whether the file system shares blocks; removed at once."""
         return self.state / "probe"
 
-    # Locks: each is held by a process, and ends with it.
+    # Locks: each is held by a process, and is released with it.
 
     @property
     def run_lock(self) -> Path:
@@ -158,7 +158,7 @@ class Project:
 
     @property
     def services_lock(self) -> Path:
-        """Held while servers are looked for and started."""
+        """Held while running servers are looked up and others started."""
         return self.state / "services.lock"
 
     @property
@@ -198,7 +198,7 @@ class Project:
 
     @property
     def stages(self) -> Path:
-        """What DVC's stages note about themselves."""
+        """What DVC's stages record about themselves."""
         return self.state / "stages"
 
     @property
@@ -242,24 +242,24 @@ class Project:
 
     @property
     def audit(self) -> Path:
-        """What audits of the labels leave: finished folds, index.html and audit.json."""
+        """The results of label audits: finished folds, index.html and audit.json."""
         return self.state / "audit"
 
     @property
     def inbox(self) -> Path:
-        """Corrections that wait for review."""
+        """Corrections that are waiting for review."""
         return self.state / "inbox"
 
     # Runs
 
     @property
     def work(self) -> Path:
-        """A folder for each nightly that is not finished: an interrupted one is taken up from it."""
+        """A folder for each unfinished nightly: an interrupted one resumes from it."""
         return self.state / "work"
 
     @property
     def training(self) -> Path:
-        """A folder for each run that this clone, as a worker, trains for another one."""
+        """A folder for each run that this clone, as a worker, trains for another clone."""
         return self.state / "training"
 
     @property
@@ -279,7 +279,7 @@ class Project:
 
     @property
     def last_backup(self) -> Path:
-        """The last backup that was made or failed (JSON)."""
+        """The last completed or failed backup (JSON)."""
         return self.state / "last_backup.json"
 
     @property
@@ -302,18 +302,18 @@ class Project:
 
 
 def find_project(start: Path) -> Project:
-    """The nearest folder upwards of `start` that holds params.yaml.
+    """The nearest folder at or above `start` that holds params.yaml.
 
     Raises:
         SettingsError: there is none.
     """
     start = start.resolve()
-    if any("\ud800" <= character <= "\udfff" for character in str(start)):  # neither DVC nor SQLite take such a path
+    if any("\ud800" <= character <= "\udfff" for character in str(start)):  # neither DVC nor SQLite accepts such a path
         raise SettingsError(f"the folder {str(start)!a} has a name that is not UTF-8", fix="rename the folder")
     for folder in (start, *start.parents):
         project = Project(folder)
         if project.params_file.is_file():
             return project
     raise SettingsError(
-        f"no params.yaml in {start} or above it", fix="run `sora init DIR --data FOLDER`, or give --project DIR"
+        f"no params.yaml in {start} or above it", fix="run `sora init DIR --data FOLDER`, or add --project DIR"
     )

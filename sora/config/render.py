@@ -1,4 +1,4 @@
-"""What is written from the models of the settings: params.yaml, and the page docs/settings.md.
+"""The files that are written from the settings' models: params.yaml and docs/settings.md.
 
 Both take values, defaults, ranges and meanings from the fields, so that no setting is missing and none is told twice.
 """
@@ -20,15 +20,15 @@ from sora.config.settings import Settings
 
 _WIDTH = 120  # columns
 _HEAD = (
-    "Everything that can be set. What is left out has its default; an unknown key, or a value out of its range, is an "
-    "error that says what is allowed. The sections classes, validate, split, clip and shards decide what is made of "
+    "All settings. An omitted setting has its default; an unknown key, or a value out of its range, is an "
+    "error that says what is allowed. The sections classes, validate, split, clip and shards decide what is made from "
     "the videos (dvc.yaml depends on them): keep them in this file. Sora's docs/settings.md has all types, ranges and "
     "defaults."
 )
 _PAGE = """\
 # Settings
 
-All settings stand in a project's `params.yaml`; `sora init` writes the file with the defaults. An unknown key, or a
+All settings are in a project's `params.yaml`; `sora init` writes the file with the defaults. An unknown key, or a
 value out of its range, is an error that says what is allowed. `python -m sora.config` writes this page from the code.
 
 | Name | Type | Range | Default | Meaning |
@@ -42,9 +42,9 @@ _NAMES: dict[object, str] = {bool: "boolean", int: "integer", float: "number", s
 
 
 def params_yaml(settings: Settings) -> str:
-    """The text of a params.yaml that holds all `settings`, with their meanings as comments.
+    """The text of a params.yaml with all `settings` and their meanings as comments.
 
-    Fields of `model` that are the preset's stand there as comments: a change of the preset changes them.
+    Fields of `model` with the preset's value are commented out: a change of the preset changes them.
     """
     values, defaults = settings.to_dict(), _defaults(Settings)
     lines = _comment(_HEAD)
@@ -70,7 +70,7 @@ def _entry(name: str, value: object, field: FieldInfo, indent: str = "") -> list
 
 
 def _placed(line: str, comment: str) -> list[str]:
-    """The comment stands behind the line where there is room, else above it."""
+    """The comment is behind the line if there is room, else above it."""
     if len(line) + len(comment) + 3 <= _WIDTH:
         return [f"{line} # {comment}"]
     indent = line[: len(line) - len(line.lstrip())]
@@ -85,7 +85,7 @@ def _comment(text: str, indent: str = "") -> list[str]:
 
 
 def _as_written(value: object, default: object) -> object:
-    """The default as the code has it (4, not 4.0) where it is the value."""
+    """The default as written in the code (4, not 4.0) if it equals the value."""
     return default if value == default else value
 
 
@@ -99,7 +99,7 @@ def _yaml(value: object) -> str:
 
 
 def settings_page() -> str:
-    """The page about all settings (Markdown): one table a section."""
+    """The page about all settings (Markdown): one table per section."""
     defaults = _defaults(Settings)
     top, parts = [], []
     for name, field in _fields(Settings):
@@ -129,7 +129,7 @@ def _presets() -> str:
         for name, preset in PRESETS.items()
     )
     return (
-        "\nA field that is left out has the value of `preset`, and what the preset does not set has its default.\n\n"
+        "\nAn omitted field has the value of `preset`, and what the preset does not set has its default.\n\n"
         f"| Preset | For | Sets | Made for clips of |\n|---|---|---|---|\n{rows}"
     )
 
@@ -157,7 +157,7 @@ def _kinds(annotation: object) -> str:
 
 
 def _range(field: FieldInfo) -> str:
-    """What the constraints allow, in words; a choice's values; nothing where all goes."""
+    """What the constraints allow, in words; a choice's values; nothing if everything is allowed."""
     bounds = {type(one): one for one in field.metadata}
     ge, gt, le, lt = (bounds.get(kind) for kind in (Ge, Gt, Le, Lt))
     words = []
@@ -185,12 +185,12 @@ def _choices(annotation: object) -> tuple[object, ...]:
 
 
 def _fields(section: type[Section]) -> list[tuple[str, FieldInfo]]:
-    """Name in params.yaml and field."""
+    """Each field with its name in params.yaml."""
     return [(field.alias or name, field) for name, field in section.model_fields.items()]
 
 
 def _defaults(section: type[Section]) -> dict[str, object]:
-    """As the code writes them."""
+    """The values as the code writes them."""
     return {name: _plain(field.default) for name, field in _fields(section)}
 
 
@@ -200,7 +200,7 @@ def _of_preset(name: str) -> dict[str, object]:
 
 
 def _plain(value: object) -> object:
-    """As YAML has it."""
+    """The value as YAML."""
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """A section: unknown keys are errors, and nobody changes a setting.
 
-    Every field has a `description`, the one place where its meaning is told: params.yaml, `sora init` and
-    docs/settings.md take it from there. It names the unit. The range stands in the field's constraints.
+    Every field has a `description`, the one place that explains it: params.yaml, `sora init` and
+    docs/settings.md take it from there. It names the unit. The range is in the field's constraints.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -13,10 +13,10 @@ from sora.config.section import Section
 class Serve(Section):
     """Where the server listens, and what a call may cost."""
 
-    host: str = Field("127.0.0.1", description="address to listen on; on another than this one callers need a token")
-    port: int = Field(8000, ge=0, le=65535, description="0: any that is free")
+    host: str = Field("127.0.0.1", description="address to listen on; callers on any but loopback need a token")
+    port: int = Field(8000, ge=0, le=65535, description="0: any free port")
     max_bytes: int = Field(
-        200_000_000, ge=1, description="bytes of an uploaded video, or of all that one call sends together"
+        200_000_000, ge=1, description="bytes of an uploaded video, or of all videos of one call together"
     )
     max_files: int = Field(16, ge=1, le=1000, description="files in one call")
     max_seconds: float = Field(600, gt=0, description="seconds that a video lasts")
@@ -32,22 +32,22 @@ class Serve(Section):
     header_timeout: float = Field(
         10, gt=0, le=300, description="seconds from a request's first byte to the end of its headers"
     )
-    queue: int = Field(64, ge=1, description="predictions under way at once; one more is answered with 429")
+    queue: int = Field(64, ge=1, description="predictions in progress at once; one more is answered with 429")
     max_connections_per_peer: int = Field(
         128,
         ge=0,
-        description="beyond it the ones without a request are closed; 0 behind a proxy: all are its own",
+        description="beyond this, those without a request are closed; 0 behind a proxy: it makes all of them",
     )
     origins: tuple[str, ...] = Field(
         (),
-        description="of other pages that may send here: [https://sora.example] where a proxy changes Host",
+        description="of other pages that may send requests: [https://sora.example] if a proxy changes Host",
     )
-    poll_seconds: float = Field(2, gt=0, description="seconds between two looks for a new champion")
+    poll_seconds: float = Field(2, gt=0, description="seconds between two checks for a new champion")
     drain_seconds: float = Field(
         0,
         ge=0,
         le=300,
-        description="seconds after SIGTERM in which /readyz says 503 and all else goes on, for a proxy to notice",
+        description="seconds after SIGTERM in which /readyz says 503 and all else continues, for a proxy to notice",
     )
     inbox_files: int = Field(1000, ge=0, description="corrections that may wait for review (`sora data review`)")
     inbox_bytes: int = Field(2_000_000_000, ge=0, description="bytes of all waiting corrections together")

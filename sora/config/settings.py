@@ -1,6 +1,6 @@
 """All settings together: `params.yaml` as one record, read and checked.
 
-An unknown key or a value out of range is a `SettingsError` that names the line's key, what was received and what is
+An unknown key or a value out of range is a `SettingsError` that names the key, what was received and what is
 allowed. `sora.config.render` writes params.yaml from these models.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Sections of params.yaml that no trained model depends on.
 NOT_OF_LEARNING = ("serve", "schedule", "alert", "backup", "services")
 # Settings (`section.name`) that came after the first release. Add every new one of the other sections here, with a
-# default that leaves what Sora computes as it was (else give `sora.core.provenance.LEARNING` a new name as well).
+# default that changes nothing that Sora computes (else give `sora.core.provenance.LEARNING` a new name as well).
 ADDED = frozenset(
     f"validate.{name}"
     for name in ("max_bytes", "max_pixels", "max_frames", "max_seconds", "max_decode_seconds", "decode_memory")
@@ -44,26 +44,26 @@ class Settings(Section):
     validate_: Validate = Field(
         default_factory=Validate,
         alias="validate",
-        description="rules about good data; what breaks a per-video rule is listed as quarantined, never moved",
+        description="rules about good data; a video that breaks a per-video rule is listed as quarantined, never moved",
     )
     split: Split = Field(
-        default_factory=Split, description="a video never changes its split; these hold for videos that come"
+        default_factory=Split, description="a video never changes its split; these settings apply to new videos"
     )
     clip: Clip = Field(default_factory=Clip, description="how a video becomes clips of frames x height x width")
-    shards: Shards = Field(default_factory=Shards, description="files that the clips are kept in")
+    shards: Shards = Field(default_factory=Shards, description="the files that hold the clips")
     model: Model = Field(default_factory=Model, description="a field that is given here overrides the preset's")
     train: Train = Field(default_factory=Train, description="how a model learns")
-    eval: Eval = Field(default_factory=Eval, description="how a model is asked, in evaluation and by the server alike")
+    eval: Eval = Field(default_factory=Eval, description="how a model is queried, both in evaluation and by the server")
     unsure: Unsure = Field(
         default_factory=Unsure, description="answers below a confidence, which validation sets, are marked as unsure"
     )
-    gate: Gate = Field(default_factory=Gate, description="who may replace the champion")
+    gate: Gate = Field(default_factory=Gate, description="when a candidate may replace the champion")
     serve: Serve = Field(default_factory=Serve, description="the API and its bounds")
     schedule: Schedule = Field(default_factory=Schedule, description="when the nightly runs")
     alert: Alert = Field(default_factory=Alert, description="who is told about a nightly that fails or does not happen")
     backup: Backup = Field(
         default_factory=Backup,
-        description="after each nightly, failed ones too; `sora backup FILE` makes one at any time",
+        description="after each nightly, including failed ones; `sora backup FILE` makes one at any time",
     )
     services: Services = Field(
         default_factory=Services,
@@ -102,8 +102,8 @@ class Settings(Section):
                 )
             if self.unsure.precision is not None:
                 raise ValueError(
-                    "unsure.precision is about one answer a video, but model.head multilabel answers for each class "
-                    "apart: leave it null"
+                    "unsure.precision is about one answer per video, but model.head multilabel answers for each class "
+                    "separately: leave it null"
                 )
         if self.classes:
             self.train.mirrors(self.classes)
@@ -123,9 +123,9 @@ class Settings(Section):
         return self.model_dump(mode="json", by_alias=True)
 
     def of_learning(self) -> dict[str, Any]:
-        """What a trained model and the verdict on it depend on: `to_dict` without the sections `NOT_OF_LEARNING`, and
-        without the settings `ADDED` that have their default. So a new Sora with new settings trains nobody's model
-        again."""
+        """What a trained model and the verdict on it depend on: `to_dict` without the sections `NOT_OF_LEARNING` and
+        without the settings `ADDED` that have their default. So a new Sora with new settings does not train every
+        model again."""
         values = self.to_dict()
         defaults = Settings().to_dict()
         return {
@@ -145,7 +145,7 @@ def parse(text: str, source: str = "params.yaml") -> Settings:
     """Settings from YAML text.
 
     Raises:
-        SettingsError: no YAML, an unknown key, or a value out of range; all problems in one message.
+        SettingsError: not YAML, an unknown key, or a value out of range; one message names all problems.
     """
     try:
         value = yaml.safe_load(text) or {}

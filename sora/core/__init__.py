@@ -1,1 +1,1 @@
-"""What every room stands on: errors, records, files, processes, provenance. Imports nothing of Sora but itself."""
+"""What every room builds on: errors, records, files, processes, provenance. Imports nothing of Sora but itself."""

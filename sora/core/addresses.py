@@ -1,4 +1,4 @@
-"""Addresses of this machine alone."""
+"""Addresses that only this machine reaches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ipaddress
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address, or the name `localhost`, is of the loopback interface: no other machine reaches it."""
+    """Whether an address, or the name `localhost`, belongs to the loopback interface: no other machine reaches it."""
     if address.lower() == "localhost":
         return True
     try:

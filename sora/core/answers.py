@@ -1,7 +1,7 @@
 """What the API answers: one definition for the server, which validates against it, and for the client.
 
-Frozen dataclasses of the standard library alone, so that a program with `sora.client` needs neither pydantic nor
-FastAPI. The fields stand in the order of the JSON. A field of `PredictAnswer` or `FileProblem` that has its default is
+Frozen dataclasses of the standard library only, so that a program with `sora.client` needs neither pydantic nor
+FastAPI. The fields are in the order of the JSON. A field of `PredictAnswer` or `FileProblem` that has its default is
 left out of the JSON. `metadata` becomes the description in /openapi.json.
 """
 
@@ -14,7 +14,7 @@ Number = int | float  # a whole number stays one in JSON: 4, not 4.0
 
 
 class _Body:
-    """Pydantic's setting for the classes below: it checks the fields of a value that is one of them already."""
+    """Pydantic's setting for the classes below: it also checks the fields of a value that already is one of them."""
 
     __slots__ = ()
     __pydantic_config__: ClassVar[dict[str, str]] = {"revalidate_instances": "always"}
@@ -51,13 +51,13 @@ class PredictAnswer(_Body):
     probabilities: dict[str, float]
     version: int
     unsure: bool | None = field(
-        default=None, metadata=_text("whether it is below the model's threshold; absent where the model has none")
+        default=None, metadata=_text("whether it is below the model's threshold; absent if the model has none")
     )
     labels: tuple[str, ...] | None = field(
         default=None,
         metadata=_text(
-            "of a multi-label model: every class of a probability of at least 0.5, the likeliest first; may be empty. "
-            "Absent of other models. Probabilities then don't sum to 1"
+            "of a multi-label model: every class with a probability of at least 0.5, likeliest first; may be empty. "
+            "Absent for other models. With it, probabilities don't sum to 1"
         ),
     )
     data_version: str
@@ -66,14 +66,14 @@ class PredictAnswer(_Body):
     embedding: tuple[float, ...] = field(default=(), metadata=_text("mean over the clips; present with ?embedding=1"))
     timeline: tuple[Window, ...] = field(
         default=(),
-        metadata=_text("by clip, in the order of time; present for several clips, and with ?timeline=1"),
+        metadata=_text("by clip, in order of time; present for several clips, and with ?timeline=1"),
     )
     span: Span | None = field(default=None, metadata=_text("where the label was decided; present with the timeline"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProblemAnswer(_Body):
-    """RFC 9457, and `fix`: what the caller can do."""
+    """RFC 9457, with `fix`: what the caller can do."""
 
     type: str
     title: str
@@ -86,21 +86,21 @@ class ProblemAnswer(_Body):
 class FileProblem(ProblemAnswer):
     """Why one file of several has no answer."""
 
-    rule: str | None = field(default=None, metadata=_text("that the video breaks; absent where it is not to blame"))
-    stage: str | None = field(default=None, metadata=_text("in which its time was over"))
+    rule: str | None = field(default=None, metadata=_text("that the video breaks; absent if it is not to blame"))
+    stage: str | None = field(default=None, metadata=_text("the stage in which its time was up"))
     filename: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictAnswers(_Body):
-    """One call with several files: an answer or a problem for each, in their order, all by one version."""
+    """One call with several files: an answer or a problem for each, in order, all by one version."""
 
     answers: tuple[PredictAnswer | FileProblem, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelAnswer(_Body):
-    """What serves now, and how following the champion goes. `version` is null while nothing serves; `following` then
+    """The served version, and how following the champion goes. `version` is null while none is served; `following` then
     says why."""
 
     version: int | None
@@ -110,7 +110,7 @@ class ModelAnswer(_Body):
     run_id: str | None
     digest: str | None = field(metadata=_text("sha256 of the model file"))
     temperature: Number | None
-    multilabel: bool = field(metadata=_text("whether a video may have several of the classes"))
+    multilabel: bool = field(metadata=_text("whether a video may have several classes"))
     metrics: dict[str, Number]
     since: str | None = field(metadata=_text("when this server began to answer with it"))
     following: dict[str, Any]
@@ -119,7 +119,7 @@ class ModelAnswer(_Body):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardAnswer(_Body):
-    """One model version. `decision` and what follows are null where the registry does not tell."""
+    """One model version. `decision` and what follows are null if the registry does not tell."""
 
     version: int
     data_version: str
@@ -130,7 +130,7 @@ class CardAnswer(_Body):
     temperature: Number
     metrics: dict[str, Number]
     since: str = field(metadata=_text("when this server began to answer with it"))
-    decision: str | None = field(metadata=_text("promoted, manual, …: who let it serve"))
+    decision: str | None = field(metadata=_text("promoted, manual, …: why it is served"))
     reasons: tuple[str, ...] | None
     created: str | None
     problem: str | None = field(metadata=_text("why the registry does not tell"))
@@ -160,23 +160,23 @@ class ExplainAnswer(_Body):
 
 @dataclass(frozen=True, slots=True)
 class Sender(_Body):
-    """Who sent a correction, and how the reviews of theirs went."""
+    """Who sent a correction, and how reviews of that sender's corrections ended."""
 
-    name: str = field(metadata=_text("a token's name; `address …` of one that came without a token"))
+    name: str = field(metadata=_text("a token's name; `address …` for one that came without a token"))
     accepted: int
-    refused: int = field(metadata=_text("rejected, or accepted under another label than they said"))
+    refused: int = field(metadata=_text("rejected, or accepted under another label"))
     often_refused: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correction(_Body):
-    """A clip that waits for review."""
+    """A clip that is waiting for review."""
 
     id: str = field(metadata=_text("sha256 of the clip"))
     bytes: int
     filename: str
-    label: str = field(metadata=_text("what it is, by the last who said so"))
-    said: dict[str, int] = field(metadata=_text("label → how often it was said"))
+    label: str = field(metadata=_text("what it is, according to the last sender"))
+    said: dict[str, int] = field(metadata=_text("label → how often it was sent"))
     predicted: str
     version: int
     received: str
@@ -184,14 +184,14 @@ class Correction(_Body):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting(Correction):
-    """A clip as its reviewer sees it."""
+    """A clip as a reviewer sees it."""
 
     sent_by: tuple[Sender, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corrections(_Body):
-    """The inbox, the newest last, and its quota."""
+    """The inbox, newest last, and its quota."""
 
     entries: tuple[Waiting, ...]
     max_files: int

@@ -1,8 +1,8 @@
-"""Who may speak to Prefect's and MLflow's servers: ASGI middleware around the vendors' applications.
+"""Who may talk to Prefect's and MLflow's servers: ASGI middleware around the vendors' applications.
 
-Loopback is no wall: every user of the machine reaches it, and so does every page that a browser here has open, from its
-own address (the Origin) or by a name of its own that it points at this machine (the Host). The servers of a project
-answer requests that name the server as it is known, that come from its own pages or from programs, and that know the
+Loopback is no protection: every user of the machine reaches it, and so does every page open in a browser here, from its
+own address (the Origin) or under its own name that it points at this machine (the Host). The servers of a project
+answer requests that use the server's name, that come from its own pages or from programs, and that know the
 project's secret.
 """
 
@@ -32,9 +32,9 @@ class Doorkeeper:
     """ASGI middleware for HTTP and websockets.
 
     Args:
-        hosts: names that the server answers to beside loopback. An address (`10.0.0.7`) is then good as well: only a
-            name can be pointed at a machine by a stranger. None: loopback alone.
-        login: `user:password` that every request must carry; None where the application itself asks.
+        hosts: names that the server answers to besides loopback. An address (`10.0.0.7`) is then also accepted: only a
+            name can be pointed at a machine by a stranger. None: only loopback.
+        login: `user:password` that every request must carry; None if the application itself asks.
         open_paths: answered (GET, HEAD) without the login: for probes.
         realm: what a browser shows when it asks for the login.
     """
@@ -96,22 +96,22 @@ class Doorkeeper:
         if scheme.lower() != "basic":
             return False
         try:
-            found = base64.b64decode(text.strip(), validate=True)
+            login = base64.b64decode(text.strip(), validate=True)
         except (binascii.Error, ValueError):
             return False
-        return hmac.compare_digest(found, self._login)
+        return hmac.compare_digest(login, self._login)
 
 
 def hosts_of(environment: Mapping[str, str] = os.environ) -> frozenset[str] | None:
-    """The names in `HOSTS`; None where it is not set."""
+    """The names in `HOSTS`; None if it is not set."""
     text = environment.get(HOSTS)
     return None if text is None else frozenset(_name(name.strip().lower()) for name in text.split(",") if name.strip())
 
 
 def _name(host: str) -> str:
-    """A Host header without its port; "" for what is none."""
-    found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:\[\]/@\s]+)(:[0-9]{1,5})?", host)
-    return found[1].strip("[]") if found else ""
+    """A Host header without its port; "" if it is not one."""
+    match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:\[\]/@\s]+)(:[0-9]{1,5})?", host)
+    return match[1].strip("[]") if match else ""
 
 
 def _is_address(name: str) -> bool:

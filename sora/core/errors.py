@@ -1,6 +1,6 @@
 """Every error that Sora raises on purpose.
 
-Each says the rule, what was received and the fix; the command line prints it without a traceback and ends with
+Each names the rule, what was received and the fix; the command line prints it without a traceback and ends with
 `exit_code` (the contract: 1 the answer is no, 2 bad usage or input, 3 a server, disk or child process failed).
 Foreign exceptions are translated at the seam of the module that calls the foreign library.
 
@@ -8,7 +8,7 @@ Foreign exceptions are translated at the seam of the module that calls the forei
     ├── InputError          2  something that the user gave is wrong
     │   ├── SettingsError      params.yaml
     │   └── VideoError         one video; carries the rule that it breaks
-    ├── AnswerIsNo          1  all worked, and the answer is no
+    ├── AnswerIsNo          1  everything worked, and the answer is no
     │   ├── NotTrainable       validation stopped the run
     │   │   └── SplitsLost     the split ledger lacks what was judged
     │   ├── RunActive          another run holds the project
@@ -26,7 +26,7 @@ from typing import Any
 
 
 class SoraError(Exception):
-    """Base of all. `message` says the rule and what was received, `fix` what to do about it."""
+    """Base of all. `message` names the rule and what was received, `fix` what to do about it."""
 
     exit_code = 3
 
@@ -56,7 +56,7 @@ class InputError(SoraError):
 
 
 class SettingsError(InputError):
-    """`params.yaml` is missing, no YAML, or has a value out of its range."""
+    """`params.yaml` is missing, is not YAML, or has a value out of range."""
 
 
 class VideoError(InputError):
@@ -78,7 +78,7 @@ class NotTrainable(AnswerIsNo):
 
 
 class SplitsLost(NotTrainable):
-    """The split ledger lacks rows that a judged run recorded: dealing them anew would leak training into the test."""
+    """The split ledger lacks rows that a judged run recorded: assigning them anew would leak training into the test."""
 
 
 class RunActive(AnswerIsNo):
@@ -86,7 +86,7 @@ class RunActive(AnswerIsNo):
 
 
 class PromotionFailed(AnswerIsNo):
-    """The alias did not move, or moved and was put back."""
+    """The alias did not move, or moved and was restored."""
 
 
 class ServiceError(SoraError):
@@ -110,11 +110,11 @@ class ApiProblem(ServiceError):
 
 
 class DatabaseDamaged(ServiceError):
-    """A server's database is no whole SQLite file any more."""
+    """A server's database is no longer a whole SQLite file."""
 
 
 class DiskFull(ServiceError):
-    """No space left where Sora writes; what was complete before is still there."""
+    """No space left where Sora writes; what was complete before remains."""
 
 
 class ReadOnly(ServiceError):

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and disks that are full."""
+"""Files that exist whole or not at all, and full disks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from sora.core.errors import DiskFull, ReadOnly, ServiceError
 log = logging.getLogger(__name__)
 _ROOM = 32_000_000  # bytes; a new project's servers did not start on disks of 4, 9 and 13 MB
 _MAKE_ROOM = (
-    "make room and run again: `sora gc --dry-run` shows what of the project can go, and `sora gc` frees first what "
+    "make room and run again: `sora gc --dry-run` shows what can be removed, and `sora gc` first frees what "
     "needs no room (old logs, abandoned folders)"
 )
 _REMOUNT = "mount it for writing (mount -o remount,rw …), or move the project to a disk that can be written"
-# What libraries and servers say, SQLite among them.
+# What libraries and servers say, including SQLite.
 _SAYS_FULL = ("No space left on device", "database or disk is full", "Disk quota exceeded")
 _SAYS_READ_ONLY = ("Read-only file system", "attempt to write a readonly database")
 
@@ -38,7 +38,7 @@ def writing(what: Path) -> Iterator[None]:
     Raises:
         DiskFull: no space or quota is left.
         ReadOnly: the file system is mounted read-only.
-        ServiceError: anything else that the system says (not permitted, input/output error).
+        ServiceError: any other system error (not permitted, input/output error).
     """
     try:
         yield
@@ -51,12 +51,12 @@ def writing(what: Path) -> Iterator[None]:
 
 
 def disk_failure(place: Path, said: str = "") -> DiskFull | ReadOnly | None:
-    """The disk as the reason why a server, a child process or another library failed, or None.
+    """The disk error because of which a server, a child process or another library failed, or None.
 
     Args:
-        place: where that wrote. A disk with less than `_ROOM` bytes free counts as full: whoever filled it has often
-            given some back by the time that somebody looks.
-        said: what it said of itself; its last words may have been lost for want of room.
+        place: where it wrote. A disk with less than `_ROOM` bytes free counts as full: whoever filled it has often
+            freed some by the time that somebody looks.
+        said: its own message; its last lines may be lost for want of space.
     """
     where = next((one for one in (place, *place.parents) if one.exists()), Path("/"))
     try:
@@ -72,7 +72,7 @@ def disk_failure(place: Path, said: str = "") -> DiskFull | ReadOnly | None:
 
 
 def source_digest(package: Path, names: Iterable[str]) -> str:
-    """A short name of the code in the modules and folders `names` below `package`: of their paths and bytes."""
+    """A short name for the code in the modules and folders `names` below `package`, from their paths and bytes."""
     digest = hashlib.sha256()
     for name in names:
         place = package / name
@@ -92,10 +92,10 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic(path: Path, *, shared: bool = False) -> Iterator[IO[bytes]]:
-    """A binary file that takes `path`'s place once it is complete and on the disk; nothing changes when that fails.
+    """A binary file that replaces `path` once it is complete and on disk; nothing changes if that fails.
 
     Args:
-        shared: processes that hold no common lock may write it at once; the last one counts.
+        shared: processes without a common lock may write it at once; the last one counts.
 
     Raises:
         DiskFull, ServiceError: see `writing`.
@@ -117,9 +117,9 @@ def atomic(path: Path, *, shared: bool = False) -> Iterator[IO[bytes]]:
 def temporary_folder(what: str) -> Iterator[Path]:
     """A folder (mode 0700) in the system's temporary one, removed with the block. `what` is part of its name.
 
-    A process that is killed leaves its folder behind: a server with what was uploaded to it, `sora reproduce` with a
-    copy of all data. The next call removes it. Whoever lives holds a lock on its folder, which the kernel frees
-    however the process ends. Process numbers would mislead where containers share a temporary folder.
+    A killed process leaves its folder behind: a server with its uploads, `sora reproduce` with a
+    copy of all data. The next call removes it. A running process holds a lock on its folder, which the kernel frees
+    however the process ends. Process numbers would mislead if containers share a temporary folder.
 
     Raises:
         DiskFull, ReadOnly, ServiceError: the folder can't be made.
@@ -136,12 +136,12 @@ def temporary_folder(what: str) -> Iterator[Path]:
 
 
 def abandoned_folders() -> list[Path]:
-    """This user's temporary folders that no living process holds."""
+    """This user's temporary folders that no running process holds."""
     return _each_abandoned(_temporary_place(), lambda folder: None)
 
 
 def sweep(place: Path) -> list[Path]:
-    """Removes this user's temporary folders in `place` that no living process holds, and returns them. A folder that is
+    """Removes this user's temporary folders in `place` that no running process holds, and returns them. A folder
     in use, one of another user, a link and a file stay."""
 
     def remove(folder: Path) -> None:
@@ -157,10 +157,10 @@ def remove_abandoned_folders() -> list[Path]:
 
 
 def _each_abandoned(place: Path, visit: Callable[[Path], None]) -> list[Path]:
-    """Calls `visit` for each abandoned folder while its lock is held, and returns those that it was called for."""
+    """Calls `visit` for each abandoned folder while its lock is held, and returns these folders."""
     visited = []
     for folder in sorted(folder for pattern in _SWEPT for folder in place.glob(pattern)):
-        with suppress(OSError):  # another user's, no folder, or gone meanwhile
+        with suppress(OSError):  # another user's, not a folder, or gone meanwhile
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 if os.fstat(lock).st_uid != os.geteuid():
@@ -178,7 +178,7 @@ def _temporary_place() -> Path:
         return Path(tempfile.gettempdir())
     except OSError as error:
         raise ServiceError(
-            f"there is no temporary folder that can be written: {error.strerror}",
+            f"there is no writable temporary folder: {error.strerror}",
             fix="make room there, or set TMPDIR to a folder that can be written",
         ) from error
 
@@ -189,11 +189,11 @@ def _claimed(place: Path, what: str) -> tuple[Path, int]:
         folder = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{what}-", dir=place))
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except FileNotFoundError:  # a sweep of another process was quicker than this lock
+        except FileNotFoundError:  # another process's sweep was quicker than this lock
             continue
         with suppress(OSError):  # this file system has no locks: then nobody sweeps it either
             fcntl.flock(lock, fcntl.LOCK_EX)
-        # A sweep may have met the folder before it was locked, and have taken it for a dead process's.
+        # A sweep may have seen the folder before it was locked, and taken it for a dead process's.
         with suppress(FileNotFoundError):
             if os.path.samestat(folder.stat(), os.fstat(lock)):
                 return folder, lock
@@ -201,7 +201,7 @@ def _claimed(place: Path, what: str) -> tuple[Path, int]:
 
 
 def write_if_different(path: Path, text: str) -> None:
-    """Writes a text file unless it holds this text already: its time of change says when it changed."""
+    """Writes a text file unless it already holds this text: so its modification time says when it changed."""
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         with atomic(path) as file:
             file.write(text.encode())

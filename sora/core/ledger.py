@@ -1,4 +1,4 @@
-"""The split ledger's rows, and how they are read: what dataset and registry both speak of. Standard library only."""
+"""The split ledger's rows and how to read them, for dataset and registry. Standard library only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BY_HAND = (
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One video. `group` is "" where none is known."""
+    """One video. `group` is "" if none is known."""
 
     sha256: str
     split: str
@@ -30,7 +30,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """The ledger that a judged run stored. `version` is None where the run registered none."""
+    """The ledger that a judged run stored. `version` is None if the run registered none."""
 
     run_id: str
     version: int | None
@@ -45,7 +45,7 @@ def parse(content: bytes, name: str) -> list[Row]:
     """The rows of a ledger; a video that is listed twice with one split counts once.
 
     Raises:
-        InputError: it is no ledger, ends in the middle of a line, or gives a video two splits.
+        InputError: it is not a ledger, ends in the middle of a line, or gives a video two splits.
     """
     try:
         text = content.decode("utf-8")
@@ -60,24 +60,24 @@ def parse(content: bytes, name: str) -> list[Row]:
     try:
         rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))[1:]
     except csv.Error as error:
-        raise InputError(f"{name} is no CSV: {error}", fix=BY_HAND) from error
-    found: dict[str, Row] = {}
+        raise InputError(f"{name} is not CSV: {error}", fix=BY_HAND) from error
+    unique: dict[str, Row] = {}
     for number, cells in enumerate(rows, start=2):
         row = row_of(cells)
         if row is None:
             shown = ",".join(cells)[:100]
             raise InputError(f"{name}: row {number} is not `sha256,split,group`: {shown!r}", fix=BY_HAND)
-        known = found.setdefault(row.sha256, row)
+        known = unique.setdefault(row.sha256, row)
         if known.split != row.split:
             raise InputError(
                 f"{name}: row {number} puts {row.sha256[:12]}… in {row.split}, an earlier one in {known.split}",
                 fix=BY_HAND,
             )
-    return list(found.values())
+    return list(unique.values())
 
 
 def row_of(cells: Sequence[str]) -> Row | None:
-    """The row that these cells are; None where they are none."""
+    """The row with these cells; None if they are not a row."""
     if len(cells) != 3 or len(cells[0]) != 64 or not _HEXADECIMAL.issuperset(cells[0]) or cells[1] not in SPLITS:
         return None
     return Row(*cells)

@@ -1,8 +1,8 @@
 """Child processes: quiet environments, children that die with their parent, and children that report as they work.
 
-TensorFlow gives GPU memory back only when its process ends, so whatever computes with Keras runs as a child:
+TensorFlow frees GPU memory only when its process ends, so whatever computes with Keras runs as a child:
 `run_child("sora.learning.training", job, on_event)`. The child reads the job (a line of JSON) from its standard input,
-writes one JSON object a line to the descriptor that SORA_EVENTS names, and ends with {"event": "result", …} or
+writes one JSON object per line to the descriptor that SORA_EVENTS names, and ends with {"event": "result", …} or
 {"event": "error", …}.
 """
 
@@ -25,9 +25,9 @@ from typing import IO, Any
 
 from sora.core.errors import DiskFull, ServiceError, SoraError
 
-# Telemetry of every dependency off, and no chatter on standard output.
 Event = dict[str, Any]  # what a child says while it works, as JSON: its kind is at "event"
 Emit = Callable[[Event], None]
+# Turns off every dependency's telemetry, and chatter on standard output.
 QUIET_ENV = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -43,11 +43,11 @@ _PR_SET_PDEATHSIG = 1
 
 
 def quiet_environment(**more: str) -> dict[str, str]:
-    """This process's environment with telemetry off. What the user set stays as set."""
+    """This process's environment with telemetry off. The user's own settings stay."""
     return {**QUIET_ENV, **os.environ, **more}
 
 
-# What TensorFlow's libraries write while they are imported, whatever the level of their log.
+# What TensorFlow's libraries print while they are imported, whatever their log level.
 _NOISE = (
     *(b"absl::InitializeLog", b"port.cc", b"cudart_stub.cc", b"cuda_platform.cc", b"cpu_feature_guard.cc"),
     b"rebuild TensorFlow with",  # the second line of the last
@@ -56,7 +56,7 @@ _NOISE = (
 
 @contextmanager
 def without_noise() -> Iterator[None]:
-    """Holds standard error back, descriptor and all, and lets through at the end what is not TensorFlow's `_NOISE`."""
+    """Holds back standard error (the descriptor), and at the end prints what is not TensorFlow's `_NOISE`."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as held:
         before = os.dup(2)
@@ -74,7 +74,7 @@ def without_noise() -> Iterator[None]:
 
 
 def die_with_parent() -> None:
-    """In a child: be killed when the parent ends, however it ends (Linux; elsewhere nothing happens).
+    """In a child: makes the kernel kill it when the parent ends, however it ends (Linux; elsewhere does nothing).
 
     A training child that outlived its parent would hold the GPU past the lease on it.
     """
@@ -82,7 +82,7 @@ def die_with_parent() -> None:
 
 
 def die_with(parent: int) -> None:
-    """`die_with_parent`, for a child that was told its parent's id: it ends too where that has ended already."""
+    """`die_with_parent` for a child that knows its parent's id: it also ends if the parent has already ended."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
@@ -90,7 +90,7 @@ def die_with(parent: int) -> None:
 
 
 def start_child(command: list[str], **options: Any) -> subprocess.Popen[Any]:
-    """`subprocess.Popen` with a quiet environment, of a process that dies with this one."""
+    """`subprocess.Popen` with a quiet environment, for a process that dies with this one."""
     options.setdefault("env", quiet_environment())
     return subprocess.Popen(command, preexec_fn=die_with_parent, **options)
 
@@ -101,7 +101,7 @@ class Child:
     A context manager: it is ended with the block.
 
     Args:
-        log: gets what it prints, where that is to be kept.
+        log: receives its output, if that must be kept.
     """
 
     def __init__(self, module: str, *, log: Path | None = None, env: dict[str, str] | None = None) -> None:
@@ -148,13 +148,13 @@ class Child:
         return self._process.stdin
 
     def result(self, job: dict[str, Any], on_event: Emit = lambda event: None) -> dict[str, Any]:
-        """Gives it the job and waits: its result event.
+        """Gives it the job, waits, and returns its result event.
 
         Raises:
             SoraError: what the child reported, of the class that it reported.
             ServiceError: it ended without a result (killed, crashed); the message holds the end of its output.
         """
-        with contextlib.suppress(BrokenPipeError):  # it ended already: no result tells
+        with contextlib.suppress(BrokenPipeError):  # it has already ended: the missing result shows that
             self._stdin.write(json.dumps(job).encode() + b"\n")
             self._stdin.flush()
         result: dict[str, Any] | None = None
@@ -195,7 +195,7 @@ def run_child(
 
 
 def error_event(error: SoraError | OSError) -> Event:
-    """What a child tells its parent about an error; `rebuild_error` makes it an error again."""
+    """What a child reports to its parent about an error; `rebuild_error` makes it an error again."""
     if isinstance(error, SoraError):
         kind, message, fix = type(error).__name__, error.message, error.fix
     elif error.errno in (errno.ENOSPC, errno.EDQUOT):

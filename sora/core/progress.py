@@ -1,7 +1,7 @@
 """What people read in a terminal: lines, tables, and progress on standard error.
 
 Everything that is printed passes through here (a test holds it), because names of files and labels are foreign text:
-an escape sequence in one would recolour, retitle or overwrite the reader's terminal. Progress is a bar in a terminal
+an escape sequence in one could recolour, retitle or overwrite the reader's terminal. Progress is a bar in a terminal
 and one plain line now and then elsewhere (logs, CI).
 """
 
@@ -35,21 +35,21 @@ def _escaped(character: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that can do nothing to a terminal: control characters as `\\x1b`. Tabs and ends of line stay."""
-    return _UNPRINTABLE.sub(lambda found: _escaped(found[0]), text)
+    """Text that can't affect a terminal: control characters as `\\x1b`. Tabs and line ends stay."""
+    return _UNPRINTABLE.sub(lambda match: _escaped(match[0]), text)
 
 
 def one_line(text: object) -> str:
-    """A name or another single value as `printable`, ends of line and tabs escaped, too: it can't pose as a line."""
+    """A name or another single value as `printable`, with line ends and tabs escaped too: it can't pose as a line."""
     return printable(str(text)).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def json_text(text: str) -> str:
     """A JSON document, in which `json.dumps` leaves some of these characters as they are, safe to print anywhere.
 
-    They become JSON's own escapes, so that a parser reads what stood there before.
+    They become JSON's own escapes, so that a parser reads the original text.
     """
-    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def say(text: str) -> None:
@@ -58,7 +58,7 @@ def say(text: str) -> None:
 
 
 def echo(text: str, *, err: bool = False, mark: str = "", colour: str | None = None, bold: bool = False) -> None:
-    """A line on standard output, or standard error; `mark`, before it, is coloured, or without one the line is bold."""
+    """A line on standard output or standard error; a `mark` before it is coloured; without one the line is bold."""
     import click
 
     styled = click.style(mark, fg=colour) + " " if mark else ""
@@ -86,7 +86,7 @@ def markup(value: object) -> str:
 
 @contextmanager
 def bar(title: str, *, every: float = 5.0) -> Iterator[Bar]:
-    """Yields `update(done, total, note="")`. Without a terminal a line is printed at most each `every` seconds."""
+    """Yields `update(done, total, note="")`. Without a terminal a line is printed at most every `every` seconds."""
     if sys.stderr.isatty():
         with _rich_bar(title) as drawn:
             yield drawn

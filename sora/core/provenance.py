@@ -1,4 +1,4 @@
-"""Versions of what computes. What another version made is not reused; what the same version made is.
+"""Versions of what computes. Results of another version are not reused; results of the same version are.
 
 Each constant below names what one part of Sora computes. **Give it a new name when its output changes, and only then**:
 a new `FACTS` decodes every video of every project again, a new `LEARNING` trains every project again. A change that
@@ -6,8 +6,8 @@ leaves the output as it is (an import, a message, a plot's colour) leaves the na
 `tests/test_provenance.py` computes every output from footage in this repository and fails when one changed and its name
 did not.
 
-The first names are those that earlier versions of Sora computed from their source, so that what they made is still
-good. New names are words: `facts-2`.
+The first names are those that earlier versions of Sora computed from their source, so that their results are still
+valid. New names are words: `facts-2`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STAGES: dict[Stage, str] = {
     "validate": "validate-2",  # too_large, too_slow, bad_name
     "shards": "shards-2",  # the index holds digests
 }
-# Which video stands in which split (`sora.dataset.splits`), what training makes of them, and how the result is judged.
+# Which video is in which split (`sora.dataset.splits`), what training makes of them, and how the result is judged.
 LEARNING = "a968980f0982c29a"
 
 # The decoders under which the names above were given. Others may decode the same bytes to other pixels.
@@ -36,12 +36,12 @@ DECODERS = {"av": "18.1.0", "opencv-python-headless": "5.0.0.93"}
 
 
 def facts() -> str:
-    """The name of what finds a video's facts: `FACTS`, with the decoders where they are others than `DECODERS`."""
+    """The name of what finds a video's facts: `FACTS`, with the decoders if they differ from `DECODERS`."""
     return _with_decoders(FACTS)
 
 
 def clips() -> str:
-    """The name of what makes a video's clips: `CLIPS`, with the decoders where they are others than `DECODERS`."""
+    """The name of what makes a video's clips: `CLIPS`, with the decoders if they differ from `DECODERS`."""
     return _with_decoders(CLIPS)
 
 
@@ -49,9 +49,9 @@ def stages(suffix: str = "", bounds: str = "") -> dict[Stage, str]:
     """Stage of dvc.yaml → the name of what it computes; this is what preprocessing.lock holds.
 
     Args:
-        suffix: of the two stages that read labels; a project's task has its own. It stands in the name, since the
-            dvc.yaml of older projects can't depend on `model.head`, which they do not have.
-        bounds: what a video may cost, where that is set otherwise than by default. It stands in the name for the same
+        suffix: of the two stages that read labels; each task has its own. It is in the name, since the dvc.yaml of
+            older projects can't depend on `model.head`, which they do not have.
+        bounds: what a video may cost, if that differs from the default. It is in the name for the same
             reason.
     """
     names = dict(STAGES)

@@ -1,4 +1,4 @@
-"""The records that flow between Sora's parts: plain frozen dataclasses, with conversion to and from JSON only.
+"""The records that flow between Sora's parts: plain frozen dataclasses, with only conversion to and from JSON.
 
 VideoRecord (a row of the manifest) or Rejection; with a ClipSpec, ClipWindows → (T, H, W, 3) uint8 clips in shards
 → a trained model → EvalReport and Recipe → Decision, ModelVersion → Prediction. docs/architecture.md shows where.
@@ -32,10 +32,10 @@ RULES: dict[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class VideoRecord:
-    """One row of the manifest: what one file is, found by decoding all of it once.
+    """One row of the manifest: what one file is, from decoding all of it once.
 
     `path` is relative to the data folder, with forward slashes. A file that can't be used still has a row: `error` is
-    then a rule of `sora.dataset.quality.rules`, `detail` says what was wrong, and facts that nobody knows are 0, "" or
+    then a rule of `sora.dataset.quality.rules`, `detail` says what was wrong, and unknown facts are 0, "" or
     None.
     """
 
@@ -48,12 +48,12 @@ class VideoRecord:
     width: int  # pixels, upright (after rotation)
     height: int
     rotation: int  # degrees clockwise that the player must turn the stored picture: 0, 90, 180, 270
-    frames: int  # that really decode
-    fps: float  # frames a second, from the timestamps of decoded frames
+    frames: int  # frames that really decode
+    fps: float  # frames per second, from the timestamps of decoded frames
     duration: float  # seconds, first to last decoded frame plus one frame
     audio: bool
     brightness: float  # mean luma of sampled frames, 0 to 255
-    signature: str  # hex: three 64-bit difference hashes; "" where the picture has too little texture to tell
+    signature: str  # hex: three 64-bit difference hashes; "" if the picture has too little texture to tell
     error: str | None = None
     detail: str = ""
 
@@ -70,14 +70,14 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True)
 class ClipSpec:
-    """How a video becomes clips of `(frames, height, width, 3) uint8`. Travels inside every registered model."""
+    """How a video becomes clips of `(frames, height, width, 3) uint8`. It is part of every registered model."""
 
     frames: int = 16
     height: int = 112
     width: int = 112
     sampling: Sampling = "uniform"
     window_seconds: float = 2.0  # window sampling: the span that one clip covers
-    max_clips: int = 8  # window sampling: at most so many clips a video, evenly spread
+    max_clips: int = 8  # window sampling: maximum number of clips per video, evenly spaced
     aspect: Aspect = "crop"
     gamma: float = 1.0  # below 1 brightens dark footage; 1 leaves it
     equalise: Equalise = "none"
@@ -108,8 +108,8 @@ class Recipe:
     schema: int = 1  # of its task (`sora.tasks`)
     golden: tuple[dict[str, Any], ...] = ()  # [{"seed": int, "probabilities": [...]}]: answers to made-up clips
     model_sha256: str = ""  # of the model file: loading verifies it
-    views: tuple[str, ...] = ()  # of each clip besides itself, averaged (see `sora.store.augment.views`)
-    unsure_below: float | None = None  # an answer of less confidence is unsure; None: no answer is
+    views: tuple[str, ...] = ()  # averaged with each clip's own answer (see `sora.store.augment.views`)
+    unsure_below: float | None = None  # an answer with less confidence is unsure; None: no answer is
     multilabel: bool = False  # classes don't exclude each other: a video may have several, or none
 
     def to_dict(self) -> dict[str, Any]:
@@ -135,15 +135,15 @@ class Recipe:
 class EvalReport:
     """One model on one split. `metrics` has flat names ("accuracy", "macro_f1", "ece", "log_loss", "latency_ms" …).
 
-    `videos` holds one entry a video, in the order of sha256: {"sha256", "path", "label", "predicted", "probabilities"}.
-    Of a multi-label model both are joined labels (`sora.tasks.multi`), "" for none: equal is an exact match.
+    `videos` has one entry per video, ordered by sha256: {"sha256", "path", "label", "predicted", "probabilities"}.
+    For a multi-label model both are joined labels (`sora.tasks.multi`), "" for none: equal is an exact match.
     """
 
     split: Split
     classes: tuple[str, ...]
     metrics: dict[str, float]
     per_class: dict[str, dict[str, float]]  # class → {"recall", "low", "high", "precision", "support"}
-    confusion: list[list[int]]  # rows: true class, columns: predicted class; of a multi-label model none
+    confusion: list[list[int]]  # rows: true class, columns: predicted class; none for a multi-label model
     # [{"slice": "brightness", "value": "dark", "videos": n, "accuracy": a, "low", "high"}]
     slices: list[dict[str, Any]]
     videos: list[dict[str, Any]]
@@ -160,7 +160,7 @@ class EvalReport:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the gate says: `promote`, with the reasons in words; `evidence` holds the numbers behind them."""
+    """The gate's verdict: `promote`, with the reasons in words; `evidence` holds the numbers behind them."""
 
     promote: bool
     reasons: tuple[str, ...]
@@ -186,15 +186,15 @@ class ModelVersion:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The answer for one video. `label` is the most probable class, of a multi-label model too."""
+    """The answer for one video. `label` is the most probable class, also for a multi-label model."""
 
     label: str
     probabilities: dict[str, float]
     version: int
     unsure: bool | None = None  # None: the model has no threshold
-    labels: tuple[str, ...] | None = None  # of a multi-label model: all that it answers, the likeliest first
+    labels: tuple[str, ...] | None = None  # for a multi-label model: all answered classes, the likeliest first
 
     def to_dict(self) -> dict[str, Any]:
-        """As the contract has it: `unsure` only where there is a threshold, `labels` only of a multi-label model."""
+        """As in the contract: `unsure` only if there is a threshold, `labels` only for a multi-label model."""
         value = {name: value for name, value in asdict(self).items() if value is not None}
         return value if self.labels is None else {**value, "labels": list(self.labels)}

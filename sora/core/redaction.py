@@ -1,7 +1,7 @@
-"""Settings without what is secret in them, for whatever leaves the project's folder: MLflow's parameters and artifacts,
+"""Settings without their secrets, for whatever leaves the project's folder: MLflow's parameters and artifacts,
 parameters of Prefect's flow runs, messages.
 
-Secret are the webhook (chat services put the token into the path) and user and password in an address.
+The webhook (chat services put the token into the path) and user and password in an address are secret.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def params(values: Mapping[str, Any], *, webhook: str | None = REMOVED) -> dict[
 
 
 def params_text(text: str) -> str:
-    """The text of a params.yaml without its secrets; all else, comments included, stays as it is.
+    """The text of a params.yaml without its secrets; everything else, including comments, stays as it is.
 
-    The webhook becomes `null`, so that the text is good settings still. Any other address, as in a comment, keeps its
-    host alone, except those of `services`, which keep all but user and password. A text that is no YAML is not params:
-    nothing of it is kept. One that is written too cleverly for this loses its comments.
+    The webhook becomes `null`, so that the settings are still valid. Any other address, as in a comment, keeps only its
+    host, except those of `services`, which keep all but user and password. A text that is not YAML is not params:
+    nothing of it is kept. One in a form too complex for this loses its comments.
     """
     try:
         values = yaml.safe_load(text)
@@ -53,12 +53,12 @@ def params_text(text: str) -> str:
     except yaml.YAMLError:
         return ""
     wanted = params(values, webhook=None) if isinstance(values, Mapping) else values
-    found = _replaced(text, root)
+    redacted = _replaced(text, root)
     try:
-        done = yaml.safe_load(found) == wanted
+        done = yaml.safe_load(redacted) == wanted
     except yaml.YAMLError:
         done = False
-    return found if done else yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True)
+    return redacted if done else yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True)
 
 
 def _replaced(text: str, root: yaml.Node | None) -> str:

@@ -1,13 +1,13 @@
-"""A process that has all it needs gives the rest of its rights away: `confine()`.
+"""A process that has all it needs gives up the rest of its rights: `confine()`.
 
 Afterwards it reads and writes the descriptors that it holds, receives further ones over a socket that it holds, uses
 its memory and starts threads. Whatever else it asks of the kernel is refused with EPERM: to open, create, rename or
 remove a file, to connect or listen, to start a program or a process, to signal or look into another one. Nothing of
 this can be undone, and it needs no root.
 
-Two mechanisms of Linux do it, each for itself as far as it goes. A seccomp filter (3.17, here for x86_64 and aarch64)
-lets the system calls below pass and no others. Landlock (5.13) denies every file, from ABI 4 on also TCP, from ABI 6
-on also signals and abstract sockets. Where one of them lacks, `confine` says so and goes on with the other.
+Two Linux mechanisms do this, each as far as it goes. A seccomp filter (3.17, here for x86_64 and aarch64)
+allows only the system calls below. Landlock (5.13) denies every file, from ABI 4 on also TCP, from ABI 6
+on also signals and abstract sockets. If one of them is missing, `confine` reports it and continues with the other.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _Machine:
     audit: int
     seccomp: int
     free: tuple[int, ...]  # allowed whatever their arguments are; the usual ones first
-    mapping: tuple[int, ...]  # allowed where their third argument does not ask for executable memory
+    mapping: tuple[int, ...]  # allowed if their third argument does not ask for executable memory
     clone: int
     tgkill: int
     prlimit: int
@@ -93,9 +93,9 @@ _MACHINES = {
 
 
 def hide_memory() -> None:
-    """Keeps other processes of this user out of this one: no look into its memory or environment, no core dumps.
+    """Keeps other processes of this user out of this one: no access to its memory or environment, no core dumps.
 
-    Of a process that root runs, root's other processes can see all the same. What it starts by exec is not covered.
+    Root's other processes still see everything of a process that root runs. What it starts by exec is not covered.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
@@ -108,44 +108,44 @@ def limit(memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     if sys.platform == "linux":
-        # A full machine should lose this process before it loses the one that it works for.
+        # If memory runs out, this process should be killed before the one that it works for.
         Path("/proc/self/oom_score_adj").write_text("900", encoding="ascii")
 
 
 def confine() -> tuple[str, ...]:
-    """Gives up every right but those above, for all threads. Import everything first: no file opens any more.
+    """Gives up every right but those above, for all threads. Import everything first: afterwards no file can be opened.
 
     Returns:
-        What this kernel could not forbid, in words; empty where it forbids all of it.
+        What this kernel could not forbid, in words; empty if it forbids all of it.
     """
     if sys.platform != "linux":
         return lacking()
     libc = _libc()
-    found: list[str] = []
+    missing: list[str] = []
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         return (f"no_new_privs ({_reason()})",)
     abi = _landlock_abi(libc)
-    found += _missing_of_landlock(abi)
+    missing += _missing_of_landlock(abi)
     if abi:
         ruleset = _ruleset(abi)
         descriptor = libc.syscall(_CREATE_RULESET, ruleset, len(ruleset), 0)
         if descriptor < 0 or libc.syscall(_RESTRICT_SELF, descriptor, 0):
-            found.append(f"Landlock ({_reason()})")
+            missing.append(f"Landlock ({_reason()})")
         if descriptor >= 0:
             os.close(descriptor)
     machine = _MACHINES.get(platform.machine())
     if machine is None or not _has_seccomp(libc, machine):
-        return (*found, _no_seccomp())
+        return (*missing, _no_seccomp())
     program = _program(machine, os.getpid())
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *one) for one in program))
     pointed = _Program(len(program), ctypes.addressof(code))
     if libc.syscall(machine.seccomp, _SET_MODE_FILTER, _ALL_THREADS, ctypes.byref(pointed)):
-        found.append(f"seccomp ({_reason()})")
-    return tuple(found)
+        missing.append(f"seccomp ({_reason()})")
+    return tuple(missing)
 
 
 def lacking() -> tuple[str, ...]:
-    """What `confine` could not forbid on this machine, in words; empty where it could forbid all."""
+    """What `confine` could not forbid on this machine, in words; empty if it could forbid all."""
     if sys.platform != "linux":
         return ("Landlock and seccomp (this is not Linux)",)
     libc = _libc()
@@ -155,7 +155,7 @@ def lacking() -> tuple[str, ...]:
 
 
 def described() -> str:
-    """The mechanisms that are there."""
+    """The available mechanisms."""
     if sys.platform != "linux":
         return "none"
     libc = _libc()
@@ -168,7 +168,7 @@ def described() -> str:
 
 
 def _landlock_abi(libc: ctypes.CDLL) -> int:
-    """0 where the kernel has none or has it switched off."""
+    """Landlock's ABI; 0 if the kernel has none or it is switched off."""
     return max(0, int(libc.syscall(_CREATE_RULESET, None, 0, _VERSION)))
 
 
@@ -219,7 +219,7 @@ def _program(machine: _Machine, own: int) -> list[tuple[int, int, int, int]]:
         return load(_ARGUMENTS + 8 * number + 4 * high)  # both architectures are little-endian
 
     def when(call: int, *then: tuple[int, int, int, int]) -> list[tuple[int, int, int, int]]:
-        """`then`, which returns, where the call is this one. Afterwards its number is in the accumulator again."""
+        """`then`, which returns, if the call is this one. Afterwards its number is in the accumulator again."""
         return [(_EQUAL, 0, len(then), call), *then]
 
     code = [load(_ARCHITECTURE), (_EQUAL, 1, 0, machine.audit), refuse, load(_NUMBER)]
@@ -228,7 +228,7 @@ def _program(machine: _Machine, own: int) -> list[tuple[int, int, int, int]]:
     for call in machine.mapping:
         code += when(call, argument(2), (_ANY_BIT, 0, 1, _PROT_EXEC), refuse, allow)
     code += when(machine.clone, argument(0), (_ANY_BIT, 0, 1, _CLONE_THREAD), allow, refuse)
-    # Its flags lie in memory, which a filter can't read; told that there is no such call, libc uses clone.
+    # Its flags are in memory, which a filter can't read; if the call does not exist, libc uses clone.
     code += when(_CLONE3, (_RETURN, 0, 0, _ERRNO | errno.ENOSYS))
     code += when(  # abort() signals its own thread
         machine.tgkill,

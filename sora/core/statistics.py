@@ -1,7 +1,7 @@
 """Statistics of a classifier's answers: pure functions on arrays.
 
-`confidence` is `(n,) float` and `right` `(n,) bool`: probabilities, and whether what they are of was so. A task's
-`decisions` gives both (`sora.tasks`).
+`confidence` is `(n,) float` and `right` `(n,) bool`: probabilities, and whether the events happened. A task's
+`decisions` returns both (`sora.tasks`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def wilson(successes: float, trials: int, confidence: float = 0.95) -> tuple[flo
 
 
 def _bin(confidence: np.ndarray, bins: int) -> np.ndarray:
-    """Number of the bin, (low, high] as in Guo et al., that each confidence falls into."""
+    """The number of the bin, (low, high] as in Guo et al., of each confidence."""
     number: np.ndarray = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     return number
 
@@ -45,14 +45,14 @@ def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> 
 
 
 def expected_calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> float:
-    """Mean distance of confidence and accuracy over bins of equal width, weighted by videos (Guo et al. 2017)."""
+    """Mean distance between confidence and accuracy over bins of equal width, weighted by videos (Guo et al. 2017)."""
     if len(confidence) == 0:
         return 0.0
     return float(np.abs(np.bincount(_bin(confidence, bins), weights=confidence - right)).sum() / len(confidence))
 
 
 def calibration_noise(confidence: np.ndarray, quantile: float = 0.95, draws: int = 200) -> float:
-    """The calibration error that a *perfectly* calibrated model with these confidences stays below, by chance.
+    """The bound below which a *perfectly* calibrated model's calibration error stays by chance at these confidences.
 
     Consistency resampling (Bröcker & Smith 2007): outcomes are drawn with the confidences as their probabilities. With
     confidences spread from 0.55 to 1 it is 0.20 with 30 videos, 0.15 with 60 and 0.04 with 1000, so that a limit of 0.1
@@ -73,16 +73,16 @@ def unsure_below(confidence: np.ndarray, right: np.ndarray, precision: float) ->
     meets: for 0.9 it takes eight right answers in a row, where the plain share would trust the first one.
 
     Args:
-        confidence: `(videos,) float`, of the answer given.
+        confidence: `(videos,) float`, of the given answer.
         right: `(videos,) bool`.
 
     Returns:
-        A confidence; just above 1, so that every answer is unsure, where no threshold gives the precision.
+        A confidence; just above 1, so that every answer is unsure, if no threshold gives the precision.
     """
     order = np.argsort(-confidence, kind="stable")
     ranked, hits = confidence[order], np.cumsum(right[order])
     known = (hits + 1) / (np.arange(len(order)) + 3)
-    last = np.append(ranked[1:] < ranked[:-1], True) if len(ranked) else np.zeros(0, bool)  # equals stay together
+    last = np.append(ranked[1:] < ranked[:-1], True) if len(ranked) else np.zeros(0, bool)  # ties stay together
     good = np.flatnonzero((known >= precision) & last)
     return float(ranked[good[-1]]) if len(good) else math.nextafter(1, 2)
 
@@ -90,5 +90,5 @@ def unsure_below(confidence: np.ndarray, right: np.ndarray, precision: float) ->
 def selective(confidence: np.ndarray, right: np.ndarray, below: float) -> dict[str, float]:
     """`coverage`: share of the videos with at least the confidence `below`; `sure_precision`: share of those right."""
     sure = confidence >= below
-    found = {"coverage": float(sure.mean())} if len(sure) else {}
-    return found | ({"sure_precision": float(right[sure].mean())} if sure.any() else {})
+    measured = {"coverage": float(sure.mean())} if len(sure) else {}
+    return measured | ({"sure_precision": float(right[sure].mean())} if sure.any() else {})

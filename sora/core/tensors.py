@@ -26,13 +26,13 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         if self.dtype not in _BYTES:
-            raise ValueError(f"the tensor {self.name!r} has the dtype {self.dtype!r}, known are {', '.join(_BYTES)}")
+            raise ValueError(f"the tensor {self.name!r} has the dtype {self.dtype!r}, not one of {', '.join(_BYTES)}")
         if any(type(side) is not int or side < 1 for side in self.shape):
             raise ValueError(f"the tensor {self.name!r} has the shape {self.shape}")
 
     @property
     def bytes(self) -> int:
-        """Of one clip."""
+        """The size of one clip."""
         return math.prod(self.shape) * _BYTES[self.dtype]
 
     def to_dict(self) -> dict[str, Any]:
@@ -42,6 +42,6 @@ class TensorSpec:
     def from_dict(cls, value: Mapping[str, Any]) -> TensorSpec:
         """
         Raises:
-            ValueError, TypeError, KeyError: `value` describes no tensor.
+            ValueError, TypeError, KeyError: `value` does not describe a tensor.
         """
         return cls(str(value["name"]), str(value["dtype"]), tuple(value["shape"]))

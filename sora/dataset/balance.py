@@ -1,4 +1,4 @@
-"""The objective of every division of videos into parts: each class should have in each part what is wanted of it."""
+"""The objective of every division of videos into parts: each part should have the wanted number of each class."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Number = TypeVar("Number", float, np.ndarray)
 
 
 def change(own: Number, wanted: Number, have: Number) -> Number:
-    """How the squared distance to the wanted count of a class changes when a part gets `own` more of it.
+    """How the squared distance to the wanted count of a class changes when a part gets `own` more videos of it.
 
-    The distance is relative to what is wanted, so that a rare class weighs as much as a frequent one. The lower, the
-    better; summed over the classes of a unit it says what putting the unit there costs. Of arrays it is taken element
+    The distance is relative to the wanted count, so that a rare class weighs as much as a frequent one. Lower is
+    better; summed over the classes of a unit it is the cost of putting the unit there. Arrays are handled element
     by element.
     """
     cost: Number = own / wanted * (own - 2 * (wanted - have))

@@ -1,6 +1,6 @@
-"""`sora check`: decode every video of a folder, judge the set, and write what was found.
+"""`sora check`: decode every video of a folder, judge the set, and write the report.
 
-Nothing is written into the folder that is checked. Facts found in a project are kept for the next run, which then
+Nothing is written into the checked folder. Facts about a project's videos are kept for the next run, which then
 does not decode those videos again.
 """
 
@@ -18,7 +18,7 @@ from sora.dataset.quality import ValidationReport, docs, judge
 from sora.dataset.quality.rules import FIXES, SPLITS_LOST
 
 DEFAULT_OUT = "sora-check"
-_SHOWN = 10  # rejected videos printed a rule
+_SHOWN = 10  # rejected videos printed per rule
 
 
 def check(
@@ -35,13 +35,13 @@ def check(
 
     Args:
         target: a project, a project's folder or its `data/`, or a folder `<class>/…/<video>`.
-        settings: default: the project's, or outside of one the defaults, with every class folder a class.
+        settings: default: the project's; outside a project the defaults, with every class folder as a class.
         out: default: the project's `.sora/check`, or `sora-check` in the working directory.
         reference: accepted videos of each class to compare the balance with; default: the project's last judged run.
         progress: called with (done, total) files.
 
     Raises:
-        InputError: no such folder; `out` lies in the folder to check; a `labels.csv` that can't be used.
+        InputError: no such folder; `out` is in the folder to check; a `labels.csv` that can't be used.
         DiskFull, ServiceError: the report can't be written.
     """
     project = target if isinstance(target, Project) else _project(target)
@@ -62,11 +62,11 @@ def check(
         previous, journal = None, out / "manifest.jsonl"
     out = out.resolve()
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder", fix="give a folder of labelled videos: <class>/<video>")
+        raise InputError(f"{folder} is not a folder", fix="name a folder of labelled videos: <class>/<video>")
     if out.is_relative_to(folder.resolve()):
         raise InputError(
-            f"the report would go to {out}, into the folder that is checked",
-            fix="run from another directory or give --out DIR",
+            f"the report would go to {out}, inside the folder to check",
+            fix="run from another directory or add --out DIR",
         )
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -76,14 +76,14 @@ def check(
     built = manifest.build(folder, settings, previous=previous, journal=journal, progress=progress)
     manifest.write(built, written)
     if project is None:
-        journal.unlink(missing_ok=True)  # the manifest holds it all; a project's next run reads the journal
+        journal.unlink(missing_ok=True)  # the manifest holds everything; a project's next run reads the journal
     judgement = judge(built, settings, reference=reference)
     docs.write(docs_of(out), judgement)
     report = judgement.report
     if project is not None:
         try:
             ledger.require(project.splits_file, ledger.remembered(project))
-        except SoraError as error:  # what `sora run` would say, too
+        except SoraError as error:  # `sora run` would say the same
             report = report.stopped(SPLITS_LOST, error.message)
     with atomic(out / "report.json") as file:
         file.write(json.dumps(report.to_dict(), indent=1, ensure_ascii=False).encode() + b"\n")
@@ -91,7 +91,7 @@ def check(
 
 
 def docs_of(out: Path) -> Path:
-    """Where the Data Docs of a check lie."""
+    """The folder with the Data Docs of a check."""
     return out / "data_docs"
 
 
@@ -103,7 +103,7 @@ def _project(folder: Path) -> Project | None:
 
 
 def show(report: ValidationReport, out: Path) -> None:
-    """Prints a report for a person on standard output."""
+    """Prints a readable report on standard output."""
     from rich.table import Table
 
     from sora.core.progress import console as make_console

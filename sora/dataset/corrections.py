@@ -1,7 +1,7 @@
-"""The inbox of corrections: clips that users say were answered wrongly, with the label that they say is right.
+"""The inbox of corrections: clips that got a wrong answer according to users, with the label that they say is right.
 
-`.sora/inbox/<sha256><suffix>` and beside it `<sha256>.json`, written last: without it the clip is not there. Nothing of
-it is learned from before somebody accepts it into `data/`.
+`.sora/inbox/<sha256><suffix>` and beside it `<sha256>.json`, written last: without it the clip does not count. Nothing
+is learned from a clip before somebody accepts it into `data/`.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from sora.core.files import atomic, writing
 from sora.dataset.scan import LABELS
 
 log = logging.getLogger("sora.dataset")
-FOLDER = "corrections"  # below a class's folder, or below data/ where labels.csv has the labels
+FOLDER = "corrections"  # below a class's folder, or below data/ if labels.csv has the labels
 SHORT = 12  # digits of the sha256 in an accepted file's name
-NEXT = "the next `sora run` makes a new data version"  # what makes an accepted clip count
+NEXT = "the next `sora run` makes a new data version"  # printed after a clip was accepted
 _LOCK = ".lock"
 _LOCK_SECONDS = 30.0
-_MOST_SAID = 20  # labels, and sources, kept of one clip
-_RECORDS = "sources.json"  # beside the clips: how the reviews of each source's corrections went
-_MOST_SOURCES = 200  # kept; the one whose last review is the longest ago goes first
-_OFTEN = 3  # a source with so many refused corrections, and more refused than accepted ones, is refused often
-# First bytes → suffix. Ours and never the client's, and none that `scan.ignored` takes for a document.
+_MOST_SAID = 20  # labels, and sources, kept per clip
+_RECORDS = "sources.json"  # beside the clips: the results of the reviews of each source's corrections
+_MOST_SOURCES = 200  # kept; the one with the oldest last review is dropped first
+_OFTEN = 3  # with this many refused corrections, and more refused than accepted ones, a source is refused often
+# First bytes → suffix. The suffix is never the client's, and never one that `scan.ignored` takes for a document.
 _MAGIC = (
     (4, b"ftypqt", ".mov"), (4, b"ftyp3g", ".3gp"), (4, b"ftyp", ".mp4"), (4, b"moov", ".mov"), (4, b"mdat", ".mov"),
     (0, b"\x1a\x45\xdf\xa3", ".mkv"), (0, b"RIFF", ".avi"), (0, b"OggS", ".ogv"), (0, b"FLV", ".flv"),
@@ -55,15 +55,15 @@ class InboxFull(ServiceError):
 
 
 class NoEntry(InputError):
-    """No clip of that id waits in the inbox."""
+    """No clip with that id is waiting in the inbox."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Who sent corrections, and what became of those that were reviewed."""
+    """Who sent corrections, and how their reviews ended."""
 
-    name: str  # a token's name, or `address …` where there are no tokens
-    accepted: int = 0  # into data/, under the label that it said
+    name: str  # a token's name, or `address …` if there are no tokens
+    accepted: int = 0  # into data/, under the label that the source gave
     refused: int = 0  # rejected, or accepted under another label
 
     @property
@@ -81,18 +81,18 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One clip that waits for review."""
+    """One clip that is waiting for review."""
 
     id: str  # sha256 of its bytes
     suffix: str  # of its container
     bytes: int
-    filename: str  # what the client called it: for showing, never for opening
-    label: str  # what it is, by the last who said so
-    said: dict[str, int]  # label → how often it was said, since one clip may be sent again
-    predicted: str  # what the model answered
+    filename: str  # the client's name for it: only shown, never opened
+    label: str  # what it is, according to the last sender
+    said: dict[str, int]  # label → how often it was sent: a clip may be sent again
+    predicted: str  # the model's answer
     version: int  # of the model
     received: str  # ISO 8601, UTC: the first time
-    sources: dict[str, str] = field(default_factory=dict)  # who said something of it → the label; empty in old entries
+    sources: dict[str, str] = field(default_factory=dict)  # sender → the label; empty in old entries
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,7 +102,7 @@ class Inbox:
     """The corrections of one project.
 
     Arguments:
-        project: whose `.sora/inbox/` it is, and whose `data/` takes what is accepted.
+        project: the owner of `.sora/inbox/`, and of the `data/` that receives accepted clips.
         max_files, max_bytes: of all clips together.
     """
 
@@ -116,47 +116,47 @@ class Inbox:
         return self._project.inbox
 
     def entries(self) -> list[Entry]:
-        """All that wait, the newest last."""
-        found = []
+        """All waiting clips, the newest last."""
+        waiting = []
         for file in self.folder.glob("*.json"):
             with suppress(OSError, ValueError, TypeError):  # accepted meanwhile, or not ours
                 entry = Entry(**json.loads(file.read_text(encoding="utf-8")))
                 if entry.id == file.stem and _is_digest(entry.id):
-                    found.append(entry)
-        return sorted(found, key=lambda entry: (entry.received, entry.id))
+                    waiting.append(entry)
+        return sorted(waiting, key=lambda entry: (entry.received, entry.id))
 
     def find(self, ident: str) -> Entry:
-        """The entry of an id, or of its first 8 digits or more where they name one.
+        """The entry with this id, or whose id starts with these 8 digits or more.
 
         Raises:
-            NoEntry: none or several have it, or it is no id.
+            NoEntry: no entry or several match, or it is not an id.
         """
         if re.fullmatch(r"[0-9a-f]{8,64}", ident):
-            found = [entry for entry in self.entries() if entry.id.startswith(ident)]
-            if len(found) == 1:
-                return found[0]
-        raise NoEntry(f"no correction {ident[:80]!r} waits for review", fix="`sora data review` lists what does")
+            matches = [entry for entry in self.entries() if entry.id.startswith(ident)]
+            if len(matches) == 1:
+                return matches[0]
+        raise NoEntry(f"no correction {ident[:80]!r} is waiting", fix="`sora data review` lists those that are")
 
     def sources(self) -> dict[str, Source]:
-        """What is kept of every source, by name. None: nothing of theirs was reviewed yet."""
+        """The records of every source, by name. A source without reviewed corrections is not in it."""
         try:
             kept = json.loads((self.folder / _RECORDS).read_text(encoding="utf-8"))
-            found = [Source(str(one["name"]), int(one["accepted"]), int(one["refused"])) for one in kept]
+            sources = [Source(str(one["name"]), int(one["accepted"]), int(one["refused"])) for one in kept]
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, KeyError) as error:
-            # Counts that help a reviewer must not keep the clips from being reviewed.
-            log.warning("%s can't be read, counting begins anew: %s", self.folder / _RECORDS, error)
+            # These counts only help a reviewer: without them clips can still be reviewed.
+            log.warning("%s can't be read, counting starts again: %s", self.folder / _RECORDS, error)
             return {}
-        return {one.name: one for one in found}
+        return {one.name: one for one in sources}
 
     def sent_by(self, entry: Entry, known: dict[str, Source] | None = None) -> list[Source]:
-        """The sources of a clip, the last one to say something last. `known`: what `sources` gave."""
+        """The sources of a clip, the latest sender last. `known`: what `sources` returned."""
         known = self.sources() if known is None else known
         return [known.get(name, Source(name)) for name in entry.sources]
 
     def _count(self, entry: Entry, label: str | None) -> None:
-        """Notes a review: `label` is what the clip was accepted under, None where it was rejected."""
+        """Records a review: `label` is what the clip was accepted under, None if it was rejected."""
         known = self.sources()
         for name, said in entry.sources.items():
             before = known.pop(name, Source(name))
@@ -170,12 +170,12 @@ class Inbox:
         return self.folder / (entry.id + entry.suffix)
 
     def add(self, video: Path, *, filename: str, label: str, predicted: str, version: int, source: str = "") -> Entry:
-        """Stores a clip, or, if its bytes wait here already, only what was said of it.
+        """Stores a clip or, if its bytes are already waiting, only the new label.
 
         Arguments:
-            video: a file that was found to be a usable video; it stays where it is.
+            video: a file that is known to be a usable video; it stays where it is.
             label, predicted: classes, checked by the caller.
-            source: who says so; the reviewer sees how often they were refused.
+            source: who sent it; the reviewer sees how often they were refused.
 
         Raises:
             InboxFull: the quota does not allow it.
@@ -207,7 +207,7 @@ class Inbox:
         return entry
 
     def _sweep(self) -> None:
-        """Removes what a crash left: drafts, and clips whose entry was not written or is gone already."""
+        """Removes what a crash left: drafts, and clips whose entry was not written or is already gone."""
         ids = {file.stem for file in self.folder.glob("*.json")}
         with writing(self.folder):
             for file in self.folder.iterdir():
@@ -219,21 +219,21 @@ class Inbox:
         if len(entries) >= self.max_files or used + size > self.max_bytes:
             raise InboxFull(
                 f"the inbox holds {len(entries)} of {self.max_files} clips and {used:,} of {self.max_bytes:,} bytes",
-                fix="review what waits (`sora data review`), or raise serve.inbox_files and serve.inbox_bytes",
+                fix="review the waiting clips (`sora data review`), or raise serve.inbox_files and serve.inbox_bytes",
             )
 
     def accept(self, ident: str, label: str | None = None) -> Path:
-        """Copies a clip into `data/` under its label, or another, and takes it out of the inbox.
+        """Copies a clip into `data/` under its label, or another, and removes it from the inbox.
 
-        `data/<label>/corrections/`, or, where `data/labels.csv` has the labels, `data/corrections/` and a row there.
-        After a crash in between the same call completes it.
+        To `data/<label>/corrections/` or, if `data/labels.csv` has the labels, to `data/corrections/` and a row there.
+        After a crash in between, the same call completes it.
 
         Returns:
             The file's path below `data/`.
 
         Raises:
             NoEntry: no such clip waits.
-            InputError: the label is no class of the project, or `data/` holds these bytes already.
+            InputError: the label is not a class of the project, or `data/` already holds these bytes.
             DiskFull, ServiceError: it can't be written.
         """
         with self._locked():
@@ -248,7 +248,7 @@ class Inbox:
             same = [there for there in _same_bytes(data, entry) if there != target]
             if same:
                 raise InputError(
-                    f"data/ holds these bytes already: {same[0].relative_to(data).as_posix()}",
+                    f"data/ already holds these bytes: {same[0].relative_to(data).as_posix()}",
                     fix="correct the label there, and reject the correction",
                 )
             with writing(target):
@@ -263,17 +263,17 @@ class Inbox:
 
     def _check_label(self, label: str) -> None:
         settings = self._project.settings()
-        found = settings.task.names(label)
-        unknown = [name for name in found if name not in settings.classes]
-        if settings.classes and (unknown or not found):
+        names = settings.task.names(label)
+        unknown = [one for one in names if one not in settings.classes]
+        if settings.classes and (unknown or not names):
             wrong = unknown[0] if unknown else label
             raise InputError(
-                f"{wrong!r} is none of the classes {', '.join(settings.classes)}", fix="choose one of them"
+                f"{wrong!r} is not one of the classes {', '.join(settings.classes)}", fix="choose one of them"
             )
         in_table = (self._project.data / LABELS).is_file()
-        if not in_table and len(found) > 1:
+        if not in_table and len(names) > 1:
             raise InputError(
-                f"a folder gives one label, {label!r} are {len(found)}",
+                f"a folder gives one label, but {label!r} is {len(names)} labels",
                 fix=f"list the videos in {LABELS}, or accept it with --label CLASS",
             )
         if not in_table and (not label.strip(".") or re.search(r"[/\\\x00]", label)):
@@ -293,7 +293,7 @@ class Inbox:
 
     def _remove(self, entry: Entry) -> None:
         with writing(self.folder):
-            (self.folder / f"{entry.id}.json").unlink(missing_ok=True)  # first: from here on it is not there
+            (self.folder / f"{entry.id}.json").unlink(missing_ok=True)  # first: from here on the clip does not count
             self.file(entry).unlink(missing_ok=True)
 
     @contextmanager
@@ -311,7 +311,7 @@ class Inbox:
 
 
 def suffix_of(head: bytes) -> str:
-    """The suffix for a video that begins so; `.video` where its container is none of the usual ones."""
+    """The suffix for a video with these first bytes; `.video` if its container is not one of the usual ones."""
     suffix = next((suffix for at, magic, suffix in _MAGIC if head[at : at + len(magic)] == magic), ".video")
     return ".webm" if suffix == ".mkv" and b"webm" in head[:64] else suffix
 
@@ -333,17 +333,17 @@ def _same_bytes(data: Path, entry: Entry) -> Iterator[Path]:
 
 
 def _append_row(table: Path, path: str, label: str) -> None:
-    """Adds a video to labels.csv, in the order of its columns. One that stands there so already is left."""
+    """Adds a video to labels.csv, in the order of its columns. An identical row is left alone."""
     with writing(table):
         text = table.read_bytes().decode("utf-8-sig")
     rows = list(csv.reader(io.StringIO(text, newline=""), skipinitialspace=True))
     columns = [name.strip() for name in rows[0]] if rows else []
     if not {"path", "label"} <= set(columns):
-        raise InputError(f"{table} has the columns {columns}", fix="it needs a first line `path,label[,group]`")
+        raise InputError(f"{table} has the columns {columns}", fix="it needs the first line `path,label[,group]`")
     known = [dict(zip(columns, row, strict=False)) for row in rows[1:]]
     listed = next((row.get("label") for row in known if row.get("path") == path), None)
     if listed not in (None, label):
-        raise InputError(f"{table} lists {path} as {listed!r} already", fix="correct the label there")
+        raise InputError(f"{table} already lists {path} as {listed!r}", fix="correct the label there")
     if listed is not None:
         return
     end = "\r\n" if "\r\n" in text else "\n"

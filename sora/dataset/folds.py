@@ -1,4 +1,4 @@
-"""Folds of cross-validation: parts of equal size and alike in classes that divide no unit."""
+"""Folds of cross-validation: parts of equal size and similar class shares that divide no unit."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sora.dataset import balance
 
 
 def stratified(labels: Sequence[Any] | np.ndarray, units: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """Number of the fold of each video, `(videos,) int64`, 0 … folds-1.
+    """The fold number of each video, `(videos,) int64`, 0 … folds-1.
 
-    Larger units are placed first, equals in an order drawn from `seed`; each goes where the squared distance to the
+    Larger units are placed first, equal ones in an order drawn from `seed`; each goes where the squared distance to the
     wanted number of every class falls most. The result depends on the set of (label, unit) rows, on their order and on
     the seed alone.
 
     Args:
         labels: the class of each video.
-        units: `(videos,) int`: videos of one number stay together (see `splits.units`).
+        units: `(videos,) int`: videos with the same number stay together (see `splits.units`).
 
     Raises:
         InputError: fewer units than folds.
@@ -32,7 +32,7 @@ def stratified(labels: Sequence[Any] | np.ndarray, units: np.ndarray, folds: int
     if not 2 <= folds <= count:
         raise InputError(
             f"{len(unit)} videos of {count} groups (or of no group) can't make {folds} folds",
-            fix="take fewer folds (at least 2), or add videos of more people, cameras or sources",
+            fix="use fewer folds (at least 2), or add videos of more people, cameras or sources",
         )
     content = np.zeros((count, int(label.max()) + 1))  # videos of each class in each unit
     np.add.at(content, (unit, label), 1)
@@ -49,9 +49,9 @@ def stratified(labels: Sequence[Any] | np.ndarray, units: np.ndarray, folds: int
 
 
 def with_validation(train: np.ndarray, labels: np.ndarray, units: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Which of the videos that `train` marks, `(videos,) bool`, to keep aside for early stopping; marks them likewise.
+    """Which of the videos marked in `train`, `(videos,) bool`, to hold out for early stopping; returns such a mask.
 
-    About `share` of them, by whole units. None where `share` is 0, where the units are too few to divide, or where a
+    About `share` of them, by whole units. None if `share` is 0, if there are too few units to divide, or if a
     class would have no video left to train on.
     """
     chosen = np.zeros(len(train), bool)

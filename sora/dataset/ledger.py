@@ -1,8 +1,8 @@
-"""The split ledger as a file: its rows, what a judged run recorded of them, and how lost rows come back.
+"""The split ledger as a file: its rows, those that a judged run recorded, and how lost rows are restored.
 
-`splits.csv` decides which videos the test figures are about. A row that is lost is dealt anew, and then yesterday's
-training videos stand in today's test split: the figures rise and mean nothing. So each run stores the ledger with
-itself, and the next one compares: what was recorded must still be there, word for word. Rows may only be added.
+`splits.csv` decides which videos the test figures are about. If a row is lost, its video is assigned again, and
+yesterday's training videos are in today's test split: the figures rise and mean nothing. So each run stores the ledger
+with itself, and the next one compares: all recorded rows must still be there, word for word. Rows may only be added.
 
 Standard library only: `sora doctor` reads ledgers too.
 """
@@ -24,8 +24,8 @@ from sora.core.files import atomic, writing
 from sora.core.ledger import BY_HAND, COLUMNS, HEADER, Recorded, Row, parse, row_of
 from sora.dataset.versioning.dvc import git
 
-RESTORE = "`sora splits restore` brings back what was recorded, and keeps new rows"
-ANEW = "to deal all videos anew on purpose, give the project another `name` in params.yaml: a new history begins"
+RESTORE = "`sora splits restore` brings back the recorded rows, and keeps new ones"
+ANEW = "to assign all videos again on purpose, give the project another `name` in params.yaml: a new history begins"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,10 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What `restore` did, in rows. `copy` is where the file lies that stood there before; None where none was changed.
+    """What `restore` did, in rows. `copy` is the path of the previous file; None if no file was changed.
 
-    `dropped` counts rows that were not recorded and contradict what was, or could not be read: those videos are dealt
-    by the next run.
+    `dropped` counts rows that were not recorded and contradict what was, or could not be read: the next run assigns
+    those videos.
     """
 
     source: str
@@ -57,7 +57,7 @@ class Restored:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of the ledger; none where there is no file.
+    """The rows of the ledger; none if there is no file.
 
     Raises:
         InputError: see `parse`; or the file can't be read.
@@ -66,7 +66,7 @@ def read(path: Path) -> list[Row]:
 
 
 def text(rows: Iterable[Row]) -> str:
-    """The file that holds these rows."""
+    """The content of a file with these rows."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -75,7 +75,7 @@ def text(rows: Iterable[Row]) -> str:
 
 
 def compare(recorded: Iterable[Row], now: Iterable[Row]) -> Difference:
-    """What of `recorded` is not in `now` any more."""
+    """What of `recorded` is no longer in `now`."""
     split = {row.sha256: row.split for row in now}
     lost, moved = [], []
     for row in recorded:
@@ -90,11 +90,11 @@ def require(path: Path, recorded: Recorded | None, *, judged: bool = False) -> l
     """The rows of the ledger, which must hold all that the last judged run recorded.
 
     Args:
-        recorded: None where no run was judged, or none whose ledger can be read.
-        judged: whether any run was.
+        recorded: None if no run was judged, or none whose ledger can be read.
+        judged: whether any run was judged.
 
     Raises:
-        SplitsLost: rows are missing or changed, the file is damaged, or git's last commit has it and it is gone.
+        SplitsLost: rows are missing or changed, the file is damaged, or it is gone although git's last commit has it.
         InputError: the file is damaged, and there is nothing to restore it from.
     """
     try:
@@ -107,44 +107,44 @@ def require(path: Path, recorded: Recorded | None, *, judged: bool = False) -> l
         if not rows and (judged or _committed(path)):
             who = "runs were judged on its splits" if judged else "git's last commit has it with rows"
             raise SplitsLost(
-                f"{path} is gone or empty, and {who}: its videos would be dealt anew, and videos that models were "
+                f"{path} is gone or empty, and {who}: its videos would be assigned again, and videos that models were "
                 "trained on would become test videos",
-                fix=f"`git checkout {path.name}`, or `sora restore` a backup; to deal all videos anew on purpose, "
+                fix=f"`git checkout {path.name}`, or `sora restore` a backup; to assign all videos again on purpose, "
                 f"commit the removal of {path.name} and give the project another `name` in params.yaml",
             )
         return rows
-    if found := compare(recorded.rows, rows):
-        raise SplitsLost(_words(path, recorded, found, len(rows)), fix=f"{RESTORE}; {ANEW}")
+    if difference := compare(recorded.rows, rows):
+        raise SplitsLost(_words(path, recorded, difference, len(rows)), fix=f"{RESTORE}; {ANEW}")
     return rows
 
 
-def _words(path: Path, recorded: Recorded, found: Difference, rows: int) -> str:
+def _words(path: Path, recorded: Recorded, difference: Difference, rows: int) -> str:
     what = []
-    if found.lost:
-        tests = sum(row.split == "test" for row in found.lost)
-        what.append(f"{len(found.lost)} of them are missing ({tests} test videos)")
-    if found.moved:
-        first = found.moved[0]
-        what.append(f"{len(found.moved)} stand in another split ({first.sha256[:12]}… was {first.split})")
+    if difference.lost:
+        tests = sum(row.split == "test" for row in difference.lost)
+        what.append(f"{len(difference.lost)} of them are missing ({tests} test videos)")
+    if difference.moved:
+        first = difference.moved[0]
+        what.append(f"{len(difference.moved)} are in another split ({first.sha256[:12]}… was {first.split})")
     state = f"{path} has {rows} rows" if path.exists() else f"{path} is missing"
     return (
         f"{recorded.name} was judged on {len(recorded.rows)} videos' splits, and {' and '.join(what)}: {state}. "
-        "Dealt anew, videos that models were trained on would become test videos, and every figure would flatter"
+        "Assigned again, videos that models were trained on would become test videos, and every figure would flatter"
     )
 
 
 def restore(path: Path, recorded: Recorded, *, copies: Path) -> Restored:
-    """Makes the ledger hold all that was recorded, and after it the rows added since that do not contradict it.
+    """Makes the ledger hold all recorded rows, followed by the rows added since that do not contradict them.
 
-    Contradicting are another split for the same video (what was recorded wins), and a split for a group all of whose
-    recorded videos stand elsewhere. A file that is changed is kept below `copies` first.
+    These contradict: another split for the same video (what was recorded wins), and a split for a group all of whose
+    recorded videos are elsewhere. Before a file is changed, it is copied to `copies`.
 
     Raises:
-        DiskFull, ServiceError: it can't be written; the old file stands.
+        DiskFull, ServiceError: it can't be written; the old file remains.
     """
     content = _content(path)
     now, unread = _salvage(content or b"")
-    found = compare(recorded.rows, now)
+    difference = compare(recorded.rows, now)
     own = {row.sha256 for row in recorded.rows}
     sides: dict[str, set[str]] = {}
     for row in recorded.rows:
@@ -154,7 +154,7 @@ def restore(path: Path, recorded: Recorded, *, copies: Path) -> Restored:
     kept = [row for row in new if row.split in sides.get(row.group, {row.split})]
     dropped = unread + len(new) - len(kept)
     copy: Path | None = None
-    if found or dropped or content is None:
+    if difference or dropped or content is None:
         if content is not None:
             copy = _keep_copy(content, copies)
         with atomic(path) as file:
@@ -162,15 +162,15 @@ def restore(path: Path, recorded: Recorded, *, copies: Path) -> Restored:
     return Restored(
         source=recorded.name,
         rows=len(recorded.rows) + len(kept),
-        returned=len(found.lost),
-        corrected=len(found.moved),
+        returned=len(difference.lost),
+        corrected=len(difference.moved),
         kept=len(kept),
         dropped=dropped,
         copy=None if copy is None else str(copy),
     )
 
 
-# --- the copy on this machine, for those who ask without a server ---------------------------------------------------
+# --- the copy on this machine, for callers without a server ---------------------------------------------------------
 
 
 def remember(project: Project, recorded: Recorded) -> None:
@@ -184,7 +184,7 @@ def remember(project: Project, recorded: Recorded) -> None:
 
 
 def remembered(project: Project) -> Recorded | None:
-    """What `remember` kept; None where nothing was, or where it is of another `name` or can't be read."""
+    """What `remember` kept; None if there is nothing, or it has another `name` or can't be read."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         value = json.loads(_remembered_file(project).read_text(encoding="utf-8"))
         if value["name"] == project.settings().name:
@@ -210,11 +210,11 @@ def _content(path: Path) -> bytes | None:
 
 
 def _salvage(content: bytes) -> tuple[list[Row], int]:
-    """The rows of a damaged ledger that say one thing clearly, and how many lines do not."""
+    """The unambiguous rows of a damaged ledger, and the number of all other lines."""
     lines = content.split(b"\n")
     torn = lines.pop()  # after the last end of line: nothing, or half a line
     unread = int(bool(torn))
-    found: dict[str, Row | None] = {}
+    rows: dict[str, Row | None] = {}
     for number, line in enumerate(lines):
         if not line.strip() or (number == 0 and line.strip() == HEADER.encode()):
             continue
@@ -223,11 +223,11 @@ def _salvage(content: bytes) -> tuple[list[Row], int]:
             row = row_of(next(csv.reader([line.decode("utf-8").rstrip("\r")], strict=True)))
         if row is None:
             unread += 1
-        elif row.sha256 not in found:
-            found[row.sha256] = row
-        elif (known := found[row.sha256]) is not None and known.split != row.split:
-            found[row.sha256] = None  # two splits: neither is believed
-    return [row for row in found.values() if row], unread + sum(row is None for row in found.values())
+        elif row.sha256 not in rows:
+            rows[row.sha256] = row
+        elif (known := rows[row.sha256]) is not None and known.split != row.split:
+            rows[row.sha256] = None  # two splits: neither is believed
+    return [row for row in rows.values() if row], unread + sum(row is None for row in rows.values())
 
 
 def _keep_copy(content: bytes, folder: Path) -> Path:

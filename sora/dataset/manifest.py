@@ -1,7 +1,7 @@
-"""The manifest: what every file of a data folder is, found by decoding each once.
+"""The manifest: what every file of a data folder is. Each is decoded once.
 
-A pandas DataFrame with the columns of `records.VideoRecord`, a row a file, sorted by path. Facts belong to bytes: a
-file whose sha256 was decoded before, by the same code, is not decoded again, however it is called now.
+A pandas DataFrame with the columns of `records.VideoRecord`, one row per file, sorted by path. Facts belong to bytes: a
+file whose sha256 was decoded before, by the same code, is not decoded again, whatever its name is now.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ Progress = Callable[[int, int], None]  # (done, total)
 Complaint = tuple[str, str] | None  # (rule, detail) of a file that is not to be decoded
 
 COLUMNS = tuple(field.name for field in fields(VideoRecord))
-_NOTHING: dict[str, Any] = dict(MODALITY.facts)  # what stands in the row of a file that could not be read
+_NOTHING: dict[str, Any] = dict(MODALITY.facts)  # the facts of a file that could not be read
 _FACTS = tuple(_NOTHING)
-_OF_BOUNDS = {"too_large", "too_slow"}  # verdicts of decoding that hold as long as the bounds are the same
+_OF_BOUNDS = {"too_large", "too_slow"}  # verdicts of decoding that hold as long as the bounds stay the same
 _OF_BYTES = {None, "not_a_video", "unreadable", "truncated", *_OF_BOUNDS}  # verdicts that decoding gives
-_OF_PLACE = {"unlabelled", "unknown_label"}  # verdicts that stand where decoding found nothing wrong
+_OF_PLACE = {"unlabelled", "unknown_label"}  # verdicts that hold if decoding found nothing wrong
 _CRASHED = "the decoder crashed"  # may be the machine's fault: tried again the next time
 _TAG, _BOUNDS = "sora.facts", "sora.bounds"
 _TEXT = 200  # characters of a fact at most
@@ -56,21 +56,21 @@ def build(
 
     Args:
         previous: an earlier manifest (`read`, or made by this process), whose facts are reused by sha256.
-        journal: a file that facts are appended to as they are found (JSON lines), so that an interrupted call resumes.
+        journal: a file to which facts are appended at once (JSON lines), so that an interrupted call resumes.
             Remove it once the manifest is written.
-        workers: processes that decode; 0: one a core.
+        workers: processes that decode; 0: one per core.
         progress: called with (done, total) files.
 
     Raises:
         InputError: the folder or its `labels.csv` can't be used (see `scan`).
         DiskFull, ServiceError: the journal can't be written; worker processes can't start.
     """
-    found = scan(folder, settings)
+    files = scan(folder, settings)
     name = provenance.facts()
     rules = settings.validate_
     limits = json.dumps(rules.decoding(), sort_keys=True)
     facts = {**_reusable(previous, name, limits), **_journalled(journal, name, limits)}
-    total, done = len(found), 0
+    total, done = len(files), 0
 
     def step() -> None:
         nonlocal done
@@ -80,9 +80,9 @@ def build(
 
     if progress:
         progress(0, total)
-    digests = dict(zip((one.path for one in found), _digests(folder, found, rules.max_bytes), strict=True))
+    digests = dict(zip((one.path for one in files), _digests(folder, files, rules.max_bytes), strict=True))
     by_sha: dict[str, list[str]] = {}
-    for one in found:
+    for one in files:
         sha256 = digests[one.path][0]
         if sha256 and sha256 not in facts:
             by_sha.setdefault(sha256, []).append(one.path)
@@ -103,13 +103,13 @@ def build(
                     note.flush()
             for _ in by_sha[sha256]:
                 step()
-    return _table([_record(one, *digests[one.path], facts, rules) for one in found], name, limits)
+    return _table([_record(one, *digests[one.path], facts, rules) for one in files], name, limits)
 
 
 def _record(
     one: Found, sha256: str, size: int, complaint: Complaint, facts: dict[str, dict[str, Any]], rules: Validate
 ) -> VideoRecord:
-    """A row. What the bytes are goes before where the file lies: a stray text file is `not_a_video`, not unlabelled."""
+    """A row. What the bytes are precedes where the file is: a stray text file is `not_a_video`, not unlabelled."""
     known = facts.get(sha256, {**_NOTHING, "error": None, "detail": ""})
     error, detail = known["error"], known["detail"]
     if complaint:
@@ -125,7 +125,7 @@ def _record(
 
 
 def _result(answer: pool.Answer | VideoError) -> dict[str, Any]:
-    """Facts, `error` and `detail`, checked: a decoder's answer is as little to be trusted as its file."""
+    """Facts, `error` and `detail`, checked: a decoder's answer is no more trustworthy than its file."""
     try:
         if isinstance(answer, VideoError):
             raise answer
@@ -145,7 +145,7 @@ def _result(answer: pool.Answer | VideoError) -> dict[str, Any]:
 
 
 def _beyond(facts: dict[str, Any], rules: Validate) -> str:
-    """Which limit facts that were found under other limits are beyond, in the words of `video.ffmpeg`."""
+    """Which limit is exceeded by facts that were collected under other limits, in the words of `video.ffmpeg`."""
     frames = facts["frames"]
     if not frames:
         return ""
@@ -158,8 +158,8 @@ def _beyond(facts: dict[str, Any], rules: Validate) -> str:
     return ""
 
 
-def _digests(folder: Path, found: list[Found], max_bytes: int) -> Iterator[tuple[str, int, Complaint]]:
-    """(sha256, bytes, complaint) of each file; no sha256 of what is never opened, or beyond `max_bytes`."""
+def _digests(folder: Path, files: list[Found], max_bytes: int) -> Iterator[tuple[str, int, Complaint]]:
+    """(sha256, bytes, complaint) of each file; no sha256 if it is never opened or is beyond `max_bytes`."""
 
     def one(item: Found) -> tuple[str, int, Complaint]:
         if item.problem not in {None, *_OF_PLACE}:
@@ -175,25 +175,25 @@ def _digests(folder: Path, found: list[Found], max_bytes: int) -> Iterator[tuple
             return "", 0, ("unreadable", f"can't be read: {error.strerror}")
 
     with ThreadPoolExecutor(pool.cores()) as threads:
-        yield from threads.map(one, found)
+        yield from threads.map(one, files)
 
 
 def _no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
-# --- what was found before ------------------------------------------------------------------------------------------
+# --- earlier facts --------------------------------------------------------------------------------------------------
 
 
 def _reusable(previous: pd.DataFrame | None, name: str, limits: str) -> dict[str, dict[str, Any]]:
-    """sha256 → facts of an earlier manifest by the same code. What was beyond other bounds is looked at anew."""
+    """sha256 → facts of an earlier manifest by the same code. Files beyond other bounds are judged again."""
     if previous is None or previous.attrs.get(_TAG) != name:
         return {}
     facts = {}
     lasting = _OF_BYTES if previous.attrs.get(_BOUNDS) == limits else _OF_BYTES - _OF_BOUNDS
     for row in previous.to_dict("records"):
         error = row["error"] if isinstance(row["error"], str) else None
-        if error in _OF_BOUNDS and row["frames"]:  # all of it is known: `_record` judges it again
+        if error in _OF_BOUNDS and row["frames"]:  # all its facts are known: `_record` judges it again
             error = None
         if row["sha256"] and error in lasting | _OF_PLACE and not row["detail"].startswith(_CRASHED):
             verdict = (error, row["detail"]) if error in _OF_BYTES else (None, "")
@@ -202,7 +202,7 @@ def _reusable(previous: pd.DataFrame | None, name: str, limits: str) -> dict[str
 
 
 def _journalled(journal: Path | None, name: str, limits: str) -> dict[str, dict[str, Any]]:
-    """sha256 → facts of an interrupted call by the same code. A last line that is cut off counts for nothing."""
+    """sha256 → facts of an interrupted call by the same code. A last line that is cut off is ignored."""
     facts: dict[str, dict[str, Any]] = {}
     if journal is None or not journal.exists():
         return facts
@@ -248,7 +248,7 @@ def _table(records: list[VideoRecord], name: str, limits: str) -> pd.DataFrame:
 
 
 def write(manifest: pd.DataFrame, path: Path) -> None:
-    """As Parquet: whole or not at all, and the same bytes for the same rows.
+    """Writes Parquet: whole or not at all, and the same bytes for the same rows.
 
     Raises:
         DiskFull, ServiceError: it can't be written.
@@ -273,7 +273,7 @@ def read(path: Path) -> pd.DataFrame:
     """A manifest that `write` wrote.
 
     Raises:
-        InputError: it is not there, or none.
+        InputError: the file does not exist, or is not a manifest.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -281,9 +281,9 @@ def read(path: Path) -> pd.DataFrame:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path} is no manifest: {error}", fix="run `sora run`, which writes it") from error
+        raise InputError(f"{path} is not a manifest: {error}", fix="run `sora run`, which writes it") from error
     if table.column_names != list(COLUMNS):
-        raise InputError(f"{path} has other columns than a manifest", fix="remove it and run `sora run`")
+        raise InputError(f"{path} does not have a manifest's columns", fix="remove it and run `sora run`")
     manifest = table.to_pandas(ignore_metadata=True)
     for name in (_TAG, _BOUNDS):
         manifest.attrs[name] = (table.schema.metadata or {}).get(name.encode(), b"").decode()

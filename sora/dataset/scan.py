@@ -1,4 +1,4 @@
-"""Which files of a data folder are videos by name, and their label and group."""
+"""Which files of a data folder are videos by name, with their labels and groups."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sora.config import Settings
 from sora.core.errors import InputError
 
 LABELS = "labels.csv"
-# No videos by name. Pictures, sound and archives are not here: among videos they are mistakes worth a word.
+# Not videos by name. Pictures, sound and archives are not here: among videos they are mistakes worth reporting.
 _DOCUMENTS = frozenset(
     """
     bib cff cfg csv doc docx dvc html ini json jsonl log lock md md5 ods odt pdf py rst rtf sh sha1 sha256 sha512
@@ -23,7 +23,7 @@ _DOCUMENTS = frozenset(
     """.split()  # noqa: SIM905
 )
 _DOCUMENT_NAMES = re.compile(r"(readme|licen[cs]e|copying|notice|authors|changelog|citation|makefile)[\w-]*", re.I)
-UNVERSIONED = frozenset({".git", ".hg", ".dvc"})  # folders that DVC never versions, wherever they stand
+UNVERSIONED = frozenset({".git", ".hg", ".dvc"})  # folders that DVC never versions, wherever they are
 BAD_NAME = "its name is not UTF-8, and no version of data/ can hold it"
 _SYSTEM_NAMES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 
@@ -40,7 +40,7 @@ class Found:
 
 
 def ignored(name: str, folder: bool = False) -> bool:
-    """Whether a file or folder of this name is none of Sora's business. A class may be called `log`, a video not."""
+    """Whether Sora ignores a file or folder of this name. A class may be called `log`, a video may not."""
     if name.startswith(".") or name.lower() in _SYSTEM_NAMES:
         return True
     stem, _, suffix = name.rpartition(".")
@@ -51,19 +51,19 @@ def ignored(name: str, folder: bool = False) -> bool:
 def scan(folder: Path, settings: Settings) -> list[Found]:
     """All files below `folder` that are videos by name, sorted by path.
 
-    The label is the first folder's name, or comes from `labels.csv` (`path,label[,group]`) where there is one; then
-    files that it does not list have none. With `model.head: multilabel` the table may name several, joined by `|`.
+    The label is the first folder's name, or comes from `labels.csv` (`path,label[,group]`) if there is one; then
+    files that it does not list have no label. With `model.head: multilabel` a row may name several, joined by `|`.
     Links are reported, never followed.
 
     Raises:
-        InputError: no folder; a `labels.csv` that can't be used or names files that are not there.
+        InputError: no folder; a `labels.csv` that can't be used or names files that don't exist.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder", fix="give a folder of labelled videos: <class>/<video>")
+        raise InputError(f"{folder} is not a folder", fix="name a folder of labelled videos: <class>/<video>")
     listed = _read_labels(folder / LABELS) if (folder / LABELS).is_file() else None
     pattern = re.compile(settings.split.group_pattern) if settings.split.group_pattern else None
     task = settings.task
-    found = []
+    files = []
     for path, problem, detail in _walk(folder, "", listed or {}):
         label, group = (path.split("/", 1)[0] if "/" in path else None), None
         parted = ""  # a folder's name that would be several labels
@@ -84,20 +84,20 @@ def scan(folder: Path, settings: Settings) -> list[Found]:
             unknown = [name for name in task.names(label) if name not in settings.classes]
             if unknown:
                 problem, detail = "unknown_label", f"{unknown[0]!r} is none of {', '.join(settings.classes)}"
-        found.append(Found(path, label, group, problem, detail))
+        files.append(Found(path, label, group, problem, detail))
     if listed:
-        missing = sorted(set(listed) - {_key(one.path) for one in found})
+        missing = sorted(set(listed) - {_key(one.path) for one in files})
         if missing:
             some = ", ".join(repr(path) for path in missing[:10]) + (", …" if len(missing) > 10 else "")
             raise InputError(
-                f"{folder / LABELS} lists {len(missing)} files that are not there: {some}",
+                f"{folder / LABELS} lists {len(missing)} files that don't exist: {some}",
                 fix="paths are relative to the folder, with forward slashes; correct or remove the rows",
             )
-    return sorted(found, key=lambda one: one.path)
+    return sorted(files, key=lambda one: one.path)
 
 
 def _walk(folder: Path, below: str, listed: Container[str]) -> Iterator[tuple[str, str | None, str]]:
-    """(path, problem, detail) of files and of what can't be entered."""
+    """(path, problem, detail) of files, and of folders that can't be listed."""
     try:
         entries = list(os.scandir(folder))
     except OSError as error:
@@ -109,7 +109,7 @@ def _walk(folder: Path, below: str, listed: Container[str]) -> Iterator[tuple[st
             yield shown(path), "bad_name", BAD_NAME
             continue
         if ignored(entry.name, entry.is_dir(follow_symlinks=False)) and _key(path) not in listed:
-            if entry.is_dir(follow_symlinks=False):  # DVC versions what lies there all the same
+            if entry.is_dir(follow_symlinks=False):  # DVC versions what is there anyway
                 yield from ((name, "bad_name", BAD_NAME) for name in badly_named(Path(entry.path), path + "/"))
             continue
         if entry.is_symlink():
@@ -127,12 +127,12 @@ def _walk(folder: Path, below: str, listed: Container[str]) -> Iterator[tuple[st
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a name from the file system is UTF-8; Python holds the bytes of others as lone surrogates."""
+    """Whether a name from the file system is UTF-8; Python represents other bytes as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def shown(name: str) -> str:
-    """A name with the bytes that are not UTF-8 as `\\xff`."""
+    """A name with bytes that are not UTF-8 shown as `\\xff`."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -151,13 +151,13 @@ def badly_named(folder: Path, below: str = "") -> Iterator[str]:
 
 
 def _key(path: str) -> str:
-    """Names compare in one Unicode form: a table made on one system meets files unpacked on another."""
+    """Names are compared in one Unicode form: a table may come from another system than the files."""
     return unicodedata.normalize("NFC", path)
 
 
 def _read_labels(file: Path) -> dict[str, tuple[str | None, str | None]]:
     """path → (label, group)."""
-    fix = "it needs a first line `path,label` or `path,label,group`, UTF-8, and one line a video"
+    fix = "it needs the first line `path,label` or `path,label,group`, UTF-8, and one line per video"
     rows: dict[str, tuple[str | None, str | None]] = {}
     try:
         with file.open(encoding="utf-8-sig", newline="") as text:
@@ -171,7 +171,7 @@ def _read_labels(file: Path) -> dict[str, tuple[str | None, str | None]]:
                 path = _key(cells["path"].replace("\\", "/").removeprefix("./"))
                 value = (cells["label"] or None, cells["group"] or None)
                 if rows.setdefault(path, value) != value:
-                    raise InputError(f"{file}: line {table.line_num} lists {path!r} again, otherwise", fix="keep one")
+                    raise InputError(f"{file}: line {table.line_num} lists {path!r} twice, differently", fix="keep one")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{file} can't be read: {error}", fix=fix) from error
     return rows

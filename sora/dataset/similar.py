@@ -1,11 +1,11 @@
 """Near-duplicates: videos whose perceptual signatures differ in few bits.
 
-A signature is 192 bits (`VideoRecord.signature`). All pairs of a million videos are too many to compare; two
+A signature is 192 bits (`VideoRecord.signature`). All pairs of a million videos are too many to compare. Two
 signatures that differ in at most d bits agree on at least k of any d + k bands, so only those that share bands are
 compared (the pigeonhole argument of multi-index hashing, Norouzi et al. 2012). Departures from the paper: the bits are
-dealt to the bands so that each band tells equally much (black bars make whole runs of bits equal), a bucket that is
-still large is split by a further shared band instead of being searched with flipped bits, and pairs that are connected
-already are skipped, since only connectivity is wanted.
+assigned to bands so that each band is equally telling (black bars make whole runs of bits equal), a bucket that is
+still large is split by another shared band instead of being searched with flipped bits, and pairs that are already
+connected are skipped, since only connectivity is needed.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import pandas as pd
 from sora.core.errors import InputError
 
 BITS = 192
-_LEVELS = 3  # bands that a bucket may be narrowed by
-_BUCKET = 48  # a larger one is narrowed first; at the last level each is compared with so many neighbours
+_LEVELS = 3  # bands by which a bucket may be narrowed
+_BUCKET = 48  # a larger one is narrowed first; at the last level each is compared with this many neighbours
 
 
 def words(signatures: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Signatures as (n, 3) uint64, and (n,) bool: False where there is none ("" or None: too little texture)."""
+    """Signatures as (n, 3) uint64, and (n,) bool: False if there is none ("" or None: too little texture)."""
     texts = list(signatures)
     known = np.array([isinstance(text, str) and len(text) == BITS // 4 for text in texts], bool)
     packed = bytes.fromhex("".join(text if ok else "0" * (BITS // 4) for text, ok in zip(texts, known, strict=True)))
@@ -31,7 +31,7 @@ def words(signatures: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def distance(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Bits that differ; (…, 3) uint64 each, broadcast."""
+    """The number of bits that differ; (…, 3) uint64 each, broadcast."""
     bits: np.ndarray = np.bitwise_count(left ^ right).sum(axis=-1, dtype=np.int16)
     return bits
 
@@ -39,20 +39,20 @@ def distance(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def near_duplicates(manifest: pd.DataFrame, bits: int) -> np.ndarray:
     """Pairs of rows whose signatures differ in at most `bits` bits: (pairs, 2) int64 row numbers, the smaller first.
 
-    Not all pairs, but enough to connect what all of them connect (a spanning set): at most rows - 1. Rows without a
-    signature are near nothing. Where more than 48 different signatures agree on three bands and are not connected
+    Not all pairs, but enough to connect what they all connect (a spanning set): at most rows - 1. Rows without a
+    signature are near nothing. If more than 48 different signatures agree on three bands and are not connected
     yet, each is compared with 48 others only, so such a pair may be missed. A million rows take 10 to 25 s.
     """
-    found, known = words(manifest["signature"])
+    signatures, known = words(manifest["signature"])
     rows = np.flatnonzero(known)
     if len(rows) < 2:
         return np.empty((0, 2), np.int64)
-    order = np.lexsort(found[rows].T)
+    order = np.lexsort(signatures[rows].T)
     rows = rows[order]
-    equal = (found[rows[1:]] == found[rows[:-1]]).all(axis=1)
+    equal = (signatures[rows[1:]] == signatures[rows[:-1]]).all(axis=1)
     chains = np.stack([rows[:-1][equal], rows[1:][equal]], axis=1)
     distinct = rows[np.concatenate([[True], ~equal])]
-    links = distinct[_Search(found[distinct], bits).run()]
+    links = distinct[_Search(signatures[distinct], bits).run()]
     pairs = np.sort(np.concatenate([chains, links]), axis=1)
     return pairs[np.lexsort(pairs.T[::-1])]
 
@@ -79,7 +79,7 @@ class _Search:
         return np.concatenate([np.empty((0, 2), np.int64), *self.links])
 
     def _bands(self, count: int) -> list[np.ndarray]:
-        """Of each band one dense key a signature: the most telling bits are dealt first, round and round."""
+        """One dense key per signature for each band: the bits are assigned in turns, the most telling first."""
         share = np.array([self._bit(bit).mean() for bit in range(BITS)])
         telling = np.argsort(np.abs(share - 0.5), kind="stable")
         bands = []
@@ -95,7 +95,7 @@ class _Search:
 
     def _narrow(self, members: np.ndarray, bucket: np.ndarray, bands: list[np.ndarray], band: int, level: int) -> None:
         """Splits each bucket by one more band; compares within small buckets, narrows the large ones further."""
-        # Sorting values is several times faster than sorting indices, so the place rides in the low bits: for a
+        # Sorting values is several times faster than sorting indices, so the place is kept in the low bits: for a
         # million signatures 20 bits of bucket, 15 of band and 20 of place.
         low = len(members).bit_length()
         width = int(bands[band].max()).bit_length()
@@ -107,7 +107,7 @@ class _Search:
         starts = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
         sizes = np.diff(np.concatenate([starts, [len(members)]]))
         bucket = np.repeat(np.arange(len(starts)), sizes)
-        # Nothing to learn from a bucket whose members are connected already.
+        # A bucket whose members are already connected has nothing to add.
         component = self.component[members]
         news = np.logical_or.reduceat(component != np.repeat(component[starts], sizes), starts)
         small = (news & ((sizes <= _BUCKET) | (level == _LEVELS)))[bucket]
@@ -119,7 +119,7 @@ class _Search:
                 self._narrow(members, bucket, bands, further, level + 1)
 
     def _compare(self, members: np.ndarray, bucket: np.ndarray, reach: int) -> None:
-        """Links members of one bucket (buckets lie one after the other) that are at most `reach` places apart."""
+        """Links members of one bucket (buckets are consecutive) that are at most `reach` places apart."""
         signatures = self.signatures[members]
         first = np.ascontiguousarray(signatures[:, 0])
         near = []
@@ -127,7 +127,7 @@ class _Search:
             same = bucket[step:] == bucket[:-step]
             if not same.any():
                 break
-            # One word tells most of them apart, at a third of the reading.
+            # One word rules out most pairs, at a third of the reading.
             likely = np.flatnonzero(same & (np.bitwise_count(first[step:] ^ first[:-step]) <= self.bits))
             likely = likely[distance(signatures[likely], signatures[likely + step]) <= self.bits]
             near.append(np.stack([members[likely], members[likely + step]], axis=1))
@@ -136,7 +136,7 @@ class _Search:
             self._connect(links)
 
     def _connect(self, links: np.ndarray) -> None:
-        """Keeps the links that join what was apart, no more than are needed for it."""
+        """Keeps the links that join separate parts, and no more than needed."""
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 

@@ -1,7 +1,7 @@
 """Which video is for training, which for validation, which for the test: an append-only ledger, `splits.csv`.
 
-A video never changes its split as data grows; otherwise tomorrow's test set holds what today's champion learned. What
-belongs together is assigned together: a *unit* is a connected component of videos of one group (person, camera,
+A video never changes its split as data grows; otherwise tomorrow's test set holds what today's champion learned. Videos
+that belong together are assigned together: a *unit* is a connected component of videos of one group (person, camera,
 source), near-duplicates and equal bytes. New units go where their classes are missing most; a new video that ties two
 splits together is quarantined as `split_conflict`.
 
@@ -45,22 +45,22 @@ class Assignment:
 
 
 def read(path: Path) -> pd.DataFrame:
-    """The ledger, columns `sha256, split, group` (all text, "" for no group); empty where there is no file.
+    """The ledger, columns `sha256, split, group` (all text, "" for no group); empty if there is no file.
 
     Raises:
-        InputError: the file is no ledger, ends in the middle of a line, or gives a video two splits.
+        InputError: the file is not a ledger, ends in the middle of a line, or gives a video two splits.
     """
     rows = [(row.sha256, row.split, row.group) for row in ledgers.read(path)]
     return pd.DataFrame({name: pd.Series([row[i] for row in rows], dtype=str) for i, name in enumerate(COLUMNS)})
 
 
 def append(path: Path, assignment: Assignment) -> None:
-    """Makes `path` hold `assignment.ledger`: all of it or, after a crash or on a full disk, nothing new.
+    """Writes `assignment.ledger` to `path`: all of it or, after a crash or on a full disk, nothing new.
 
     Raises:
         InputError: the file is damaged (see `read`).
-        ServiceError: it changed since `assign` read it, or can't be written; the old ledger stands.
-        DiskFull: no space; the old ledger stands.
+        ServiceError: it changed since `assign` read it, or can't be written; the old ledger remains.
+        DiskFull: no space; the old ledger remains.
     """
     if not assignment.added:
         return
@@ -73,7 +73,7 @@ def append(path: Path, assignment: Assignment) -> None:
 
 
 def digest(ledger: pd.DataFrame, sha256s: list[str]) -> str:
-    """One hash of the splits of these videos: the same whatever else the ledger holds and in whatever order.
+    """One hash of the splits of these videos, whatever else the ledger holds and in whatever order.
 
     Raises:
         InputError: a video is not in the ledger.
@@ -133,11 +133,11 @@ def assign(accepted: pd.DataFrame, ledger: pd.DataFrame, settings: Settings) -> 
 
 
 def units(videos: pd.DataFrame, bits: int | None) -> np.ndarray:
-    """Number of the unit of each video, `(videos,) int64`: what one of them is part of must not be divided.
+    """The unit number of each video, `(videos,) int64`: a unit must not be divided.
 
     Args:
         videos: rows of the manifest (`sha256, group, signature` are read).
-        bits: two videos whose signatures differ in at most so many bits belong together; None: whatever they show.
+        bits: videos whose signatures differ in at most this many bits belong together; None: signatures are ignored.
     """
     names = videos["group"].fillna("")
     pairs = np.empty((0, 2), np.int64) if bits is None else near_duplicates(videos, bits)
@@ -147,13 +147,13 @@ def units(videos: pd.DataFrame, bits: int | None) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Bindings:
-    """What the ledger says about the videos at hand, one number a video, `(videos,)`; -1 is "nothing"."""
+    """What the ledger says about the given videos, one number per video, `(videos,)`; -1 is "nothing"."""
 
     own: np.ndarray  # the video's own split in the ledger
     group: np.ndarray  # code of its group
     content: np.ndarray  # code of its bytes
     split: np.ndarray  # its own split, or else that of its group
-    torn: np.ndarray  # bool: its group already stands in two splits
+    torn: np.ndarray  # bool: its group is already in two splits
     torn_groups: list[str]  # names of those groups
 
 
@@ -163,7 +163,7 @@ def _bind(videos: pd.DataFrame, ledger: pd.DataFrame) -> _Bindings:
     own = own.fillna(-1).to_numpy(np.int64)
     names = videos["group"].fillna("")
     group, known = pd.factorize(names.where(names != ""))
-    # A group is where the ledger put any member, gone ones included, and where known members are by now.
+    # A group is where the ledger put any member, including removed ones, and where known members are now.
     placed = np.zeros((len(known), len(SPLITS)), bool)
     recorded = pd.Index(known).get_indexer(ledger["group"]) if len(known) else np.full(len(ledger), -1)
     recorded_split = ledger["split"].map(code).to_numpy(np.int64)
@@ -184,7 +184,7 @@ def _bind(videos: pd.DataFrame, ledger: pd.DataFrame) -> _Bindings:
 
 
 def _components(count: int, pairs: np.ndarray, *codes: np.ndarray) -> np.ndarray:
-    """Component number of each video: joined by `pairs` and by equal, non-negative codes."""
+    """The component number of each video: joined by `pairs` and by equal, non-negative codes."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -204,7 +204,7 @@ def _components(count: int, pairs: np.ndarray, *codes: np.ndarray) -> np.ndarray
 
 @dataclass(frozen=True)
 class _Untangled:
-    """Units that each have at most one split: `unit` and `split` of each video, `(videos,) int64`.
+    """Units with at most one split each: `unit` and `split` of each video, `(videos,) int64`.
 
     `reasons` holds the new videos to reject, by number, each with what it ties together.
     """
@@ -215,10 +215,10 @@ class _Untangled:
 
 
 def _untangle(videos: pd.DataFrame, bound: _Bindings, unit: np.ndarray, bits: int | None) -> _Untangled:
-    """Takes units apart that touch two splits.
+    """Takes apart units that touch two splits.
 
-    Old videos stay where they are, whatever ties them. The new ones of such a unit are added to them one by one, in
-    the order of their hashes; one that would join two parts that stand in different splits is rejected, the others
+    Old videos stay where they are, whatever connects them. The new ones of such a unit are added to them one by one, in
+    the order of their hashes; one that would join two parts in different splits is rejected, the others
     stay.
     """
     placed = np.flatnonzero(bound.split >= 0)
@@ -240,7 +240,7 @@ def _untangle(videos: pd.DataFrame, bound: _Bindings, unit: np.ndarray, bits: in
     for at in np.flatnonzero(~present).tolist():
         i, group = int(members[at]), int(bound.group[members[at]])
         if bound.torn[i]:
-            reasons[i] = f"its group {videos.at[i, 'group']!r} already stands in more than one split"
+            reasons[i] = f"its group {videos.at[i, 'group']!r} is already in more than one split"
             continue
         tied = present & (bound.content[members] == bound.content[i])
         if bits is not None and textured[at]:
@@ -271,12 +271,12 @@ def _untangle(videos: pd.DataFrame, bound: _Bindings, unit: np.ndarray, bits: in
 def _place(
     videos: pd.DataFrame, unit: np.ndarray, bound: np.ndarray, keep: np.ndarray, settings: Settings
 ) -> np.ndarray:
-    """Split number of each video, that of its unit, `(videos,) int64`; -1 for those not kept."""
+    """The split number of each video, that of its unit, `(videos,) int64`; -1 for those not kept."""
     kept = np.flatnonzero(keep)
     chosen = np.full(len(videos), -1)
     if not len(kept):
         return chosen
-    # Units are numbered anew in the order in which they are placed: larger first, equals by a hash with the seed.
+    # Units are renumbered in the order in which they are placed: larger first, equal ones by a hash with the seed.
     number, index, size = np.unique(unit[kept], return_index=True, return_counts=True)
     first = videos["sha256"].to_numpy()[kept][index]  # rows are sorted by hash: the unit's smallest
     shuffled = [hashlib.blake2b(f"{settings.split.seed}:{sha}".encode(), digest_size=8).digest() for sha in first]
@@ -311,8 +311,8 @@ def _place(
 class _Dealing:
     """Units on their way into splits.
 
-    `content` has (class, videos) pairs of each unit, in the order in which units are dealt; `wanted` the videos of each
-    class that each split should have. `place` is the split of each unit, -1 before it has one.
+    `content` has (class, videos) pairs of each unit, in the order of placing; `wanted` has the videos of each
+    class that each split should have. `place` is the split of each unit, -1 while it has none.
     """
 
     def __init__(self, content: list[list[tuple[int, int]]], wanted: list[list[float]]) -> None:
@@ -327,7 +327,7 @@ class _Dealing:
             self._have[split][c] += n
 
     def cover(self) -> None:
-        """Gives each class a unit in train, then test, then val, as far as its units go; those with fewest first."""
+        """Gives each class a unit in train, then test, then val, as far as its units go; classes with fewest first."""
         units: list[list[int]] = [[] for _ in self._wanted[0]]
         for u, parts in enumerate(self._content):
             for c, _ in parts:
@@ -342,7 +342,7 @@ class _Dealing:
                     self.put(min(free, key=lambda u: self._gain(u, split)), split)
 
     def fill(self) -> None:
-        """Puts each unit that is left where the distance to the wanted counts falls most."""
+        """Puts each remaining unit where the distance to the wanted counts falls most."""
         for u in [u for u, split in enumerate(self.place) if split < 0]:
             self.put(u, min((_TRAIN, _TEST, _VAL), key=[self._cost(u, s) for s in range(len(SPLITS))].__getitem__))
 
@@ -362,11 +362,11 @@ def _notes(videos: pd.DataFrame, unit: np.ndarray, split: np.ndarray, bound: _Bi
     if (bound.group < 0).all():
         notes.append(
             "no groups are known (no `group` column in labels.csv, no split.group_pattern): videos of one person or "
-            "camera may stand on both sides, and then test figures flatter"
+            "camera may be on both sides, and then test figures flatter"
         )
     if bound.torn_groups:
         shown = ", ".join(bound.torn_groups[:3])
-        notes.append(f"{len(bound.torn_groups)} groups already stand in more than one split ({shown}); none is moved")
+        notes.append(f"{len(bound.torn_groups)} groups are already in more than one split ({shown}); none is moved")
     single = task.single(videos["label"].reset_index(drop=True))
     kept = pd.DataFrame({"label": single.to_numpy(), "unit": unit[single.index], "split": split[single.index]})
     for label, rows in kept.groupby("label", sort=True):

@@ -1,4 +1,4 @@
-"""The table that training and evaluation read: one row a usable video, with its label and split."""
+"""The table that training and evaluation read: one row per usable video, with its label and split."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ COLUMNS = ("sha256", "path", "label", "split", "group", "brightness", "duration"
 
 
 def join(manifest: pd.DataFrame, rejected: Collection[str], ledger: pd.DataFrame) -> pd.DataFrame:
-    """Manifest rows that no rule rejected (`rejected` holds paths), with their split of the ledger.
+    """Manifest rows that no rule rejected (`rejected` holds paths), with their splits from the ledger.
 
-    Returns a DataFrame with `COLUMNS`, one row a sha256, sorted by it.
+    Returns a DataFrame with `COLUMNS`, one row per sha256, sorted by it.
     """
     usable = manifest[~manifest["path"].isin(set(rejected))]
     joined = usable.merge(ledger[["sha256", "split"]], on="sha256", how="inner", validate="many_to_one")
@@ -23,13 +23,13 @@ def join(manifest: pd.DataFrame, rejected: Collection[str], ledger: pd.DataFrame
 
 
 def counts(table: pd.DataFrame, task: Task = SINGLE) -> dict[str, int]:
-    """Videos a class; a video counts for each class that its label names."""
-    found = task.single(table["label"]).value_counts().sort_index()
-    return {str(label): int(number) for label, number in found.items()}
+    """Videos per class; a video counts for each class that its label names."""
+    counts = task.single(table["label"]).value_counts().sort_index()
+    return {str(label): int(number) for label, number in counts.items()}
 
 
 def digest(table: pd.DataFrame, split: str | None = None) -> str:
-    """Names which video (by its bytes) stands where under which label; of one split, or of all."""
+    """One hash of which video (by its bytes) is in which split under which label; of one split, or of all."""
     rows = table if split is None else table[table["split"] == split]
     lines = sorted(f"{row.sha256},{row.split},{row.label}" for row in rows.itertuples())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

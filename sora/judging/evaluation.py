@@ -43,15 +43,15 @@ LATENCY_CALLS = 20
 class EvalModel:
     """One model to evaluate. Without a recipe it is fresh from training: it gets one, and a page."""
 
-    name: str  # of its folder below `EvalJob.out`, and its key in the result
+    name: str  # its folder below `EvalJob.out`, and its key in the result
     file: str
     recipe: Recipe | None = None
-    history: Sequence[dict[str, float]] = ()  # of its training, the metrics of an epoch each; for the page
+    history: Sequence[dict[str, float]] = ()  # the metrics of each epoch of its training; for the page
 
 
 @dataclass(frozen=True)
 class EvalJob:
-    """What the child needs, as JSON can carry it.
+    """What the child needs, in a form that JSON can carry.
 
     `table` is a Parquet or CSV file with the columns of `sora.dataset.table.COLUMNS`. `data` is the folder that its
     paths are relative to. `classes` are those of a fresh model, in the order of its logits.
@@ -66,16 +66,16 @@ class EvalJob:
     batch: int = 16
     title: str = ""  # of the page
     views: list[str] = field(default_factory=list)  # of a fresh model, see `sora.store.augment.views`
-    unsure_precision: float | None = None  # of a fresh model: wanted of the answers that are not unsure
-    multilabel: bool = False  # of a fresh model: a video may have several of the classes
-    bounds: dict[str, Any] = field(default_factory=dict)  # of videos decoded anew: the settings' section `validate`
+    unsure_precision: float | None = None  # of a fresh model: the wanted precision of answers that are not unsure
+    multilabel: bool = False  # of a fresh model: a video may have several classes
+    bounds: dict[str, Any] = field(default_factory=dict)  # for decoding videos again: the settings' section `validate`
 
 
 @dataclass(frozen=True)
 class EvalOutcome:
     """One model's recipe and reports ("val" and "test").
 
-    `folder` holds report.json and, of a fresh model, index.html and the plots.
+    `folder` holds report.json and, for a fresh model, index.html and the plots.
     """
 
     recipe: Recipe
@@ -90,26 +90,26 @@ class EvalOutcome:
 def run(job: EvalJob, on_event: Emit = lambda event: None, log: Path | None = None) -> dict[str, EvalOutcome]:
     """Evaluates every model of the job in one child process.
 
-    Events: {"event": "evaluate", "name": model, "done": videos, "total": of so many}.
+    Events: {"event": "evaluate", "name": model, "done": videos, "total": all videos}.
 
     Raises:
-        InputError: a model file's digest is not its recipe's; a model answers for another number of classes.
+        InputError: a model file's digest is not its recipe's; a model answers for a different number of classes.
         ServiceError: the shards lack a video of the table, or the child died.
-        VideoError: a video can't be read any more (only where a champion's own clip spec needs it).
+        VideoError: a video can no longer be read (only if a champion's own clip spec needs it).
     """
     result = run_child("sora.judging.evaluation", asdict(job), on_event, log=log)
     return {name: read(Path(job.out) / name) for name in result["models"]}
 
 
 def read(folder: Path) -> EvalOutcome:
-    """What an evaluation left in `folder`."""
+    """Reads the result of an evaluation from `folder`."""
     stored = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     reports = {split: EvalReport.from_dict(report) for split, report in stored["reports"].items()}
     return EvalOutcome(Recipe.from_dict(stored["recipe"]), reports, folder)
 
 
 def golden_clip(spec: ClipSpec, seed: int) -> np.ndarray:
-    """A made-up clip `(T, H, W, 3) uint8`: whoever loads the model asks it again and compares with the recipe."""
+    """A made-up clip `(T, H, W, 3) uint8`: whoever loads the model repeats it and compares with the recipe."""
     return np.random.default_rng(seed).integers(0, 256, (spec.frames, spec.height, spec.width, 3), np.uint8)
 
 
@@ -124,7 +124,7 @@ def file_digest(path: Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise InputError(
-            f"can't read the model {path}: {error.strerror}", fix="give the file that training left"
+            f"can't read the model {path}: {error.strerror}", fix="name the file that training wrote"
         ) from error
 
 
@@ -132,7 +132,7 @@ def file_digest(path: Path) -> str:
 
 
 def evaluate(value: dict[str, Any], emit: Emit) -> dict[str, Any]:
-    """Body of the child: evaluates the models of the job and leaves a folder each."""
+    """Body of the child: evaluates the models of the job and writes a folder for each."""
     import pandas as pd
 
     from sora.store.shards import ShardSet
@@ -164,12 +164,12 @@ def evaluate(value: dict[str, Any], emit: Emit) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Part:
-    """One split: what the model answers for its clips, and what is true."""
+    """One split: the model's answers for its clips, and the truth."""
 
     logits: np.ndarray  # (clips, classes)
     owner: np.ndarray  # (clips,) int: the video of each clip
     truth: np.ndarray  # the targets of the videos, see `sora.tasks.Task`
-    rows: pd.DataFrame  # of the table, one a video
+    rows: pd.DataFrame  # of the table, one per video
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class _Judged:
 
 
 def _job(value: dict[str, Any]) -> EvalJob:
-    """The job that JSON carried here."""
+    """The job from its JSON."""
     models = [
         EvalModel(**{**one, "recipe": None if one["recipe"] is None else Recipe.from_dict(one["recipe"])})
         for one in value["models"]
@@ -203,12 +203,12 @@ def _evaluate_one(job: EvalJob, model: EvalModel, table: pd.DataFrame, shards: S
         recipe = model.recipe
         if recipe.model_sha256 and recipe.model_sha256 != digest:
             raise InputError(
-                f"the model file of {model.name} has sha256 {digest}, its recipe says {recipe.model_sha256}",
+                f"the model file of {model.name} has sha256 {digest}, but its recipe says {recipe.model_sha256}",
                 fix="fetch that version again; the file was altered or is another version's",
             )
     task = tasks.of(recipe.multilabel)
     network = _load(Path(model.file), recipe)
-    # Of a class that the model never heard of it can't be right; the gate reports such classes apart.
+    # The model can't be right about a class that it does not know; the gate reports such classes separately.
     known, truths = _known(table, recipe)
     logits, owner = _logits(network, _clips(known, shards, recipe, job), len(known), job.batch, model.name, emit)
     if not np.isfinite(logits).all():
@@ -255,14 +255,14 @@ def _evaluate_one(job: EvalJob, model: EvalModel, table: pd.DataFrame, shards: S
 
 
 def _known(table: pd.DataFrame, recipe: Recipe) -> tuple[pd.DataFrame, np.ndarray]:
-    """The videos that have a class of the recipe, and their targets."""
+    """The videos with a class of the recipe, and their targets."""
     task = tasks.of(recipe.multilabel)
     known = table[task.known(table["label"], recipe.classes)].reset_index(drop=True)
     return known, task.encode(known["label"], recipe.classes)
 
 
 def _probabilities(part: _Part, recipe: Recipe) -> np.ndarray:
-    """`(videos, classes) float`, as the recipe has them served."""
+    """`(videos, classes) float`, as served according to the recipe."""
     task = tasks.of(recipe.multilabel)
     return task.video_probabilities(part.logits, part.owner, len(part.truth), recipe.temperature)
 
@@ -287,7 +287,7 @@ def _load(path: Path, recipe: Recipe) -> keras.Model:
     shape = (None, spec.frames, spec.height, spec.width, 3)
     if model.input_shape != shape or model.output_shape != (None, len(recipe.classes)):
         raise InputError(
-            f"the model {path} turns {model.input_shape} into {model.output_shape}, its recipe needs {shape} into "
+            f"the model {path} turns {model.input_shape} into {model.output_shape}, but its recipe needs {shape} into "
             f"(None, {len(recipe.classes)})",
             fix="evaluate the model with the parameters that it was trained with",
         )
@@ -295,7 +295,7 @@ def _load(path: Path, recipe: Recipe) -> keras.Model:
 
 
 def _clips(table: pd.DataFrame, shards: ShardSet, recipe: Recipe, job: EvalJob) -> Iterator[np.ndarray]:
-    """The clips of one video after the other, in all views: from the shards, or prepared anew for another spec."""
+    """The clips of one video after the other, in all views: from the shards, or prepared again for another spec."""
     if recipe.clip != shards.spec:
         bounds = pool.Bounds.of_data(Validate.model_validate(job.bounds))
         for clips in pool.in_order((Path(job.data) / path for path in table["path"]), recipe.clip, bounds):

@@ -1,10 +1,10 @@
-"""The gate: two reports and the settings in, a decision with its reasons out. Pure, and of the standard library only
-beside the interval of `sora.judging.report.measure`.
+"""The gate: two reports and the settings in, a decision with its reasons out. Pure, and standard library only,
+except for the interval of `sora.judging.report.measure`.
 
 Candidate and champion answered the *same* videos of the current test split, so the comparison is paired: only videos
 that one had right and the other wrong count. `wins` are the candidate's, `losses` the champion's. What each rule costs
-and catches is measured in `benchmarks/accuracy/gate.py`. Of multi-label models a video is right
-when all its labels are, and the rule on one class is about the videos that have it: whether it was among the answered.
+and catches is measured in `benchmarks/accuracy/gate.py`. For multi-label models a video is right if all its labels are,
+and the rule on one class is about the videos that have it: whether it was among the answers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def mcnemar(wins: int, losses: int) -> float:
 
 
 def mode_of(gate: Gate, new_data: bool) -> Mode:
-    """`auto` is `not_worse` with new data, since data are a reason to move, and `better` without."""
+    """`auto` is `not_worse` with new data, since new data is a reason to move, and `better` without."""
     if gate.mode == "auto":
         return "not_worse" if new_data else "better"
     return gate.mode
@@ -42,7 +42,7 @@ def passes(mode: Mode, wins: int, losses: int, videos: int, gate: Gate) -> bool:
 
     `not_worse` compares the point estimates. A lower confidence bound (a non-inferiority test proper) would promote a
     retrained equal one night in nine at 60 test videos and one in five at 300, so that new data hardly reached
-    production. The price: one that is 5 points worse passes one time in three at 60 videos, one in seven at 300.
+    production. The price: a model that is 5 points worse passes one time in three at 60 videos, one in seven at 300.
     """
     if mode == "better":
         return mcnemar(wins, losses) <= 1 - gate.confidence
@@ -52,7 +52,7 @@ def passes(mode: Mode, wins: int, losses: int, videos: int, gate: Gate) -> bool:
 def clearly_worse(wins: int, losses: int, support: int, classes: int, gate: Gate) -> bool:
     """The rule on one class of several: recall fell by more than `max_class_drop`, and not by chance.
 
-    With five videos a class, recall moves by 0.2 when one answer changes; so the paired test must be clear too. Its
+    With five videos per class, recall moves by 0.2 when one answer changes; so the paired test must be clear too. Its
     level is shared among the classes (Bonferroni): else a quarter of retrained equals is refused at 27 classes and 1000
     videos.
     """
@@ -70,7 +70,7 @@ class _Pairs:
 
 
 def _found(report: EvalReport, classes: tuple[str, ...]) -> dict[str, tuple[bool, dict[str, bool]]]:
-    """sha256 → (answered rightly, of each label whether it was answered) of the videos that have one of `classes`,
+    """sha256 → (answered correctly, for each label whether it was answered) of the videos that have one of `classes`,
     when only `classes` may be answered. Several labels of a video are right when all are and no other is answered."""
     task = tasks.of(report.multilabel)
     index = {name: report.classes.index(name) for name in classes}
@@ -84,7 +84,7 @@ def _found(report: EvalReport, classes: tuple[str, ...]) -> dict[str, tuple[bool
 
 
 def _pair(candidate: EvalReport, champion: EvalReport) -> _Pairs:
-    """On the classes that both know: both are asked the same question about the same videos."""
+    """On the classes that both know: both get the same question about the same videos."""
     common = tuple(name for name in candidate.classes if name in champion.classes)
     new, old = _found(candidate, common), _found(champion, common)
     same = new.keys() & old.keys()
@@ -104,7 +104,7 @@ def _counted(counts: tuple[int, int, int], now: bool, before: bool) -> tuple[int
 
 
 class _Verdicts:
-    """Collects what the rules say; one refusal refuses."""
+    """Collects the rules' verdicts; one refusal is enough to refuse."""
 
     def __init__(self) -> None:
         self.refusals: list[str] = []
@@ -126,16 +126,16 @@ def decide(
 ) -> Decision:
     """Whether the candidate becomes the champion.
 
-    Below `gate.min_test` videos nothing can be told: the first model is served unless it is clearly worse than the
-    majority class, later ones are refused unless `forced`. Where there is enough, the first model must beat the
-    majority class, and a later one pass the paired rules. `forced` lifts the need for evidence and nothing else: a
+    Below `gate.min_test` videos nothing is certain: the first model is served unless it is clearly worse than the
+    majority class, later ones are refused unless `forced`. With enough videos, the first model must beat the
+    majority class, and a later one must pass the paired rules. `forced` only lifts the need for evidence: a
     model that the rules refuse is moved by hand (`sora promote VERSION`) or not at all.
 
     Args:
-        candidate, champion: reports on the same, current test split; no champion yet: None. When classes were added
-            (or removed) they are compared on those that both know, and the new ones are reported apart.
-        new_data: the data version differs from the one that the champion learned from.
-        times_judged: how often this test split has judged before; counted by the caller.
+        candidate, champion: reports on the same, current test split; None without a champion. When classes were added
+            (or removed) they are compared on those that both know, and the new ones are reported separately.
+        new_data: the data version differs from the champion's.
+        times_judged: how often this test split was used to judge before; counted by the caller.
         rolled_back: this very model was the champion once and was rolled back.
 
     Returns:
@@ -147,7 +147,7 @@ def decide(
     if videos:
         evidence["accuracy"] = candidate.metrics["accuracy"]
     if rolled_back:
-        never = "this model was rolled back before and is never promoted by itself again"
+        never = "this model was rolled back before and is never promoted automatically again"
         verdicts.say(False, f"{never}; `sora promote VERSION` does it by hand")
     if champion is None:
         _first(verdicts, evidence, candidate, gate)
@@ -165,7 +165,7 @@ def decide(
 
 
 def _enough(videos: int, gate: Gate) -> str | None:
-    """None, or what to say of too few videos."""
+    """None, or the reason if there are too few videos."""
     if videos >= gate.min_test:
         return None
     return f"too little evidence ({videos} test video{'' if videos == 1 else 's'}, {gate.min_test} needed)"
@@ -204,7 +204,7 @@ def _against_champion(
     forced: bool,
 ) -> None:
     if candidate.multilabel != champion.multilabel:
-        only = "only one of candidate and champion answers with several labels a video"
+        only = "only one of candidate and champion answers with several labels per video"
         verdicts.say(False, f"{only}, so they can't be compared; `sora promote VERSION` moves the champion by hand")
         return
     pairs = _pair(candidate, champion)
@@ -218,7 +218,7 @@ def _against_champion(
     evidence |= {"pairs": videos, "wins": wins, "losses": losses}
     little = _enough(videos, gate)
     if little:
-        verdicts.say(forced, f"{little}{'; forced all the same' if forced else ''}")
+        verdicts.say(forced, f"{little}{'; forced anyway' if forced else ''}")
     if videos:
         old = pairs.champion_right / videos
         difference = (wins - losses) / videos
@@ -245,7 +245,7 @@ def _against_champion(
 
 
 def _budgets(verdicts: _Verdicts, candidate: EvalReport, gate: Gate) -> None:
-    """Calibration and latency; a measure that is not there has no verdict."""
+    """Calibration and latency; a missing measure has no verdict."""
     ece, noise = candidate.metrics.get("ece"), candidate.metrics.get("ece_noise", 0.0)
     if ece is not None:
         ok = ece <= max(gate.max_ece, noise)
@@ -257,5 +257,5 @@ def _budgets(verdicts: _Verdicts, candidate: EvalReport, gate: Gate) -> None:
     if latency is not None:
         ok = latency <= gate.max_latency_ms
         verdicts.say(
-            ok, f"{latency:.1f} ms a clip, {'within' if ok else 'above'} the {gate.max_latency_ms:.0f} ms allowed"
+            ok, f"{latency:.1f} ms per clip, {'within' if ok else 'above'} the {gate.max_latency_ms:.0f} ms allowed"
         )

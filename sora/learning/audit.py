@@ -1,9 +1,9 @@
-"""`sora data audit`: which videos are probably mislabelled, by models that have not seen them.
+"""`sora data audit`: which videos are probably mislabelled, according to models that have not seen them.
 
-Confident learning (Northcutt, Jiang and Chuang 2021): the project's videos are divided into folds by group, a model is
-trained for each fold on the others, and its answers for the videos left out are counted against their labels. A video
+Confident learning (Northcutt, Jiang and Chuang 2021): the project's videos are divided into folds by group. A model is
+trained for each fold on the others, and its answers for the held-out videos are compared with their labels. A video
 is suspect when another class is given at least the probability that videos of that class get on average (their
-"self-confidence"), and more than every other class that reaches its own average. Nothing is changed: a person decides.
+"self-confidence"), and more than any other class that reaches its own average. Nothing is changed: a person decides.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class Finding:
 def audit(project: Project, *, folds: int = 5, progress: Bar = lambda done, total, note="": None) -> dict[str, Any]:
     """Ranks the project's accepted videos: `{videos, suspects, accuracy, folds, page, findings: [Finding]}`.
 
-    `accuracy` is that of the out-of-fold answers: where it is near chance, the ranking says nothing. Finished folds
-    stay in .sora/audit until data, labels, parameters or code change, so an interrupted audit goes on.
+    `accuracy` is that of the out-of-fold answers: if it is near chance, the ranking says nothing. Finished folds
+    stay in .sora/audit until data, labels, parameters or code change, so an interrupted audit continues.
 
     Raises:
-        InputError: nothing is prepared yet, there are fewer groups than folds, or videos may have several labels.
+        InputError: nothing has been prepared yet, there are fewer groups than folds, or videos may have several labels.
         ServiceError, DiskFull: a training failed; the folds before it stay.
     """
     settings, videos = _videos(project)
@@ -101,12 +101,12 @@ def audit(project: Project, *, folds: int = 5, progress: Bar = lambda done, tota
 
 
 def folder(project: Project) -> Path:
-    """What audits leave: finished folds, index.html and audit.json."""
+    """The results of audits: finished folds, index.html and audit.json."""
     return project.audit
 
 
 def rank(answers: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[Finding]:
-    """All videos, the suspects first, each part by falling margin.
+    """All videos, suspects first, each part by decreasing margin.
 
     Args:
         answers: `label` and `probabilities` (in the order of `classes`) of videos that the model was not trained on,
@@ -115,26 +115,26 @@ def rank(answers: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[Find
     if not answers:
         return []
     names = list(classes)
-    given = np.array([names.index(one["label"]) for one in answers])
+    label = np.array([names.index(one["label"]) for one in answers])
     p = np.array([one["probabilities"] for one in answers], float)
     every = np.arange(len(p))
-    # Of a class without videos nothing is known: no probability reaches its average.
-    threshold = np.array([p[given == c, c].mean() if (given == c).any() else np.inf for c in range(len(names))])
+    # Nothing is known about a class without videos: no probability reaches its average.
+    threshold = np.array([p[label == c, c].mean() if (label == c).any() else np.inf for c in range(len(names))])
     confident = np.where(p >= threshold, p, -1)
     likeliest = confident.argmax(axis=1)
-    suspect = (confident.max(axis=1) >= 0) & (likeliest != given)
+    suspect = (confident.max(axis=1) >= 0) & (likeliest != label)
     others = p.copy()
-    others[every, given] = -1
+    others[every, label] = -1
     other = np.where(suspect, likeliest, others.argmax(axis=1))
-    margin = p[every, other] - p[every, given]
+    margin = p[every, other] - p[every, label]
     order = sorted(range(len(p)), key=lambda i: (not suspect[i], -margin[i], answers[i]["sha256"]))
     return [
         Finding(
             path=answers[i]["path"],
             sha256=answers[i]["sha256"],
-            label=names[given[i]],
+            label=names[label[i]],
             suggested=names[other[i]],
-            probability=float(p[i, given[i]]),
+            probability=float(p[i, label[i]]),
             suggested_probability=float(p[i, other[i]]),
             margin=float(margin[i]),
             suspect=bool(suspect[i]),
@@ -144,16 +144,16 @@ def rank(answers: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[Find
 
 
 def _videos(project: Project) -> tuple[Settings, pd.DataFrame]:
-    """The accepted videos of what is prepared, sorted by sha256, with their `unit`."""
+    """The accepted prepared videos, sorted by sha256, with their `unit`."""
     from sora.dataset import manifest, splits
     from sora.dataset.quality import quarantine
 
     settings = project.settings()
     if not settings.task.exclusive:
         raise InputError(
-            "the audit looks for videos that another class fits better, but with model.head multilabel one class takes "
+            "the audit looks for videos that fit another class better, but with model.head multilabel one class takes "
             "nothing from another",
-            fix="read the worst mistakes on the page of the evaluation (.sora/last_evaluation/index.html) instead",
+            fix="see the worst mistakes on the evaluation page (.sora/last_evaluation/index.html) instead",
         )
     try:
         rejected = quarantine.rejected_paths(project)
@@ -167,7 +167,7 @@ def _videos(project: Project) -> tuple[Settings, pd.DataFrame]:
 
 
 def _forget(place: Path, keys: set[str]) -> None:
-    """Removes the folds of earlier audits, which no next one would ask for."""
+    """Removes the folds of earlier audits: no later audit would use them."""
     import shutil
 
     for old in place.iterdir():

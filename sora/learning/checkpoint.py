@@ -1,4 +1,4 @@
-"""Everything that a training resumes from, in one file: it is there whole or not at all."""
+"""Everything that a training resumes from, in one file that exists whole or not at all."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def save(path: Path, model: keras.Model, kept: Kept, state: dict[str, Any]) -> N
 
     `kept` holds further sets of weights by name (letters only): the best so far, and their average. A set may be empty.
 
-    It is one file rather than a model and a state beside it: no crash can leave the two of different epochs.
+    It is one file rather than a model and a separate state: no crash can leave the two at different epochs.
 
     Raises:
-        DiskFull, ServiceError: it could not be written; the earlier file is still there.
+        DiskFull, ServiceError: it could not be written; the earlier file remains.
     """
     arrays = {f"weight{number:05}": value for number, value in enumerate(model.get_weights())}
     for number, variable in enumerate(model.optimizer.variables):
@@ -45,7 +45,7 @@ def load(path: Path, model: keras.Model, fingerprint: str) -> tuple[Kept, dict[s
     """Puts weights and optimiser into `model` (compiled); returns the other sets of weights and the state.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no checkpoint.
         Unusable: damaged, or its state's "fingerprint" is another. The model is unchanged.
     """
     try:

@@ -1,7 +1,7 @@
-"""One fold of a cross-validation: train on a part of the videos, answer for another, keep the answers in one file.
+"""One fold of a cross-validation: train on one part of the videos, answer for another, keep the answers in one file.
 
 For figures (`benchmarks/accuracy/`) and for the search for wrong labels (`sora data audit`). Training runs as in the
-nightly, in child processes; a fold that was killed goes on at its last epoch, a finished one is never trained again.
+nightly, in child processes; a killed fold resumes after its last epoch, a finished one is never trained again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FOLD_FILE = "fold.json"
 
 
 def configuration(settings: Settings) -> dict[str, Any]:
-    """The settings that decide what a fold computes. Where it is computed is not among them."""
+    """The settings that decide what a fold computes, but not where."""
     values = settings.to_dict()
     train = {name: value for name, value in values["train"].items() if name != "work_pool"}
     return {**{name: values[name] for name in ("classes", "clip", "model", "eval")}, "train": train}
@@ -51,7 +51,7 @@ def answers(
     """Trains on the table's `train` (early stopping on its `val`) and answers for its `judged` videos.
 
     Args:
-        folder: of this fold alone; what it holds decides what is left to do.
+        folder: for this fold only; its content decides what is left to do.
         table: `sha256, path, label, split`, and the facts of `data.table.COLUMNS` that are known. A video that must not
             be touched is not in it.
         on_event: gets the events of `training.run` and `evaluation.run`.
@@ -64,7 +64,7 @@ def answers(
     """
     result_file = folder / FOLD_FILE
     if result_file.exists():
-        _remove_work(folder)  # a kill between the result and the end leaves it
+        _remove_work(folder)  # a kill between the result and the end leaves it behind
         done: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
         return done
     with writing(folder):
@@ -81,7 +81,7 @@ def answers(
         out=str(folder / "fit"),
     )
     fitted = training.run(job, on_event, log=folder / "training.log")
-    # With a recipe the model counts as registered: no page is drawn and no temperature fitted, which no fold needs.
+    # With a recipe the model counts as registered: no page is drawn and no temperature fitted; a fold needs neither.
     recipe = Recipe(
         settings.clip.spec(),
         settings.classes,

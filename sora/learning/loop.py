@@ -1,4 +1,4 @@
-"""What Keras's `fit` needs: batches in its form, the schedule, and what happens at the end of each epoch."""
+"""What Keras's `fit` needs: batches in its format, the schedule, and what happens at the end of each epoch."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from sora.model.classifier import fed
 from sora.store.batches import Batch, Batches
 from sora.tasks import SINGLE, Task
 
-_AHEAD = 4  # batches made before they are asked for
+_AHEAD = 4  # batches made before they are needed
 _BATCH_EVENT_SECONDS = 0.5
 
 
 class ClipDataset(keras.utils.PyDataset):  # type: ignore[misc]
     """`Batches` for `fit`: what `model` takes, labels one-hot (for label smoothing), multi-hot or mixed, and weights.
 
-    Two threads make at most 4 batches ahead. The threads are its own: Keras's may begin the next epoch before they are
-    told that it is another. Batches made ahead are known by epoch and number, so the timing changes nothing.
+    Two threads make at most 4 batches ahead. It has its own threads: Keras's may start the next epoch before they are
+    told that it changed. Batches made ahead are identified by epoch and number, so the timing changes nothing.
     """
 
     def __init__(self, batches: Batches, classes: int, model: keras.Model) -> None:
@@ -75,12 +75,12 @@ def compile_model(model: keras.Model, train: Train, steps: int, *, task: Task = 
 
 
 class Average:
-    """The average of a model's weights over epochs, which is validated and kept instead of the weights.
+    """The average of a model's weights over epochs; it is validated and kept instead of the weights.
 
     After epoch n it moves towards the weights by max(1 - decay, 1 / n): at first the plain mean, as in stochastic
     weight averaging (Izmailov et al. 2018), then an exponential one that forgets the early epochs. Departure: batch
     normalisation's statistics are averaged too. Measuring them again would cost a pass over the clips. Keras's own
-    `use_ema` does not average them, so they belong to other weights than those that they then serve.
+    `use_ema` does not average them, so they would not match the averaged weights.
     """
 
     def __init__(self, decay: float) -> None:
@@ -89,7 +89,7 @@ class Average:
         self._aside: list[np.ndarray] = []
 
     def update(self, model: keras.Model, epochs: int) -> None:
-        """Takes the weights of the epoch that ended, the `epochs`-th, into the average."""
+        """Adds the weights after the finished epoch, the `epochs`-th, to the average."""
         step = max(1 - self.decay, 1 / epochs)
         now = model.get_weights()
         if not self.weights or epochs == 1:
@@ -101,7 +101,7 @@ class Average:
         ]
 
     def swap_in(self, model: keras.Model) -> None:
-        """Gives the model the average; its own weights are kept aside."""
+        """Gives the model the average; its own weights are set aside."""
         self._aside = model.get_weights()
         model.set_weights(self.weights)
 
@@ -112,13 +112,13 @@ class Average:
 
 
 class EpochEnd(keras.callbacks.Callback):  # type: ignore[misc]
-    """After each epoch: are the losses finite, and better? Writes the checkpoint, tells the parent, and stops when
-    patience is over.
+    """After each epoch: checks that losses are finite and better, writes the checkpoint, tells the parent; stops when
+    patience is exhausted.
 
-    With `train.ema`, validation sees the weights' average, and the best epoch leaves it.
+    With `train.ema`, validation sees the weights' average, and the best epoch keeps it.
 
     Before each epoch: gives the epoch's number to the data, and the epoch's seed to every source of randomness in the
-    model. So the checkpoint needs no state of them.
+    model. So the checkpoint needs no random state.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class EpochEnd(keras.callbacks.Callback):  # type: ignore[misc]
         self.data, self.train, self.monitor, self.path, self.emit = data, train, monitor, path, emit
         self.best: list[np.ndarray] = []
         self.average = Average(train.ema) if train.ema else None
-        self._averaged = 0  # the last epoch that is in the average
+        self._averaged = 0  # the last epoch in the average
         self.state: dict[str, Any] = {
             "fingerprint": fingerprint,
             "epoch": 0,  # finished
@@ -151,7 +151,7 @@ class EpochEnd(keras.callbacks.Callback):  # type: ignore[misc]
         return epoch >= self.train.epochs or patience_is_over
 
     def restore(self, model: keras.Model) -> int:
-        """Resumes from the checkpoint, if there is a usable one. Returns the epochs that are done."""
+        """Resumes from the checkpoint, if there is a usable one. Returns the number of finished epochs."""
         try:
             kept, self.state = checkpoint.load(self.path, model, self.state["fingerprint"])
         except FileNotFoundError:
@@ -181,7 +181,7 @@ class EpochEnd(keras.callbacks.Callback):  # type: ignore[misc]
             self.emit({"event": "batch", **count})
 
     def on_test_begin(self, logs: dict[str, float] | None = None) -> None:
-        if self.average is not None:  # validation is of what would be kept
+        if self.average is not None:  # validate what would be kept
             self._take(self.data.epoch + 1)
             self.average.swap_in(self.model)
 

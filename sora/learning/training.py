@@ -39,7 +39,7 @@ CHECKPOINT_FILE = "checkpoint.npz"
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What the child needs; JSON-able by `to_dict`."""
+    """What the child needs; `to_dict` makes it JSON-able."""
 
     shards: str  # folder
     table: str  # parquet or CSV file: sha256, label, split
@@ -47,7 +47,7 @@ class TrainJob:
     model: dict[str, Any]  # settings.Model
     train: dict[str, Any]  # settings.Train
     clip: dict[str, Any]  # records.ClipSpec; must be the shards' own
-    out: str  # folder of this job alone: for the checkpoint and, at the end, the model
+    out: str  # folder for this job only: for the checkpoint and, at the end, the model
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "classes": list(self.classes)}
@@ -59,16 +59,16 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What came out. Epochs count from 1."""
+    """The result. Epochs count from 1."""
 
     model: str  # file, without optimiser, float32; the weights of the best epoch
     best_epoch: int
-    epochs: int  # that were trained, those before a resumption included
-    history: list[dict[str, float]]  # one entry an epoch: epoch, loss, accuracy, val_…, seconds, clips_per_second
+    epochs: int  # trained epochs, including those before a resumption
+    history: list[dict[str, float]]  # one entry per epoch: epoch, loss, accuracy, val_…, seconds, clips_per_second
     seconds: float  # of all epochs
-    clips_per_second: float  # of training alone: the median epoch, without the first, which traces
+    clips_per_second: float  # of training only: the median epoch, without the first, which traces
     parameters: int
-    resumed_from: int  # epochs that an interrupted run had done; 0: none
+    resumed_from: int  # epochs that an interrupted run had finished; 0: none
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,13 +83,13 @@ def run(
     """Trains in a child process. `env` adds to its environment (CUDA_VISIBLE_DEVICES, KERAS_BACKEND).
 
     Events: {"event": "start", "train", "val": clips, "parameters", "device", "precision", "resumed_from"};
-    {"event": "batch", "epoch", "batch", "batches"}, at most two a second;
+    {"event": "batch", "epoch", "batch", "batches"}, at most two per second;
     {"event": "epoch", "epoch", "epochs", "metrics": {"loss", "accuracy", "val_loss", "val_accuracy"}, "seconds",
     "clips_per_second"}; {"event": "note", "message"}.
 
     Raises:
-        InputError: no clip to train on, a class without one, shards of another clip spec, a diverging loss.
-        DiskFull: no space for the checkpoint; the one before it is whole.
+        InputError: no clip to train on, a class without clips, shards of another clip spec, a diverging loss.
+        DiskFull: no space for the checkpoint; the previous one is intact.
         ServiceError: the child died.
     """
     result = run_child("sora.learning.training", job.to_dict(), on_event, log=log, env=env)
@@ -131,7 +131,7 @@ def fit(job: TrainJob, emit: Emit = lambda event: None, *, devices: Sequence[str
 
 @dataclass(frozen=True)
 class _Footage:
-    """What is trained on and validated with. `table` is the job's, see `_table`."""
+    """The batches for training and validation. `table` is the job's, see `_table`."""
 
     table: pd.DataFrame
     training: Batches
@@ -145,7 +145,7 @@ class _Fitting:
     model: keras.Model
     data: loop.ClipDataset
     end: loop.EpochEnd
-    resumed_from: int  # epochs that an interrupted run had done
+    resumed_from: int  # epochs that an interrupted run had finished
 
 
 def _footage(job: TrainJob, train: Train) -> _Footage:
@@ -175,7 +175,7 @@ def _footage(job: TrainJob, train: Train) -> _Footage:
 
 
 def _assembled(job: TrainJob, train: Train, footage: _Footage, machine: Machine, emit: Emit) -> _Fitting:
-    """The model with its first weights, or as the job's checkpoint left it."""
+    """The model with its initial weights, or as the job's checkpoint left it."""
     import keras
 
     from sora.learning import loop
@@ -249,7 +249,7 @@ def _result(job: TrainJob, fitting: _Fitting) -> TrainResult:
 
 
 def _built(job: TrainJob) -> keras.Model:
-    """The job's model with random weights, under the dtype policy of the moment."""
+    """The job's model (keras.Model) with random weights, under the current dtype policy."""
     from sora.model import classifier
 
     return classifier.build(Model(**job.model), ClipSpec.from_dict(job.clip), len(job.classes))
@@ -261,14 +261,14 @@ def _open(job: TrainJob) -> ClipSource:
     shards, clip = ShardSet.open(Path(job.shards)), ClipSpec.from_dict(job.clip)
     if shards.spec != clip:
         raise InputError(
-            f"the shards in {job.shards} hold {shards.spec}, the settings want {clip}",
+            f"the shards in {job.shards} hold {shards.spec}, but the settings want {clip}",
             fix="`sora run` prepares them again",
         )
     return shards
 
 
 def _table(job: TrainJob, task: Task) -> pd.DataFrame:
-    """The job's table with `label_index`, as the task's `index` gives it, sorted by sha256."""
+    """The job's table with `label_index`, as the task's `index` returns it, sorted by sha256."""
     import pandas as pd
 
     table = pd.read_parquet(job.table) if job.table.endswith(".parquet") else pd.read_csv(job.table, dtype=str)
@@ -276,7 +276,7 @@ def _table(job: TrainJob, task: Task) -> pd.DataFrame:
     unknown = sorted(set(single) - set(job.classes))
     if unknown:
         raise InputError(
-            f"the table has a label that is no class: {unknown[0]!r}", fix="add it to `classes` in params.yaml"
+            f"the table has a label that is not a class: {unknown[0]!r}", fix="add it to `classes` in params.yaml"
         )
     trained = set(task.single(table.loc[table["split"] == "train", "label"]))
     if not trained:
@@ -285,7 +285,7 @@ def _table(job: TrainJob, task: Task) -> pd.DataFrame:
     if empty:
         raise InputError(
             f"no clip to train on of class {', '.join(map(repr, empty))}",
-            fix="add videos of it (from more than one group), or take it out of `classes` in params.yaml",
+            fix="add videos of it (from more than one group), or remove it from `classes` in params.yaml",
         )
     numbers = {name: number for number, name in enumerate(job.classes)}
     index = [task.index(label, numbers) for label in table["label"]]
@@ -293,7 +293,7 @@ def _table(job: TrainJob, task: Task) -> pd.DataFrame:
 
 
 def _fingerprint(job: TrainJob, table: pd.DataFrame, machine: Machine) -> str:
-    """A digest of all that decides what the training computes."""
+    """A digest of everything that decides what the training computes."""
     import keras
 
     what = {
@@ -320,7 +320,7 @@ class Machine:
 
 
 def _machine(train: Train, devices: Sequence[str] | None) -> Machine:
-    """Sets the backend up for what it finds.
+    """Sets up the backend for the available devices.
 
     XLA only on accelerators: it made training on CPU three times slower. JAX compiles by XLA always. Half precision on
     TensorFlow's GPUs is float16 (with loss scaling, which Keras adds), whose convolutions cuDNN has on every card since
@@ -371,9 +371,9 @@ def _accelerator(backend: str) -> str:
 
 
 def _feed(data: loop.ClipDataset) -> loop.ClipDataset | tf.data.Dataset:
-    """What Keras's `fit` is given: the data themselves, but with TensorFlow a `tf.data.Dataset` of them.
+    """The argument of Keras's `fit`: the data itself, but with TensorFlow a `tf.data.Dataset` of it.
 
-    Keras makes the same of a `PyDataset`, with autotuning. At the end of an iterator TensorFlow waits for the
+    Keras does the same with a `PyDataset`, but with autotuning. At the end of an iterator TensorFlow waits for the
     autotuning thread, which sleeps: one epoch in three took 5 to 8 idle seconds more (TensorFlow 2.21, 12 s each).
     """
     import keras
@@ -391,7 +391,7 @@ def _feed(data: loop.ClipDataset) -> loop.ClipDataset | tf.data.Dataset:
         tf.TensorSpec((None, data.classes), tf.float32),
         tf.TensorSpec((None,), tf.float32),
     )
-    # Each epoch makes an iterator of its own, so no iterator starts before the data know the epoch.
+    # Each epoch makes its own iterator, so no iterator starts before the data knows the epoch.
     dataset = tf.data.Dataset.from_generator(
         lambda: (data[index] for index in range(len(batches))), output_signature=signature
     )
@@ -401,7 +401,7 @@ def _feed(data: loop.ClipDataset) -> loop.ClipDataset | tf.data.Dataset:
 
 
 def _save(model: keras.Model, path: Path) -> None:
-    """The whole model or nothing. Keras insists on the suffix."""
+    """Saves the whole model or nothing. Keras requires the suffix."""
     draft = path.with_name("draft.keras")
     with files.writing(path):
         try:

@@ -5,5 +5,5 @@ from sora.media.video import MODALITY
 
 __all__ = ["MODALITIES", "MODALITY", "Modality"]
 
-# `MODALITY` is the one that is used where a caller names none.
+# `MODALITY` is the default modality.
 MODALITIES: dict[str, Modality] = {MODALITY.name: MODALITY}

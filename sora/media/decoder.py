@@ -1,8 +1,8 @@
 """A decoder: `python -m sora.media.decoder OPTIONS`, a confined process that reads one file after another and answers
 with its facts or its clips.
 
-It opens strangers' files, so it is the one process that is expected to die. It holds no secret (its environment is
-bare), and has hard limits on memory, open files and time. Once it has its imports, `sora.core.sandbox` leaves it
+It opens strangers' files, so it is the one process that is expected to die. It has no secrets (its environment is
+bare), and has hard limits on memory, open files and time. Once its imports are done, `sora.core.sandbox` leaves it
 nothing but its descriptors. It ends when its socket does, and is killed with its parent (`sora.media.pool`).
 
 Protocol: a job is one message of JSON, `{"spec", "known"}` for clips or `{}` for facts, on the SOCK_SEQPACKET socket
@@ -10,7 +10,7 @@ that is its standard input, with the file's descriptor. An answer, on standard o
 many bytes of JSON, and then the bytes of the tensors in C order, in the order in which the JSON names them. The JSON is
 `{"facts"}`, `{"tensors": {name: {"dtype", "shape"}}, "spans", "seconds"}` or `{"rule", "message", "fix"}`. The first
 answer, `{"ready": true, "lacks": […]}`, comes unasked, and `{"taken": true}` precedes the answer to each job: a decoder
-that ends before that was not ended by the job's file. After an answer with `"last": true` the process ends.
+that ends before that was not killed by the job's file. After an answer with `"last": true` the process ends.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def main() -> None:
         os.dup2(null, standard)
     try:
         _work(options, jobs, answers)
-    except BrokenPipeError:  # the parent went away
+    except BrokenPipeError:  # the parent is gone
         os._exit(0)
 
 
 def _work(options: dict[str, Any], jobs: socket.socket, answers: BinaryIO) -> None:
-    # All imports come before the sandbox: afterwards none finds its file.
+    # All imports come before the sandbox: afterwards no file can be opened.
     import numpy as np
 
     from sora.core.records import ClipSpec
@@ -74,7 +74,7 @@ def _work(options: dict[str, Any], jobs: socket.socket, answers: BinaryIO) -> No
         job = json.loads(message)
         (file,) = descriptors
         _answer(answers, {"taken": True})
-        # Processor time bounds what a hung read of wall-clock time does not: threads that spin beside each other.
+        # Processor time limits what wall-clock time does not: threads that spin in parallel.
         most = math.ceil(time.process_time() + options["cpu_seconds"])
         resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
         start = time.perf_counter()
@@ -114,7 +114,7 @@ def _work(options: dict[str, Any], jobs: socket.socket, answers: BinaryIO) -> No
         finally:
             os.close(file)
         _answer(answers, answer, *bodies)
-        if answer.get("last"):  # what a failed allocation left behind is not trusted: a fresh process takes over
+        if answer.get("last"):  # the state after a failed allocation is not trusted: a fresh process takes over
             return
 
 

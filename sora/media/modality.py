@@ -1,7 +1,7 @@
 """The port of media: how a file becomes named tensors and facts.
 
 A modality is a folder beside this module. Its package offers one `Modality`, which is light: every process may import
-it. What opens files stands behind `Modality.reader`, and only a confined decoder (`sora.media.decoder`) asks for that.
+it. What opens files is behind `Modality.reader`, and only a confined decoder (`sora.media.decoder`) calls that.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ class Reading:
     """
 
     tensors: Mapping[str, np.ndarray]
-    spans: Spans | None  # None where the file says nothing of time
+    spans: Spans | None  # None if the file has no times
 
 
 class Reader(Protocol):
     """What opens files of a modality. A module can be one."""
 
     def prepare(self, *, clips: bool) -> None:
-        """Imports all that `clips`, or else `facts`, will need: afterwards the process can open no file."""
+        """Imports everything that `clips`, or else `facts`, will need: afterwards the process can't open files."""
         ...
 
     def facts(self, file: int, limits: Mapping[str, Any]) -> dict[str, Any]:
-        """What reading all of an open file shows: at least the names of `Modality.facts`, and `truncated`: why the file
-        counts as truncated, "" where it does not.
+        """The facts from reading a whole open file: at least the names of `Modality.facts`, and `truncated`: why it
+        counts as truncated, "" if it does not.
 
         Raises:
             VideoError: the file can't be used, or is beyond a limit.
@@ -62,7 +62,7 @@ class Modality:
     """How a kind of file becomes named tensors and facts."""
 
     name: str
-    facts: Mapping[str, Fact]  # fact → what stands in its place where nothing was found; the types are the facts' types
+    facts: Mapping[str, Fact]  # fact → its value if it is unknown; the types are the facts' types
     tensors: Callable[[ClipSpec], dict[str, TensorSpec]]  # what a clip consists of, by name
     windows: Callable[[int, float, ClipSpec], list[ClipWindow]]  # of a file of this length and rate: see `Known`
     reader: Callable[[], Reader]  # imports it

@@ -1,7 +1,7 @@
-"""Files through decoders (`sora.media.decoder`: confined processes) side by side, where a crash costs one file.
+"""Decodes files in parallel with `sora.media.decoder` (confined processes); a crash costs one file.
 
 A file is opened here and handed over as a descriptor. Facts and clips come back as JSON and bytes, never as pickles,
-and are checked: a stranger's file may have taken the decoder over. Every decoder holds one file at a time, lives on for
+and are checked: a stranger's file may have taken over the decoder. Every decoder holds one file at a time, stays for
 the next one, and dies with this process.
 """
 
@@ -42,7 +42,7 @@ Item = TypeVar("Item")
 
 BOOT_SECONDS = 120.0  # imports of PyAV and OpenCV on a busy machine
 HEADER_BYTES = 1 << 20
-PATIENCE = 4  # so many times its processor time may a file take by the clock
+PATIENCE = 4  # a file may take this many times its processor time by the clock
 _REST_SECONDS = 60.0  # from an answer's first byte to its last
 log = logging.getLogger("sora")
 
@@ -64,7 +64,7 @@ class Bounds:
 
     @classmethod
     def of_calls(cls, settings: Serve) -> Bounds:
-        """For files that the model is asked about."""
+        """For files sent for prediction."""
         spent = settings.decode_timeout
         cores = os.cpu_count() or 1  # a server adds its own limit by the clock
         return cls(settings.file_limits(), settings.decode_memory, spent * cores, max(60.0, PATIENCE * spent))
@@ -72,12 +72,12 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Job(Generic[Item]):
-    """One file to decode, and what the caller knows it by. Without a `spec` its facts are wanted."""
+    """One file to decode, and the caller's key for it. Without a `spec` its facts are wanted."""
 
     item: Item
     path: Path
     spec: ClipSpec | None = None
-    known: Known | None = None  # by the manifest
+    known: Known | None = None  # from the manifest
 
     def message(self) -> bytes:
         return json.dumps({"spec": self.spec.to_dict(), "known": self.known} if self.spec else {}).encode()
@@ -85,7 +85,7 @@ class Job(Generic[Item]):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a decoder said: JSON and, of a job for clips, how many there are and the bytes of each tensor."""
+    """A decoder's answer: JSON and, for a job for clips, their number and the bytes of each tensor."""
 
     header: dict[str, Any]
     clips: int = 0
@@ -93,7 +93,7 @@ class Answer:
 
 
 class Crashed(VideoError):
-    """The decoder died: by the file's fault, or the machine's."""
+    """The decoder died: because of the file, or of the machine."""
 
 
 def cores() -> int:
@@ -123,7 +123,7 @@ def array(body: bytes | bytearray, tensor: TensorSpec) -> np.ndarray:
 
 
 def command(bounds: Bounds, clips: bool, modality: Modality = MODALITY) -> list[str]:
-    """Starts a decoder; its standard input is to be a `socket_pair`'s other end, its standard output a pipe."""
+    """Starts a decoder; its standard input must be a `socket_pair`'s other end, its standard output a pipe."""
     options = {
         "parent": os.getpid(),
         "modality": modality.name,
@@ -136,12 +136,12 @@ def command(bounds: Bounds, clips: bool, modality: Modality = MODALITY) -> list[
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:
-    """(ours, the decoder's) ends of what jobs go through."""
+    """(ours, the decoder's) ends of the socket for jobs."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 def bare_environment() -> dict[str, str]:
-    """What Python needs and no more: tokens and addresses of other services stay with this process."""
+    """Only what Python needs: tokens and addresses of other services stay in this process."""
     keep = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH") if name in os.environ}
     return {
         **keep,
@@ -155,7 +155,7 @@ def bare_environment() -> dict[str, str]:
 
 
 def open_file(path: Path) -> int:
-    """A descriptor of a regular file, which is no link, to hand to a decoder.
+    """A descriptor of a regular file (not a link) to hand to a decoder.
 
     Raises:
         VideoError: not_a_video, unreadable.
@@ -173,20 +173,20 @@ def open_file(path: Path) -> int:
 
 
 def check_ready(answer: dict[str, Any]) -> None:
-    """Reads a decoder's first answer. Warns of what the kernel could not forbid it, once in this process.
+    """Reads a decoder's first answer. Warns once per process about what the kernel could not forbid.
 
     Raises:
-        ServiceError: it is no such answer.
+        ServiceError: it is not such an answer.
     """
     if answer.get("ready") is not True:
-        raise ServiceError("a decoder started with an answer that makes no sense", fix="run `sora doctor`")
+        raise ServiceError("a decoder's first answer was invalid", fix="run `sora doctor`")
     if answer.get("lacks"):
         _say_lacking(", ".join(map(str, answer["lacks"])))
 
 
 @cache
 def _say_lacking(what: str) -> None:
-    log.warning("decoders are confined by limits only in part: this machine lacks %s; see `sora doctor`", what)
+    log.warning("decoders are only partly confined: this machine lacks %s; see `sora doctor`", what)
 
 
 def clips_in(header: dict[str, Any], spec: ClipSpec, modality: Modality = MODALITY) -> int:
@@ -195,12 +195,12 @@ def clips_in(header: dict[str, Any], spec: ClipSpec, modality: Modality = MODALI
     Raises:
         ValueError: other tensors than clips of this spec have, or more clips than a file can have.
     """
-    said, expected = header.get("tensors"), modality.tensors(spec)
-    if not isinstance(said, dict) or list(said) != list(expected):
-        raise ValueError(f"tensors {str(said)[:100]}")
+    tensors, expected = header.get("tensors"), modality.tensors(spec)
+    if not isinstance(tensors, dict) or list(tensors) != list(expected):
+        raise ValueError(f"tensors {str(tensors)[:100]}")
     counts = []
     for name, tensor in expected.items():
-        one = said[name]
+        one = tensors[name]
         shape = one.get("shape") if isinstance(one, dict) else None
         if not isinstance(shape, list) or shape[1:] != list(tensor.shape) or one.get("dtype") != tensor.dtype:
             raise ValueError(f"a tensor {name!r} of {str(one)[:100]}")
@@ -213,7 +213,7 @@ def clips_in(header: dict[str, Any], spec: ClipSpec, modality: Modality = MODALI
 
 
 class Decoder:
-    """One decoder, started when made. `usable` says whether it takes a further file; `end()` it."""
+    """One decoder, started when made. `usable` says whether it takes another file; `end()` it."""
 
     def __init__(self, bounds: Bounds, *, clips: bool, modality: Modality = MODALITY) -> None:
         sandbox.hide_memory()
@@ -254,7 +254,7 @@ class Decoder:
         try:
             socket.send_fds(self._jobs, [job.message()], [file])
         except (BrokenPipeError, ConnectionError):
-            pass  # it died: its pipe says so next
+            pass  # it died: its pipe will show that next
         finally:
             os.close(file)
         self._job = job
@@ -262,10 +262,10 @@ class Decoder:
             self._deadline = time.monotonic() + self._bounds.seconds
 
     def take(self) -> Answer | None:
-        """What it has to say, once its pipe can be read or its time is over. None: nothing about its file yet.
+        """Its answer, once its pipe can be read or its time is up. None: nothing about its file yet.
 
         Raises:
-            VideoError: the file is no usable video, is beyond a bound, or killed the decoder (`Crashed`).
+            VideoError: the file is not a usable video, is beyond a bound, or killed the decoder (`Crashed`).
             ServiceError: the decoder did not start.
         """
         try:
@@ -306,7 +306,7 @@ class Decoder:
             if how.endswith("(SIGXCPU)"):
                 raise self._slow() from None
             raise Crashed(f"it {how}", rule="unreadable", fix=RULES["unreadable"]) from None
-        except (ValueError, TypeError, KeyError) as error:  # what it says makes no sense
+        except (ValueError, TypeError, KeyError) as error:  # its answer is invalid
             self._free(usable=False)
             raise Crashed(f"it answered nonsense: {error}", rule="unreadable", fix=RULES["unreadable"]) from error
 
@@ -360,7 +360,7 @@ class Decoder:
         self._fill(memoryview(text), until)
         header = json.loads(text)
         if not isinstance(header, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         return header
 
     def _fill(self, target: memoryview, until: float) -> None:
@@ -382,12 +382,12 @@ def each(
     """Yields each job with its answer, or with the reason why there is none, as soon as it is ready.
 
     Jobs are taken one by one as decoders become free; with one worker, answers come in the order of the jobs. Decoders
-    start as jobs come, and end at once when the generator is closed (put it into `contextlib.closing`).
+    start as jobs arrive, and end at once when the generator is closed (put it into `contextlib.closing`).
 
     Args:
         clips: whether the jobs ask for clips; otherwise all ask for facts.
-        workers: decoders; 0: one a core.
-        modality: what the files are.
+        workers: decoders; 0: one per core.
+        modality: the kind of the files.
 
     Raises:
         ServiceError: decoders can't start.

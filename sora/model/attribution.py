@@ -2,10 +2,10 @@
 
 Selvaraju et al. 2017, "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization": feature maps,
 weighted by the gradient of the class's score with respect to their mean over the picture. Both networks of the
-classifier end in such means (`streams.pooled`), a vector a frame and a level, so the gradient needs no way back through
+classifier end in such means (`streams.pooled`), a vector per frame and level, so the gradient does not go back through
 the convolutions: a call costs one pass of the model and a gradient of its small head.
 
-Departs: maps of every level are summed, since the fusion reads them all; a frame has weights of its own; and the score
+Departs: maps of every level are summed, since the fusion reads them all; a frame has its own weights; and the score
 is the class's log-odds (`log_odds` of `sora.tasks`), not its logit, since a number added to all logits of a softmax
 changes no answer.
 """
@@ -46,23 +46,23 @@ def split(model: keras.Model) -> Parts:
     layers = {layer.name: layer for layer in model.layers}
     if "low" not in layers:
         raise ServiceError(
-            "this model has no network that sees every frame, so no moments to tell apart",
+            "this model has no network that sees every frame, so it can't tell moments apart",
             fix="explain a model with `model.streams: both` or `low`",
         )
     low, high = layers["low"], layers.get("high")
     joining = [layer for name, layer in layers.items() if name.startswith("lateral_")]
 
     def maps(clips: Any) -> list[Any]:
-        found: list[Any]
-        stem, *found = low.feature_maps(layers["motion"](clips), training=False)
+        lower: list[Any]
+        stem, *lower = low.feature_maps(layers["motion"](clips), training=False)
         if high is None:
-            return found
+            return lower
         seen = layers["key_frames"](clips)
         if joining:
-            seen = [seen, *(join(each) for join, each in zip(joining, [stem, *found], strict=False))]
-        return [*found, *high.feature_maps(seen, training=False)[1:]]
+            seen = [seen, *(join(each) for join, each in zip(joining, [stem, *lower], strict=False))]
+        return [*lower, *high.feature_maps(seen, training=False)[1:]]
 
-    # A network of one level has no list; one that others join hands out its maps after its levels.
+    # A network of one level has no list; one that others join returns its maps after its levels.
     levels = keras.tree.flatten(low.output)[: len(low.filters)]
     if high is not None:
         levels += keras.tree.flatten(high.output)
@@ -70,32 +70,32 @@ def split(model: keras.Model) -> Parts:
 
 
 def pooled(maps: Sequence[Any]) -> list[Any]:
-    """What the head reads of each level's maps."""
+    """The features that the head reads from each level's maps."""
     return [streams.pooled(level) for level in maps]
 
 
 def evidence(maps: Sequence[Any], gradients: Sequence[Any], key_frames: int) -> Any:
     """How much each place of each frame speaks for the class (above 0) or against it (below 0).
 
-    Each level's maps times its gradients, resized to the finest level and summed. All levels are in units of the score,
-    so that they can be: the mean over the picture, summed over frames, is the level's first-order share of it. What a
-    key frame says is shared out evenly among the frames that it stands for.
+    Each level's maps times its gradients, resized to the finest level and summed. All levels are in units of the score
+    and can be summed: the mean over the picture, summed over frames, is the level's first-order share of it. What a
+    key frame shows is divided evenly among the frames that it stands for.
 
-    Input: of one clip, a list of `(1, time_i, height_i, width_i, channels_i)` and one of `(1, time_i, channels_i)`.
+    Input: for one clip, a list of `(1, time_i, height_i, width_i, channels_i)` and one of `(1, time_i, channels_i)`.
     Output shape: `(time, height, width)` of the first, finest level of the low network, float32.
     """
     time, rows, columns = maps[0].shape[1:4]
     total = ops.zeros((time, rows, columns), "float32")
     for level, gradient in zip(maps, gradients, strict=True):
-        found = ops.einsum("thwc,tc->thw", ops.cast(level[0], "float32"), ops.cast(gradient[0], "float32"))
-        if found.shape[1:] != (rows, columns):
-            found = ops.image.resize(found[..., None], (rows, columns), interpolation="bilinear")[..., 0]
-        if found.shape[0] != time:
+        share = ops.einsum("thwc,tc->thw", ops.cast(level[0], "float32"), ops.cast(gradient[0], "float32"))
+        if share.shape[1:] != (rows, columns):
+            share = ops.image.resize(share[..., None], (rows, columns), interpolation="bilinear")[..., 0]
+        if share.shape[0] != time:
             lengths = part_lengths(time, key_frames)
-            found = ops.concatenate(
-                [ops.repeat(found[part : part + 1] / length, length, axis=0) for part, length in enumerate(lengths)]
+            share = ops.concatenate(
+                [ops.repeat(share[part : part + 1] / length, length, axis=0) for part, length in enumerate(lengths)]
             )
-        total = total + found
+        total = total + share
     return total
 
 

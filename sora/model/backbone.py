@@ -1,11 +1,11 @@
-"""A network trained on ImageNet in the place of the high network.
+"""A network trained on ImageNet that replaces the high network.
 
 Inverted residuals without squeeze-and-excitation: Sandler et al. 2018, "MobileNetV2: Inverted Residuals and Linear
 Bottlenecks", table 2; Tan and Le 2019, "EfficientNet", table 1, in the variant Lite0 (ReLU6, fixed stem and head:
 https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite). Departs: every normalisation is folded
 into the convolution before it, which changes no output; there are no statistics that few clips could spoil.
 
-The weights come from `sora.model.pretrained`, once, when a training begins; a saved model holds them.
+The weights come from `sora.model.pretrained`, once, when a training starts; a saved model holds them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Blocks:
     """A row of the papers' tables: `count` blocks, the first with `stride`."""
 
     size: int  # of the depthwise kernel
-    expand: int  # so many times the channels inside
+    expand: int  # factor of the channels inside
     filters: int
     count: int
     stride: int
@@ -52,7 +52,7 @@ BACKBONES: dict[str, tuple[Blocks, ...]] = {
         Blocks(3, 6, 320, 1, 1),
     ),
 }
-LEVELS = (2, 4)  # rows whose maps are handed out, at an 8th and a 16th of the size; the head's are the last level
+LEVELS = (2, 4)  # rows whose maps are returned, at an 8th and a 16th of the size; the head's are the last level
 
 
 @keras.saving.register_keras_serializable(package="sora")
@@ -103,12 +103,12 @@ class BiasConv(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="sora")
 class InvertedResidual(keras.layers.Layer):
-    """1x1 that widens → depthwise → 1x1 that narrows without activation; added to its input where the shapes are equal.
+    """1x1 that widens → depthwise → 1x1 that narrows without activation; added to its input if the shapes are equal.
 
     Arguments:
         filters: output channels.
         size, stride: of the depthwise convolution.
-        expand: so many times the channels inside; 1: no first convolution.
+        expand: factor of the channels inside; 1: no first convolution.
 
     Input shape: `(batch, time, height, width, channels)`.
     Output shape: `(batch, time, ceil(height / stride), ceil(width / stride), filters)`.
@@ -148,13 +148,13 @@ class InvertedResidual(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="sora")
 class BackboneStream(keras.layers.Layer):
-    """One of `BACKBONES` on every frame; hands out three levels' features, each averaged over the picture.
+    """One of `BACKBONES` on every frame; returns three levels' features, each averaged over the picture.
 
     Arguments:
         backbone: its name.
         trainable: of Keras; False leaves the weights as they are.
 
-    Input shape: `(batch, time, height, width, rgb)`, -1 to 1, as `KeyFrames` gives it and both networks were trained
+    Input shape: `(batch, time, height, width, rgb)`, -1 to 1, as `KeyFrames` returns it and both networks were trained
         with.
     Output: a list of `(batch, time, channels)`, 40, 112 and 1280 channels for efficientnet-lite0.
 
@@ -191,7 +191,7 @@ class BackboneStream(keras.layers.Layer):
                 shape = block.compute_output_shape(shape)
         self.head.build(shape)
         if not self.trainable:  # type: ignore[has-type]
-            # Keras hands it down to the weights when it changes, not when it is given.
+            # Keras passes it to the weights when it changes, not when it is given.
             self.trainable = True
             self.trainable = False
 
@@ -220,12 +220,12 @@ class BackboneStream(keras.layers.Layer):
         return parts
 
     def convolutions(self) -> list[BiasConv]:
-        """In the order of the computation, which `pretrained` gives weights in."""
-        found = [self.stem]
+        """The convolutions in the order of computation, in which `pretrained` sets the weights."""
+        layers = [self.stem]
         for row in self.rows:
             for block in row:
-                found += [part for part in (block.widen, block.depthwise, block.narrow) if part is not None]
-        return [*found, self.head]
+                layers += [part for part in (block.widen, block.depthwise, block.narrow) if part is not None]
+        return [*layers, self.head]
 
     def compute_output_shape(self, input_shape: Shape) -> list[Shape]:
         widths = [BACKBONES[self.backbone][number].filters for number in LEVELS]

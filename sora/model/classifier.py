@@ -5,7 +5,7 @@
                           └─ KeyFrames ── high network (wide, few frames) ─┘
 
 The reference article's reading: the low-dimensional features (motion, few channels) and the high-dimensional ones
-(appearance, many channels) each go through a deep residual network of their own; features of several levels are fused.
+(appearance, many channels) each go through their own deep residual network; features of several levels are fused.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from sora.model.streams import KeyFrames, Motion, ResidualStream
 def build(config: Model, clip: ClipSpec, classes: int) -> keras.Model:
     """A new model with random weights (from Keras's global seed); `pretrained.load` gives a backbone its own.
 
-    Input: by the name `video`, `(batch, clip.frames, clip.height, clip.width, 3)` uint8, pixels as decoded: scaling is
+    Input: named `video`, `(batch, clip.frames, clip.height, clip.width, 3)` uint8, pixels as decoded: scaling is
     inside.
-    Output shape: `(batch, classes)` float32 logits; with a multi-label head each is for a sigmoid of its own. The
+    Output shape: `(batch, classes)` float32 logits; with a multi-label head each is for its own sigmoid. The
     layer "embedding" gives `(batch, config.embedding)`.
 
     Raises:
-        ValueError: fewer than 2 classes, a binary head for more, more key frames than frames, or a vector a frame of
+        ValueError: fewer than 2 classes, a binary head for more, more key frames than frames, or a vector per frame of
             networks that see different frames.
     """
     if classes < 2:
@@ -50,13 +50,13 @@ def build(config: Model, clip: ClipSpec, classes: int) -> keras.Model:
     # float32 under any policy: softmax and temperature need the digits.
     if config.head == "binary":
         logits = BinaryLogits(dtype="float32", name="logits")(keras.layers.Dense(1, dtype="float32", name="logit")(x))
-    else:  # those of a multi-label head differ by what is done with them
+    else:  # a multi-label head's logits differ only in their use
         logits = keras.layers.Dense(classes, dtype="float32", name="logits")(x)
     return keras.Model(clips, logits, name="sora")
 
 
 def _features(config: Model, clips: Any) -> list[Any]:
-    """Of every level of the networks that `config.streams` names, the low one's first: `(batch, time, channels)`."""
+    """The features of every level of the networks in `config.streams`, low one first: `(batch, time, channels)`."""
     options: dict[str, Any] = {"blocks": config.blocks, "shift": config.shift}
     low: list[Any] = []
     maps: list[Any] = []
@@ -89,19 +89,19 @@ def _fusion(config: Model) -> keras.layers.Layer:
 
 
 def fed(model: keras.Model, tensors: Mapping[str, Any]) -> Any:
-    """What to call a model with, so that each of its inputs gets the tensor of its name.
+    """The arguments for a model, so that each of its inputs gets the tensor of its name.
 
-    The only input of a model takes `video` where its name is no tensor's: earlier versions called it `clip`.
+    A model's only input takes `video` if no tensor has its name: earlier versions called it `clip`.
 
     Raises:
-        ValueError: an input asks for a tensor that is not there.
+        ValueError: an input asks for a missing tensor.
     """
     names = [one.name for one in model.inputs]
     if len(names) == 1 and names[0] not in tensors:
         names = [VIDEO]
     lacking = [name for name in names if name not in tensors]
     if lacking:
-        raise ValueError(f"the model asks for the tensor {lacking[0]!r}, the clips have {', '.join(tensors)}")
+        raise ValueError(f"the model asks for the tensor {lacking[0]!r}, but the clips have {', '.join(tensors)}")
     arrays = [tensors[name] for name in names]
     return arrays[0] if len(arrays) == 1 else arrays
 

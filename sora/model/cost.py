@@ -13,17 +13,17 @@ from sora.model.fusion import GramMatrix
 from sora.model.residual import FrameConv, ResidualBlock
 
 FLOAT = 4  # bytes
-_ADAM = 2  # moments that AdamW keeps of each trained weight
+_ADAM = 2  # moments that AdamW keeps per trained weight
 
 
 def flops(layer: keras.layers.Layer) -> int:
-    """Floating-point operations that one clip costs in a built layer or model, 2 a multiply-add.
+    """Floating-point operations that one clip costs in a built layer or model, 2 per multiply-add.
 
-    Counted are convolutions, dense layers and matrix products, as the literature does (He et al. 2016; Feichtenhofer
+    Counts convolutions, dense layers and matrix products, as the literature does (He et al. 2016; Feichtenhofer
     et al. 2019): normalisation, activation, pooling and statistics are left out.
 
     Raises:
-        TypeError: a layer inside has a matrix of weights and is of a kind that this function can't count.
+        TypeError: an inner layer has a matrix of weights and is of a kind that this function can't count.
     """
     shape = _shape(layer)
     if isinstance(layer, FrameConv):
@@ -41,13 +41,13 @@ def flops(layer: keras.layers.Layer) -> int:
 
 
 def kept(layer: keras.layers.Layer) -> int:
-    """Numbers of one clip that training keeps for the backward pass, about.
+    """About how many numbers of one clip training keeps for the backward pass.
 
     Every convolution keeps its input (for the gradient of its kernel) and its output (for the normalisation), every
-    residual block its sum. A compiler may keep fewer, a framework's own buffers come on top.
+    residual block its sum. A compiler may keep fewer; a framework's own buffers are extra.
     """
     if not layer.trainable:
-        return 0  # nothing goes back through it
+        return 0  # no gradient goes through it
     if isinstance(layer, FrameConv | BiasConv):
         return _numbers(_shape(layer)) + _numbers(layer.compute_output_shape(_shape(layer)))
     own = _numbers(layer.compute_output_shape(_shape(layer))) if isinstance(layer, ResidualBlock) else 0
@@ -55,7 +55,7 @@ def kept(layer: keras.layers.Layer) -> int:
 
 
 def memory(model: keras.Model, batch: int) -> dict[str, int]:
-    """Bytes that training in float32 with AdamW takes at a batch, an estimate (see `kept`).
+    """Estimated bytes of training in float32 with AdamW for one batch (see `kept`).
 
     Returns {"batch", "weights", "gradients", "optimizer", "activations", "total"}.
     """
@@ -70,7 +70,7 @@ def memory(model: keras.Model, batch: int) -> dict[str, int]:
 
 
 def parameters(layer: keras.layers.Layer) -> int:
-    """Numbers in the layer's weights, the statistics of normalisations included."""
+    """Numbers in the layer's weights, including the statistics of normalisations."""
     return sum(math.prod(weight.shape) for weight in layer.weights)
 
 
@@ -79,10 +79,10 @@ def _inner(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
 
 
 def _shape(layer: keras.layers.Layer) -> Any:
-    """That the layer was built for; the first dimension is the batch."""
+    """The input shape that the layer was built for; the first dimension is the batch."""
     return (layer.get_build_config() or {}).get("input_shape")
 
 
 def _numbers(shape: Shape) -> int:
-    """In a tensor of this shape, of one clip."""
+    """The numbers of one clip in a tensor of this shape."""
     return math.prod(shape[1:])

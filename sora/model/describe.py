@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def of_preset(name: str) -> Settings:
-    """Settings with the preset's model, and clips as it was made for.
+    """Settings with the preset's model and the clips that it was made for.
 
     Raises:
         InputError: there is no such preset.
@@ -24,22 +24,22 @@ def of_preset(name: str) -> Settings:
 
 
 def describe(settings: Settings, *, classes: int | None = None, batch: int | None = None) -> dict[str, Any]:
-    """Builds the model of the settings and counts.
+    """Builds the model of the settings and counts its cost.
 
     Arguments:
-        classes: None: those of the settings, or 2 where they name none.
-        batch: that the memory is told for; None: `train.batch`.
+        classes: None: those of the settings, or 2 if they name none.
+        batch: batch size of the memory estimate; None: `train.batch`.
 
     Returns {"preset", "settings", "clip": [frames, height, width, 3], "classes", "parameters", "flops" (a clip),
     "memory" (see `cost.memory`), "layers": [{"name", "output": [shape a clip], "parameters", "flops"}]}. Names of a
     network's parts are "low/stem", "low/level 1", …; a level's output is its maps, before they are averaged.
 
     Raises:
-        InputError: a binary head for another number of classes than 2.
+        InputError: a binary head for a number of classes other than 2.
     """
     config, classes = settings.model, classes or len(settings.classes) or 2
     try:
-        with without_noise():  # its libraries write at the import, and at the first weights
+        with without_noise():  # its libraries print at import and at the first weights
             from sora.model import classifier, cost
 
             model = classifier.build(config, settings.clip.spec(), classes)
@@ -96,18 +96,18 @@ def _row(name: str, output: Any, layers: list[keras.layers.Layer]) -> dict[str, 
     }
 
 
-def draw(found: dict[str, Any]) -> str:
-    """The text of what `describe` found."""
-    head = found["settings"]["head"]
-    lines = [f"{found['preset']}: clips of {_size(found['clip'])}, {found['classes']} classes, head {head}", ""]
+def draw(model: dict[str, Any]) -> str:
+    """The text for the result of `describe`."""
+    head = model["settings"]["head"]
+    lines = [f"{model['preset']}: clips of {_size(model['clip'])}, {model['classes']} classes, head {head}", ""]
     table: list[tuple[str, ...]] = [("", "output", "parameters", "MFLOP")]
     streams = {"motion": "low", "key_frames": "high"}
-    for row in found["layers"]:
+    for row in model["layers"]:
         name, _, part = row["name"].rpartition("/")
         if row["name"] in streams:
             label = f"┌ clip → {row['name'].replace('_', ' ')}"
         elif name in streams.values():
-            label = f"│ {name} {part}" + (" ─▶ a vector a frame" if part.startswith("level") else "")
+            label = f"│ {name} {part}" + (" ─▶ one vector per frame" if part.startswith("level") else "")
         elif row["name"].startswith("lateral"):
             label = f"├ low ─▶ high: {row['name'].replace('_', ' ')}"
         else:
@@ -118,13 +118,13 @@ def draw(found: dict[str, Any]) -> str:
     lines += [
         f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}".rstrip() for a, b, c, d in table
     ]
-    memory = found["memory"]
+    memory = model["memory"]
     shares = ", ".join(f"{name} {_megabytes(memory[name])}" for name in ("weights", "optimizer", "activations"))
     return "\n".join(
         [
             *lines,
             "",
-            f"{found['parameters']:,} parameters · {found['flops'] / 1e9:.3f} GFLOP a clip (2 a multiply-add)",
+            f"{model['parameters']:,} parameters · {model['flops'] / 1e9:.3f} GFLOP per clip (2 per multiply-add)",
             f"training at batch {memory['batch']}: about {_megabytes(memory['total'])} ({shares})",
         ]
     )

@@ -1,4 +1,4 @@
-"""Fusion: per-frame features of every level of both networks become one vector a clip."""
+"""Fusion: per-frame features of every level of both networks become one vector per clip."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sora.core.tensors import Shape
 def _statistics(level: Any) -> Any:
     """Mean, deviation and mean absolute change over time: `(batch, time, channels)` → `(batch, 3 * channels)` float32.
 
-    The mean says what is seen, the deviation how much it varies, the change how fast; of one frame only the mean is
+    The mean says what is seen, the deviation how much it varies, the change how fast; for one frame only the mean is
     known (the other two are 0).
     """
     level = ops.cast(level, "float32")
@@ -30,7 +30,7 @@ def _statistics(level: Any) -> Any:
 class ConcatFusion(keras.layers.Layer):
     """The statistics over time of every level's features (see `_statistics`), side by side.
 
-    Each level is normalised by itself, so that the deep ones do not drown the early ones.
+    Each level is normalised by itself, so that deep levels do not drown early ones.
 
     Input: a list of `(batch, time_i, channels_i)`.
     Output shape: `(batch, 3 * sum(channels_i))`.
@@ -58,7 +58,7 @@ class ConcatFusion(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="sora")
 class GatedFusion(keras.layers.Layer):
-    """Every level's statistics over time, brought to one width and mixed by gates that the clip itself sets.
+    """Every level's statistics over time, projected to one width and mixed by gates that the clip itself sets.
 
     Arevalo et al. 2017, "Gated Multimodal Units for Information Fusion": h_i = tanh(W_i x_i), the result is the sum of
     z_i * h_i. Departs in the gates z: they are made from the mean of the h_i instead of all x_i side by side, and sum
@@ -88,7 +88,7 @@ class GatedFusion(keras.layers.Layer):
         for norm, dense, shape in zip(self.normalisations, self.projections, input_shape, strict=True):
             norm.build((shape[0], 3 * shape[-1]))
             dense.build((shape[0], 3 * shape[-1]))
-        if len(input_shape) > 1:  # a single level has nothing to be weighed against
+        if len(input_shape) > 1:  # a single level needs no weighing
             self.gates = keras.layers.Dense(len(input_shape) * self.width, dtype=dtype)
             self.gates.build((input_shape[0][0], self.width))
 
@@ -135,9 +135,9 @@ class GramMatrix(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="sora")
 class GramFusion(keras.layers.Layer):
-    """Per-frame vectors, brought to one width, and the upper triangle of their Gram matrix.
+    """Per-frame vectors, projected to one width, and the upper triangle of their Gram matrix.
 
-    The matrix is symmetric: its upper triangle holds all of it. It is multiplied by d, so that the dense layer that
+    The matrix is symmetric: its upper triangle has all of it. It is multiplied by d, so that the dense layer that
     follows gets entries of order 1.
 
     Arguments:
@@ -168,7 +168,7 @@ class GramFusion(keras.layers.Layer):
         if self.vectors == "frame":
             times = sorted({shape[1] for shape in input_shape})
             if len(times) > 1:
-                raise ValueError(f"a vector a frame needs levels of the same frames, received {times} frames")
+                raise ValueError(f"one vector per frame needs levels with the same frames, received {times} frames")
             shapes = [(*input_shape[0][:2], sum(shape[-1] for shape in input_shape))]
         self.projections = [keras.layers.Dense(self.width, use_bias=False, dtype=self.dtype_policy) for _ in shapes]
         self.normalisations = [keras.layers.LayerNormalization(dtype=self.dtype_policy) for _ in shapes]

@@ -16,7 +16,7 @@ from sora.model.streams import key_frames
 class Lateral(keras.layers.Layer):
     """Maps of every frame become maps of the key frames: a convolution over time, taken at the key frames only.
 
-    SlowFast's "time-strided convolution" (5x1x1), which paid most there, followed by its normalisation and ReLU.
+    SlowFast's "time-strided convolution" (5x1x1), which gained most there, followed by its normalisation and ReLU.
     Written as a 1x1 convolution over the channels of five neighbouring frames side by side, so without Conv3D. Departs
     at the ends: the first and the last frame repeat, where the paper pads with zeros.
 

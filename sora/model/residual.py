@@ -16,7 +16,7 @@ from sora.core.tensors import Shape
 
 @keras.saving.register_keras_serializable(package="sora")
 class TemporalShift(keras.layers.Layer):
-    """Moves one part of the channels a frame forwards in time and as many a frame backwards; costs no multiplication.
+    """Moves one part of the channels one frame forwards in time and as many one frame back; costs no multiplication.
 
     TSM (Lin et al. 2019). The ends are filled with zeros, as there.
 
@@ -53,7 +53,7 @@ class TemporalShift(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="sora")
 class FrameConv(keras.layers.Layer):
-    """Convolution of every frame by itself, then batch normalisation: batch x time frames are one batch of pictures.
+    """Convolution of each frame by itself, then batch normalisation: batch x time frames are one batch of pictures.
 
     Statistics are taken over batch, time and place, so that a batch of 16 clips of 16 frames normalises over 256
     pictures; momentum 0.9 suits the few hundred steps of a small data set.

@@ -21,7 +21,7 @@ _LUMA = (0.299, 0.587, 0.114)  # BT.601
 
 @keras.saving.register_keras_serializable(package="sora")
 class Motion(keras.layers.Layer):
-    """Brightness and its signed change to the frame before and to the frame after: what the low network sees.
+    """Brightness and its signed change to the previous and to the next frame: what the low network sees.
 
     With both changes beside the brightness, the first convolution can hold filters that are oriented in space *and*
     time, hence tell left from right. Brightness is centred and scaled by the clip's own mean and deviation, the changes
@@ -72,7 +72,7 @@ class KeyFrames(keras.layers.Layer):
 
     def call(self, clips: Any) -> Any:
         time = clips.shape[1]
-        # One slice a frame: `ops.take` with a list would be a gather, whose gradient is slower than a slice's.
+        # One slice per frame: `ops.take` with a list would be a gather, whose gradient is slower than a slice's.
         chosen = [clips[:, index : index + 1] for index in key_frames(time, self.count)]
         x = ops.cast(ops.concatenate(chosen, axis=1), self.compute_dtype)
         return x / 127.5 - 1.0
@@ -93,7 +93,7 @@ def key_frames(time: int, count: int) -> tuple[int, ...]:
     """Indices of `count` of `time` frames: the middles of `count` equal parts.
 
     Raises:
-        ValueError: more are wanted than there are.
+        ValueError: more frames are wanted than there are.
     """
     if not 1 <= count <= time:
         raise ValueError(f"key frames must be 1 to the clip's {time} frames, received {count}")
@@ -102,19 +102,19 @@ def key_frames(time: int, count: int) -> tuple[int, ...]:
 
 @keras.saving.register_keras_serializable(package="sora")
 class ResidualStream(keras.layers.Layer):
-    """A residual network on every frame that hands out each level's features.
+    """A residual network on every frame that returns each level's features.
 
-    A stem (3x3, stride 2) and, a level, `blocks` residual blocks; every level halves height and width.
-    Each level's features are averaged over the picture, a vector a frame.
+    A stem (3x3, stride 2) and `blocks` residual blocks per level; every level halves height and width.
+    Each level's features are averaged over the picture: one vector per frame.
 
     Arguments:
         filters: of each level.
-        blocks: residual blocks a level.
+        blocks: residual blocks per level.
         shift: fraction of the channels shifted in time (see `residual.TemporalShift`).
-        maps: hand out the stem's and every level's maps as well, for another stream to join.
+        maps: also return the stem's and every level's maps, for another stream to join.
 
     Input shape: `(batch, time, height, width, channels)`, or a list of it and of maps that join, the first of them
-    beside the stem's output, the next beside the first level's, and so on; as many as there are, at most one a level.
+    beside the stem's output, the next beside the first level's, and so on; at most one per level.
     Output: a list with `(batch, time, filters[level])` for each level; with `maps` followed by one more than levels of
     `(batch, time, height / 2, width / 2, filters[0])`, `(batch, time, height / 4, width / 4, filters[0])`, ….
 
@@ -180,6 +180,6 @@ class ResidualStream(keras.layers.Layer):
 
 
 def _with_maps(input_shape: Any) -> list[Shape]:
-    """The shapes of a stream's inputs; JSON has made lists of tuples."""
+    """The shapes of a stream's inputs; JSON turns tuples into lists."""
     several = isinstance(input_shape[0], list | tuple)
     return [tuple(shape) for shape in (input_shape if several else [input_shape])]

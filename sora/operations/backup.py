@@ -1,23 +1,23 @@
-"""`sora backup FILE`: all that a project is, in one file, while its servers and a run go on.
+"""`sora backup FILE`: the whole project in one file, while its servers and a run continue.
 
-The file is a plain tar (footage and models don't get smaller), mode 0600. `sora-backup.json` comes first and says what
-it is; `manifest.json` comes last and lists size and sha256 of every other member: without it the file is torn.
+The file is a plain tar (footage and models don't compress), mode 0600. `sora-backup.json` comes first and says what
+it is; `manifest.json` comes last and lists size and sha256 of every other member: without it the file is incomplete.
 
-| member | is |
+| member | content |
 |---|---|
 | `db/` | MLflow's and Prefect's databases, by SQLite's own online backup |
 | `artifacts/` | what MLflow keeps of every run and model, registered or not |
-| `tree/` | settings, split ledger, DVC's files; files that were changed, or are new and that git does not ignore |
+| `tree/` | settings, split ledger, DVC's files; files that were changed, or are new and not ignored by git |
 | `git.bundle` | every branch and tag with its history |
 | `state/` | tokens, the inbox of corrections, Data Docs, when the last nightly was |
-| `objects/` | what the served and recent versions, the present state and the last commit need of DVC's cache |
-| `data/` | footage that has come since the last data version |
+| `objects/` | objects of DVC's cache that the served and recent versions, the present state and the last commit need |
+| `data/` | footage added since the last data version |
 
-Databases are read first: a model lies among the artifacts before a database names it, so whatever they name is there.
+Databases are read first: a model is stored before a database names it, so whatever they name is there.
 Left out are the machine's own things (server secrets and accounts, ports, locks, logs), what can be made again (caches,
-`prepared/`) and the half-done work of a run that is going on.
+`prepared/`) and the unfinished work of an active run.
 
-`sora.operations.restore` puts it back.
+`sora.operations.restore` restores it.
 """
 
 from __future__ import annotations
@@ -59,15 +59,15 @@ from sora.operations.needed import KEEP, Versions, committed_state, kept_states,
 HEAD, MANIFEST, BUNDLE = "sora-backup.json", "manifest.json", "git.bundle"
 DATABASES = ("mlflow", "prefect")
 _AT = Project(Path())
-# Of `.sora/`, by their names in it, which the backup's members have too.
+# What is kept of `.sora/`, by name; the backup's members have the same names.
 STATE_FILES = tuple(
     file.name for file in (_AT.tokens, _AT.last_nightly, _AT.alerted, _AT.reference, _AT.validation_side)
 )
 STATE_FOLDERS = tuple(folder.name for folder in (_AT.inbox, _AT.docs, _AT.last_evaluation))
 DVC_FILES = (".dvc/config", ".dvc/config.local", ".dvc/.gitignore", ".dvcignore", ".gitignore")
-MADE_AGAIN = ("data", "prepared", ".sora", ".git", ".dvc", ".dvc-remote")  # of these `tree/` holds DVC_FILES only
-_LARGEST_FILE = 50_000_000  # bytes of a file of the work tree; larger ones belong to DVC
-_STEADY_SECONDS = 5.0  # that a file which DVC is writing gets to become whole
+MADE_AGAIN = ("data", "prepared", ".sora", ".git", ".dvc", ".dvc-remote")  # of these, `tree/` holds only DVC_FILES
+_LARGEST_FILE = 50_000_000  # bytes of a file in the work tree; larger ones belong to DVC
+_STEADY_SECONDS = 5.0  # how long to wait for a file that DVC is writing
 
 
 class Member(BaseModel):
@@ -86,14 +86,14 @@ class Manifest(BaseModel):
 
     format: Literal[1] = 1
     made: str  # ISO 8601, UTC
-    root: str  # the project's folder then
-    data: bool  # whether DVC's objects came along
+    root: str  # the project's folder at that time
+    data: bool  # whether DVC's objects are included
     versions: tuple[int, ...]
-    needs_remote: tuple[int, ...]  # versions whose data are not in it
+    needs_remote: tuple[int, ...]  # versions whose data is not in it
     branch: str | None = Field(pattern=r"^refs/heads/\S+$")  # `refs/heads/…`; None: no git, or HEAD was detached
     commit: str | None = Field(pattern=r"^[0-9a-f]{40,64}$")
     git_remotes: dict[str, str]
-    removed: tuple[str, ...]  # tracked files and footage that were deleted and not recorded yet, as `tree/…`, `data/…`
+    removed: tuple[str, ...]  # tracked files and footage deleted since they were recorded, as `tree/…`, `data/…`
     notes: tuple[str, ...]
     members: dict[str, Member]
 
@@ -109,12 +109,12 @@ class Made:
     versions: tuple[int, ...]
     needs_remote: tuple[int, ...]
     notes: tuple[str, ...]
-    damaged: tuple[str, ...]  # what the project itself does not have whole
+    damaged: tuple[str, ...]  # what is damaged in the project itself
 
 
 @dataclass(frozen=True, slots=True)
 class Last:
-    """The last backup that was completed, and the last failure if it came later. Times are aware, UTC."""
+    """The last completed backup, and the last failure if it came later. Times are aware, UTC."""
 
     finished: datetime | None = None
     file: str = ""
@@ -136,15 +136,15 @@ def backup(
     """Writes the project into the new file `target`, which appears whole or not at all.
 
     Args:
-        keep: recent versions whose data go along, beside the served one and those that a rollback leads to.
-        data: False leaves DVC's objects out.
-        wait: seconds for another backup to end.
+        keep: recent versions whose data is included, besides the served one and those that a rollback leads to.
+        data: False omits DVC's objects.
+        wait: seconds to wait for another backup to end.
 
     Raises:
-        InputError: `target` is there already, lies in the project, or its folder is not there; data.dvc or dvc.lock is
+        InputError: `target` exists, lies in the project, or its folder does not exist; data.dvc or dvc.lock is
             damaged.
-        RunActive: another backup, or `sora gc`, is at work.
-        DiskFull: no room beside `target`.
+        RunActive: another backup or `sora gc` is running.
+        DiskFull: no room in the folder of `target`.
         ServiceError: a database is damaged, a file can't be read, or MLflow does not answer.
     """
     target = target.absolute()
@@ -174,16 +174,16 @@ def backup(
 
 
 def nightly(project: Project, settings: Settings, registry: Versions, *, progress: Bar | None = None) -> Made:
-    """A backup in `backup.folder`; then all of this project but the newest `backup.keep` are removed there.
+    """Makes a backup in `backup.folder`, then removes all but this project's newest `backup.keep` there.
 
-    Raises what `backup` does, and InputError where the folder is not there: a disk that is not mounted must not be
-    taken for one.
+    Raises what `backup` does, and InputError if the folder does not exist: an empty mount point must not be
+    taken for the disk.
     """
     wanted = settings.backup
     folder = (project.root / Path(wanted.folder or "").expanduser()).absolute()
     if not folder.is_dir():
-        raise InputError(f"backup.folder {folder} is not there", fix="mount or make it, or correct params.yaml")
-    # The place is part of the name: two projects of one name may share a folder.
+        raise InputError(f"backup.folder {folder} does not exist", fix="mount or make it, or correct params.yaml")
+    # The project's path is part of the name: two projects with the same name may share a folder.
     prefix = f"{settings.name}-{hashlib.sha256(str(project.root.resolve()).encode()).hexdigest()[:8]}"
     target = folder / f"{prefix}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.tar"
     made = backup(project, registry, target, data=wanted.data, progress=progress, wait=600)
@@ -196,7 +196,7 @@ def nightly(project: Project, settings: Settings, registry: Versions, *, progres
 
 
 def last(project: Project) -> Last | None:
-    """What is known of this project's backups; None when there never was one."""
+    """What is known about this project's backups; None if there never was one."""
     try:
         value = json.loads(_record_file(project).read_text(encoding="utf-8"))
         times = {name: datetime.fromisoformat(value[name]) if value[name] else None for name in ("finished", "failed")}
@@ -206,7 +206,7 @@ def last(project: Project) -> Last | None:
 
 
 def note_failure(project: Project, reason: str) -> None:
-    """Remembers that a backup failed; the last good one stays known."""
+    """Records that a backup failed; the last good one stays known."""
     before = last(project) or Last()
     _record(project, Last(before.finished, before.file, before.damaged, datetime.now(UTC), reason))
 
@@ -225,28 +225,28 @@ def _record(project: Project, entry: Last) -> None:
 
 
 def check_target(project: Project, target: Path) -> None:
-    """Whether a backup can be written there; raises the InputError of `backup` where not."""
+    """Checks that a backup can be written there; raises the InputError of `backup` if not."""
     target = target.absolute()
     if not target.parent.is_dir():
         raise InputError(f"there is no folder {target.parent}", fix="make it first")
     if target.parent.resolve().is_relative_to(project.root.resolve()):
         raise InputError(
-            f"{target} lies in the project, and would be lost with it",
-            fix="name a file elsewhere, best on another disk",
+            f"{target} is inside the project, and would be lost with it",
+            fix="name a file elsewhere, preferably on another disk",
         )
     if os.path.lexists(target):
         raise _exists(target)
 
 
 def _exists(target: Path) -> InputError:
-    return InputError(f"{target} is there already", fix="name a new file, or remove that one first")
+    return InputError(f"{target} already exists", fix="name a new file, or remove that one first")
 
 
 @contextmanager
 def _new_file(target: Path) -> Iterator[IO[bytes]]:
-    """A file (0600) that gets its name once it is complete and on the disk.
+    """A file (0600) that gets its name once it is complete and on disk.
 
-    Until then it has none where the file system can do that, so that not even SIGKILL leaves anything behind.
+    Until then it has no name if the file system supports that, so that not even SIGKILL leaves anything behind.
     Elsewhere (network and FAT file systems) the next backup into the folder removes it.
     """
     _sweep(target.parent)
@@ -272,11 +272,11 @@ def _new_file(target: Path) -> Iterator[IO[bytes]]:
 
 
 def _name(file: IO[bytes], draft: Path | None, target: Path) -> None:
-    """Never over a file that came meanwhile."""
+    """Never overwrites a file that was created meanwhile."""
     try:
         if draft is None:
             folder = os.open(target.parent, os.O_RDONLY)
-            try:  # with a folder's descriptor Python takes linkat(2), which alone follows the link in /proc
+            try:  # with a folder's descriptor Python calls linkat(2): only that follows the link in /proc
                 os.link(f"/proc/self/fd/{file.fileno()}", target.name, src_dir_fd=folder, dst_dir_fd=folder)
             finally:
                 os.close(folder)
@@ -296,7 +296,7 @@ def _draft(folder: Path) -> Path:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what backups of this machine that were killed left in `folder`."""
+    """Removes what killed backups of this machine left in `folder`."""
     for draft in folder.glob(f".sora-backup.{socket.gethostname()}.*.part"):
         number = draft.name.split(".")[-2]
         if number.isdigit() and not psutil.pid_exists(int(number)):
@@ -308,7 +308,7 @@ def _sweep(folder: Path) -> None:
 
 
 class _Hashing:
-    """Reads `source`, and knows the digests of what was read."""
+    """Reads `source` and computes digests of what was read."""
 
     def __init__(self, source: IO[bytes], *, md5: bool) -> None:
         self._source = source
@@ -316,11 +316,11 @@ class _Hashing:
         self.md5 = hashlib.md5(usedforsecurity=False) if md5 else None
 
     def read(self, size: int = -1) -> bytes:
-        found = self._source.read(size)
-        self.sha256.update(found)
+        chunk = self._source.read(size)
+        self.sha256.update(chunk)
         if self.md5 is not None:
-            self.md5.update(found)
-        return found
+            self.md5.update(chunk)
+        return chunk
 
 
 @dataclass(frozen=True)
@@ -329,14 +329,14 @@ class _Planned:
 
     name: str
     source: Path | bytes
-    needed: bool = True  # False: it may be gone by the time it is read (a run, or a reviewer, took it away)
+    needed: bool = True  # False: it may be gone by the time it is read (a run or a reviewer removed it)
     md5: str = ""  # of an object of DVC's cache
 
 
 @dataclass
 class _Backup:
     project: Project
-    beside: Path  # where snapshots have room
+    beside: Path  # the folder for snapshots
     progress: Bar | None
     notes: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
@@ -348,7 +348,7 @@ class _Backup:
         made = datetime.now(UTC).isoformat(timespec="seconds")
         with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8") as self.tar:
             self._bytes(HEAD, json.dumps({"kind": "sora backup", "format": 1, "sora": __version__}).encode())
-            # First of all: what the databases name has been stored before.
+            # Databases first: what they name was stored before them.
             for name in DATABASES:
                 self._database(name)
             versions = registry.versions()
@@ -410,11 +410,11 @@ class _Backup:
             self._bytes(one.name, one.source)
             return
         try:
-            # No link is followed: it could lead anywhere.
+            # Links are not followed: they could lead anywhere.
             descriptor = os.open(one.source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             if one.needed:
-                raise ServiceError(f"{one.source} went away during the backup", fix="run `sora backup` again") from None
+                raise ServiceError(f"{one.source} vanished during the backup", fix="run `sora backup` again") from None
             return
         except OSError as error:
             raise ServiceError(f"can't read {one.source}: {error.strerror}", fix="make it readable") from error
@@ -437,7 +437,7 @@ class _Backup:
         executable: bool = False,
         md5: bool = False,
     ) -> str:
-        """Adds `size` bytes; returns their md5 where that is asked for, else ''."""
+        """Adds `size` bytes; returns their md5 if asked for, else ''."""
         info = tarfile.TarInfo(name)
         info.size, info.mode, info.mtime = size, 0o700 if executable else 0o600, int(changed or time.time())
         hashing = _Hashing(source, md5=md5)
@@ -459,7 +459,7 @@ class _Backup:
             configured = self.project.settings().services
             if configured.prefect_api_url if name == "prefect" else configured.mlflow_tracking_uri:
                 self.notes.append(
-                    f"{name} runs elsewhere (`services` in params.yaml) and is not in it: back it up there"
+                    f"{name} runs elsewhere (`services` in params.yaml) and is not included: back it up there"
                 )
             return
         with snapshot(file, self.beside) as copy:
@@ -478,17 +478,17 @@ class _Backup:
         for number, digest in sorted(registry.digests().items()):
             if digest and digest not in there:
                 self.damaged.append(
-                    f"the model of version {number} is missing or damaged in MLflow: it is not in it whole"
+                    f"the model of version {number} is missing or damaged in MLflow: the backup does not hold all of it"
                 )
 
     def _tree(self) -> dict[str, bytes]:
         """Sora's and DVC's own small files, as they are at one moment."""
-        found = {}
+        files = {}
         for name in dict.fromkeys((*versioning.STATE_FILES, *DVC_FILES)):
             file = self.project.root / name
             if file.is_file() and not file.is_symlink():
-                found[name] = _steady(file) if name in ("data.dvc", "dvc.lock") else file.read_bytes()
-        return found
+                files[name] = _steady(file) if name in ("data.dvc", "dvc.lock") else file.read_bytes()
+        return files
 
     def _changed(self, git: _Git, known: set[str]) -> Iterator[_Planned]:
         for name in sorted(git.changed() - known):
@@ -518,7 +518,7 @@ class _Backup:
     def _objects(
         self, cache: Path, states: Mapping[int, Mapping[str, Any]], own: Mapping[str, str]
     ) -> tuple[list[_Planned], set[int]]:
-        """Objects of the cache that go along, and the versions that need more than the cache has."""
+        """Objects of the cache to include, and the versions that need more than the cache has."""
         needed: dict[int | None, set[str]] = {number: objects_of(cache, [state]) for number, state in states.items()}
         needed[None] = objects_of(cache, [own, committed_state(self.project)])
         every = set().union(*needed.values())
@@ -535,7 +535,7 @@ class _Backup:
         ], short
 
     def _footage(self, cache: Path, own: Mapping[str, str]) -> tuple[list[_Planned], list[str]]:
-        """Files of data/ that data.dvc does not name as they are, and those of it that were removed."""
+        """Files in data/ that differ from data.dvc or are not in it, and those of it that were removed."""
         root = self.project.data
         if not root.is_dir() or root.is_symlink():
             return [], []
@@ -562,13 +562,13 @@ class _Backup:
 
 
 def of_the_tree(name: str) -> bool:
-    """Whether a file of the work tree is one that `tree/` may hold."""
+    """Whether `tree/` may hold this file of the work tree."""
     return name in DVC_FILES or PurePosixPath(name).parts[0] not in MADE_AGAIN
 
 
 @contextmanager
 def snapshot(database: Path, beside: Path) -> Iterator[IO[bytes]]:
-    """A copy of an SQLite database as it is at one moment, whatever writes to it; without a name, at its beginning.
+    """A snapshot of an SQLite database, even while others write to it; the file has no name and is at its start.
 
     Raises:
         ServiceError: the database is damaged or stays locked.
@@ -583,11 +583,11 @@ def snapshot(database: Path, beside: Path) -> Iterator[IO[bytes]]:
                     closing(sqlite3.connect(address, uri=True, timeout=30)) as source,
                     closing(sqlite3.connect(name)) as to,
                 ):
-                    to.execute("PRAGMA journal_mode = OFF")  # it opens the file: from here on it needs no name
+                    to.execute("PRAGMA journal_mode = OFF")  # this opens the file: from here on it needs no name
                     os.unlink(name)
-                    told = source.execute("PRAGMA quick_check(1)").fetchone()[0]
-                    if told != "ok":
-                        raise sqlite3.DatabaseError(told)
+                    verdict = source.execute("PRAGMA quick_check(1)").fetchone()[0]
+                    if verdict != "ok":
+                        raise sqlite3.DatabaseError(verdict)
                     source.backup(to)
             finally:
                 with suppress(FileNotFoundError):
@@ -602,7 +602,7 @@ def snapshot(database: Path, beside: Path) -> Iterator[IO[bytes]]:
 
 
 class _Git:
-    """The project's own repository. One that lies above the project is not the project's to take."""
+    """The project's own repository. A repository above the project is not included."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -610,9 +610,9 @@ class _Git:
         top = self._ask("rev-parse", "--show-toplevel")
         self._own = top is not None and Path(os.fsdecode(top).rstrip("\n")).resolve() == root.resolve()
         if top is not None and not self._own:
-            self.notes.append("git's history is not in it: the repository lies above the project")
+            self.notes.append("git's history is not included: the repository is above the project")
         elif top is None:
-            self.notes.append("git's history is not in it: there is no repository, or no git")
+            self.notes.append("git's history is not included: there is no repository, or no git")
         commit = self._ask("rev-parse", "--verify", "--quiet", "HEAD") if self._own else None
         branch = self._ask("symbolic-ref", "--quiet", "HEAD") if self._own else None
         self.commit = commit.decode().strip() if commit else None
@@ -627,7 +627,7 @@ class _Git:
         if self.commit is None:
             return None
         if (self._ask("rev-parse", "--is-shallow-repository") or b"").strip() == b"true":
-            self.notes.append("git's history is not in it: the clone is shallow (`git fetch --unshallow`)")
+            self.notes.append("git's history is not included: the clone is shallow (`git fetch --unshallow`)")
             self.commit = None
             return None
         with writing(beside):
@@ -636,10 +636,10 @@ class _Git:
         done = subprocess.run(command, cwd=self._root, env=environment(), stdout=file, stderr=subprocess.PIPE)
         if done.returncode != 0:
             file.close()
-            said = done.stderr.decode("utf-8", "replace").strip()
-            if "No space left" in said:
+            message = done.stderr.decode("utf-8", "replace").strip()
+            if "No space left" in message:
                 raise DiskFull(f"no space left for git's history in {beside}")
-            raise ServiceError(f"git bundle in {self._root} failed: {said}", fix="`git fsck`")
+            raise ServiceError(f"git bundle in {self._root} failed: {message}", fix="`git fsck`")
         file.seek(0)
         return file
 
@@ -651,12 +651,12 @@ class _Git:
         return {name for one in asked for name in self._names(*one)} if self._own else set()
 
     def deleted(self) -> list[str]:
-        """Files of the last commit that are not there any more."""
+        """Files of the last commit that no longer exist."""
         if self.commit is None:
             return []
         names = self._names("diff", "--name-only", "--no-renames", "--diff-filter=D", "-z", "HEAD")
         gone = [name for name in names if of_the_tree(name) and not os.path.lexists(self._root / name)]
-        return sorted(name for name in gone if name.isprintable())  # a name that is not UTF-8 has no place in JSON
+        return sorted(name for name in gone if name.isprintable())  # JSON can't hold a name that is not UTF-8
 
     def remotes(self) -> dict[str, str]:
         names = os.fsdecode(self._ask("remote") or b"").split() if self._own else []
@@ -668,7 +668,7 @@ class _Git:
 
     def _ask(self, *arguments: str) -> bytes | None:
         try:
-            env = environment(GIT_OPTIONAL_LOCKS="0")  # a look refreshes no index that somebody else is using
+            env = environment(GIT_OPTIONAL_LOCKS="0")  # reading must not refresh an index that somebody else is using
             done = subprocess.run(["git", *arguments], cwd=self._root, env=env, capture_output=True)
         except OSError:
             return None
@@ -676,7 +676,7 @@ class _Git:
 
 
 def _steady(file: Path) -> bytes:
-    """A small YAML file that DVC may be writing just now: read until it is whole.
+    """A small YAML file that DVC may be writing: read until it is whole.
 
     Raises:
         InputError: it stays damaged.
@@ -693,7 +693,7 @@ def _steady(file: Path) -> bytes:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Regular files below `folder`; links are neither followed nor taken."""
+    """Regular files below `folder`; links are neither followed nor included."""
     for place, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
@@ -716,12 +716,12 @@ def _length(file: IO[bytes] | None) -> int:
 
 
 def describe(made: Made) -> Iterable[str]:
-    """Lines for a person."""
+    """Lines to show the user."""
     yield f"{made.file}: {made.bytes:,} bytes in {made.seconds:.0f} s"
     if made.needs_remote:
         listed = ", ".join(map(str, made.needs_remote))
-        yield f"  without DVC's remote these versions serve, but can't be reproduced from it: {listed}"
+        yield f"  without DVC's remote these versions can be served, but not reproduced: {listed}"
     if not made.data:
-        yield "  the videos and clips are not in it: data/ comes back from DVC's remote, or not at all"
+        yield "  the videos and clips are not included: only DVC's remote can restore data/"
     for note in made.notes:
         yield f"  {note}"

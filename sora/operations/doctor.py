@@ -1,6 +1,6 @@
 """`sora doctor`: what is installed, reachable and running, and how to fix what is not.
 
-Nothing heavy is imported. A check that fails in a way nobody thought of is a finding too, never a crash.
+Nothing heavy is imported. A check that fails unexpectedly is a finding too, never a crash.
 """
 
 from __future__ import annotations
@@ -74,4 +74,4 @@ def _guarded(name: str, look: Callable[[], Check]) -> Check:
     except SoraError as error:
         return Check(name, False, error.message.splitlines()[0], error.fix or "see the message")
     except Exception as error:
-        return Check(name, False, f"could not be looked at: {type(error).__name__}: {error}", "report this finding")
+        return Check(name, False, f"could not be checked: {type(error).__name__}: {error}", "report this finding")

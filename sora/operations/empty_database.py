@@ -1,7 +1,7 @@
-"""An empty database for Prefect's server, made once a machine.
+"""An empty database for Prefect's server, made once per machine.
 
-On SQLite the migrations that make one take 10 seconds, which every new project's first run would wait for. What is kept
-holds tables and no row of anybody's: the server makes its own secrets when it starts.
+On SQLite the migrations take 10 seconds, and every new project's first run would wait for them. The kept file
+has tables but no user's rows: the server makes its own secrets when it starts.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from sora.core.errors import SoraError
 from sora.core.files import atomic, temporary_folder
 from sora.core.processes import quiet_environment, start_child
 
-SECONDS = 120.0  # that making it may take
+SECONDS = 120.0  # that making one may take
 
 
 def cache() -> Path:
-    """Where Sora keeps what every project of this user can share."""
+    """Where Sora keeps what all projects of this user can share."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sora"
 
 
 def provide(database: Path) -> None:
-    """Puts an empty database at `database` where there is none.
+    """Puts an empty database at `database` if there is none.
 
-    Where that fails, for whatever reason, there is still none: the server makes one.
+    If that fails, for whatever reason, there is still none, and the server makes one.
     """
     if database.exists():
         return
@@ -43,13 +43,13 @@ def provide(database: Path) -> None:
 
 
 def _sound(file: Path) -> bool:
-    """It is there, and SQLite can read it."""
+    """Whether it exists and SQLite can read it."""
     if not file.is_file():
         return False
     with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro&immutable=1", uri=True)) as database:
         try:
-            found = database.execute("SELECT version_num FROM alembic_version").fetchone()
-            return bool(found) and database.execute("PRAGMA quick_check").fetchone() == ("ok",)
+            revision = database.execute("SELECT version_num FROM alembic_version").fetchone()
+            return bool(revision) and database.execute("PRAGMA quick_check").fetchone() == ("ok",)
         except sqlite3.DatabaseError:
             return False
 

@@ -1,12 +1,12 @@
-"""What grows, and what of it no served or recent version needs.
+"""What grows, and which parts of it no served or recent version needs.
 
-Kept whole are the champion, the one before it, the newest `keep` versions, and the last `keep` champions that a
+These are kept whole: the champion, the one before it, the newest `keep` versions, and the last `keep` champions that a
 rollback can return to: their MLflow runs and models, their cached model files, and every object of DVC's cache that
 their stored `data.dvc` and `dvc.lock` name. So are the project's present state and git's last commit. What is not
-known for sure is kept: when MLflow does not answer, nothing of that goes.
+known for sure is kept: if MLflow does not answer, none of these is removed.
 
-What no version can need (the beginnings of long logs, what interrupted runs and killed processes left) goes first,
-before MLflow is started: on a full disk that is the room in which MLflow starts.
+What no version can need (the start of long logs, what interrupted runs and killed processes left) is removed first,
+before MLflow is started: on a full disk MLflow needs that room to start.
 
 Remotes (`dvc push`) are never touched: they are the archive.
 """
@@ -35,7 +35,7 @@ from sora.operations import servers as services
 from sora.operations.lock import backup_lock, run_lock
 from sora.operations.needed import KEEP, OBJECT, Versions, committed_state, kept_states, objects_of
 
-DAYS = 7  # after which what an interrupted run left counts as abandoned
+DAYS = 7  # after which the remains of an interrupted run count as abandoned
 LOG_BYTES = 20_000_000  # of a log; the end of a longer one is kept
 _LOG_END = 1_000_000
 _ACCOUNT = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
@@ -43,7 +43,7 @@ _ACCOUNT = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One thing that can go: what it is, what that frees, why it may, and how it is done."""
+    """One thing that can be removed: what it is, what that frees, why it may be removed, and how."""
 
     what: str
     bytes: int
@@ -61,7 +61,7 @@ def collect(
     """Frees what no kept version needs, or with `dry_run` only lists it: `{items: [{what, bytes, why}], bytes}`.
 
     Args:
-        open_registry: may start a server; it is called once what needs no registry is gone.
+        open_registry: may start a server; it is called after what needs no registry was removed.
 
     Raises:
         RunActive: a run or a backup is active (not with `dry_run`).
@@ -71,7 +71,7 @@ def collect(
         if not dry_run:
             held.enter_context(run_lock(project))
             held.enter_context(backup_lock(project))
-        # One after the other: asking for the next may itself need the room that the last one gave.
+        # One after the other: finding the next may need the room that the last one freed.
         items = [_freed(project, item, dry_run=dry_run) for item in needless(project)]
         if items and not dry_run:
             say(f"freed {sum(item.bytes for item in items):,} bytes that no version needs; asking MLflow for more …")
@@ -89,7 +89,7 @@ def _freed(project: Project, item: Item, *, dry_run: bool) -> Item:
 
 
 def needless(project: Project) -> Iterator[Item]:
-    """What can go whatever the registry holds. Nothing changes."""
+    """What can be removed whatever the registry holds. Nothing changes."""
     yield from _long_logs(project)
     yield from _abandoned(project)
     yield from _temporary_folders()
@@ -97,7 +97,7 @@ def needless(project: Project) -> Iterator[Item]:
 
 
 def plan(project: Project, registry: Versions, *, keep: int = KEEP) -> list[Item]:
-    """What else can go, in the order in which it should. Nothing changes."""
+    """What else can be removed, in the right order. Nothing changes."""
     versions = registry.versions()
     kept = kept_states(registry, versions, keep)
     states = [*kept.values(), _present(project), committed_state(project)]
@@ -111,7 +111,7 @@ def plan(project: Project, registry: Versions, *, keep: int = KEEP) -> list[Item
 
 
 def _present(project: Project) -> dict[str, Any]:
-    versioning.require_whole(project)  # what a torn one names is not known, so nothing may go
+    versioning.require_whole(project)  # what a torn file names is not known, so nothing may be removed
     names = ("data.dvc", "dvc.lock")
     return {n: (project.root / n).read_text(encoding="utf-8") for n in names if (project.root / n).is_file()}
 
@@ -131,15 +131,15 @@ def _old_versions(project: Project, registry: Versions, old: list[ModelVersion])
         )
     if project.database("mlflow").is_file():
         yield Item(
-            "what MLflow holds as deleted",
+            "runs and versions that MLflow marked as deleted",
             0,
-            "deleting there only hides; bytes as above",
+            "MLflow only hides what is deleted; bytes as above",
             lambda: _purge(project, registry.tracking_uri),
         )
 
 
 def _artifacts(artifacts: Path, run_id: str) -> Iterator[Path]:
-    """Folders of a run and of its models, below the embedded server's artifacts."""
+    """Folders of a run and of its models, among the local server's artifacts."""
     if not run_id:
         return
     yield from artifacts.glob(f"*/{run_id}")
@@ -174,7 +174,7 @@ def _objects(project: Project) -> Path:
 
 
 def _is_shared(project: Project, objects: Path) -> bool:
-    """Whether other projects, whose versions are not known here, may use the cache, too."""
+    """Whether other projects, whose versions are not known here, may use the cache too."""
     return not objects.resolve().is_relative_to(project.root.resolve())
 
 
@@ -193,7 +193,7 @@ def _unused_objects(project: Project, objects: Path, used: set[str]) -> Iterator
 
 
 def _unfinished_objects(project: Project, objects: Path) -> Iterator[Item]:
-    """Files in the cache that are no objects: drafts, and damaged objects that were set aside (`*.damaged`)."""
+    """Files in the cache that are not objects: drafts, and damaged objects that were set aside (`*.damaged`)."""
     if _is_shared(project, objects):
         return
     old = time.time() - DAYS * 86400
@@ -220,7 +220,7 @@ def _model_files(project: Project, needed: set[str]) -> Iterator[Item]:
             yield Item(
                 f"cached model {folder.name[:12]}",
                 _size(folder),
-                "of no kept version; MLflow has it as long as its version is there",
+                "of no kept version; MLflow has it as long as its version exists",
                 partial(_remove_all, [folder]),
             )
 
@@ -233,7 +233,7 @@ def _abandoned(project: Project) -> Iterator[Item]:
                 yield Item(
                     f"{parent.name}/{folder.name[:12]}",
                     _size(folder),
-                    f"of a run that was interrupted and not taken up again for {DAYS} days",
+                    f"of a run that was interrupted and not resumed for {DAYS} days",
                     partial(_remove_all, [folder]),
                 )
 
@@ -244,7 +244,7 @@ def _temporary_folders() -> Iterator[Item]:
         yield Item(
             f"{len(folders)} temporary folders",
             sum(_size(folder) for folder in folders),
-            "left by processes of Sora that were killed",
+            "left by killed processes of Sora",
             remove_abandoned_folders,
         )
 
@@ -262,7 +262,7 @@ def _long_logs(project: Project) -> Iterator[Item]:
 
 
 def _keep_end(log: Path) -> None:
-    """In place, since a running server goes on writing to this very file (appending)."""
+    """Shortens it in place, since a running server keeps appending to this very file."""
     with log.open("r+b") as file:
         file.seek(-_LOG_END, 2)
         end = file.read()

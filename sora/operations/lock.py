@@ -1,6 +1,6 @@
-"""One run at a time a project: a lock that the kernel frees when its holder ends, however it ends.
+"""One run at a time per project: a lock that the kernel frees when its holder ends, however it ends.
 
-A schedule's limit does not bind a person at a terminal, and a limit kept by a server can stay taken after a kill.
+A schedule's limit does not bind a person at a terminal, and a limit on a server can stay taken after a kill.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ def run_lock(project: Project) -> Iterator[None]:
     """Holds the project while a run is active.
 
     Raises:
-        RunActive: another process holds it; says which and since when.
+        RunActive: another process holds it; the message says which and since when.
     """
     from filelock import FileLock, Timeout
 
     private_state(project)
-    # Not at once: `holder`, which `sora doctor` asks too, has the lock for an instant, and that must cost no nightly.
+    # Retried: `holder`, which `sora doctor` calls too, has the lock for an instant, and that must not cost a nightly.
     lock = FileLock(project.run_lock, timeout=0.5, poll_interval=0.02)
     try:
         lock.acquire()
     except Timeout as error:
         who = holder(project) or {"pid": None, "since": "just now"}
         raise RunActive(
-            f"a run is active in {project.root} already (process {who['pid']}, since {who['since']})",
+            f"a run is already active in {project.root} (process {who['pid']}, since {who['since']})",
             fix="wait until it ends, or stop that process",
         ) from error
     try:
         note = {"pid": os.getpid(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
-        with suppress(OSError):  # a full disk: the lock is what counts, and `sora gc` must get it
+        with suppress(OSError):  # the disk may be full: only the lock counts, and `sora gc` must get it
             project.run_note.write_text(json.dumps(note), encoding="utf-8")
         yield
     finally:
@@ -66,10 +66,10 @@ def run_lock(project: Project) -> Iterator[None]:
 
 @contextmanager
 def backup_lock(project: Project, *, seconds: float = 0.0) -> Iterator[None]:
-    """Keeps `sora gc` from removing what a backup is about to read, and backups from crossing. Runs go on.
+    """Keeps `sora gc` from removing what a backup is about to read, and two backups apart. Runs continue.
 
     Args:
-        seconds: that it waits for the other.
+        seconds: how long to wait for the other.
 
     Raises:
         RunActive: another process holds it.
@@ -82,5 +82,5 @@ def backup_lock(project: Project, *, seconds: float = 0.0) -> Iterator[None]:
             yield
     except Timeout as error:
         raise RunActive(
-            f"a backup or `sora gc` is at work in {project.root}", fix="wait until it has ended, then try again"
+            f"a backup or `sora gc` is running in {project.root}", fix="wait until it has ended, then try again"
         ) from error

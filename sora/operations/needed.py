@@ -1,6 +1,6 @@
-"""What the kept versions need: which of them stay whole, and which objects of DVC's cache they name.
+"""What the kept versions need: which versions stay whole, and which objects of DVC's cache they name.
 
-`sora gc` removes the rest; `sora backup` takes exactly this along.
+`sora gc` removes the rest; `sora backup` includes exactly this.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from sora.core.records import ModelVersion
 from sora.dataset.versioning.dvc import git
 from sora.registry.history import Move, line
 
-KEEP = 10  # recent versions that stay whole where nobody says otherwise
+KEEP = 10  # recent versions that stay whole by default
 OBJECT = re.compile(r"[0-9a-f]{2}/[0-9a-f]{30}(\.dir)?")  # the name of an object in DVC's cache
 
 
 class Versions(Protocol):
-    """What is asked of `registry.Registry`."""
+    """The part of `registry.Registry` that is used here."""
 
     tracking_uri: str
 
@@ -52,12 +52,12 @@ def kept_numbers(versions: Iterable[ModelVersion], history: Iterable[Move], keep
 def _state(registry: Versions, number: int) -> dict[str, Any]:
     try:
         return registry.restore_state(number)
-    except InputError:  # made by hand, without a stored state: it needs none of DVC's objects
+    except InputError:  # a version made by hand, without a stored state: it needs no DVC objects
         return {}
 
 
 def committed_state(project: Project) -> dict[str, Any]:
-    """What git's last commit names: a fresh clone, or `git checkout`, comes back to it."""
+    """What git's last commit names: a fresh clone or `git checkout` returns to it."""
     texts = {name: git(project.root, "show", f"HEAD:{name}") for name in ("data.dvc", "dvc.lock")}
     return {name: text for name, text in texts.items() if text}
 
@@ -69,7 +69,7 @@ def objects_of(cache: Path, states: Iterable[Mapping[str, Any]]) -> set[str]:
         cache: the folder `files/md5` of DVC's cache.
 
     Raises:
-        ServiceError: a folder's list of files can't be read, so that what it needs is not known.
+        ServiceError: a folder's list of files can't be read, so what it needs is not known.
     """
     used: set[str] = set()
     for state in states:
@@ -94,7 +94,7 @@ def _listed(manifest: Path) -> Iterator[str]:
 
 
 def _named(state: Mapping[str, Any]) -> Iterator[str]:
-    """md5s of the outputs that a state's texts name."""
+    """The md5s of the outputs that a state's files name."""
     data = yaml.safe_load(state.get("data.dvc") or "") or {}
     lock = yaml.safe_load(state.get("dvc.lock") or "") or {}
     stages = list((lock.get("stages") or {}).values())

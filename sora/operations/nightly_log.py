@@ -42,7 +42,7 @@ def write(project: Project, outcome: str, run_id: str = "", *, finished: datetim
 
 
 def read(project: Project) -> Nightly | None:
-    """The last entry; None when there is none or it can't be read (then nothing is known, and nothing is claimed)."""
+    """The last entry; None if there is none or it can't be read (then nothing is claimed)."""
     try:
         value = json.loads(path(project).read_text(encoding="utf-8"))
         finished = datetime.fromisoformat(value["finished"])
@@ -58,13 +58,13 @@ def due(schedule: Schedule, now: datetime) -> datetime:
     from croniter import croniter
 
     local = now.astimezone(ZoneInfo(schedule.timezone))
-    # get_prev is strict: a second later, so that the very moment counts as fired.
+    # get_prev is strict: one second later, so that the exact moment counts as fired.
     fired: datetime = croniter(schedule.cron, local + timedelta(seconds=1)).get_prev(datetime)
     return fired
 
 
 def missed(last: Nightly | None, now: datetime, schedule: Schedule) -> datetime | None:
-    """The time of the nightly that should have ended well by now and did not; None when all is in order.
+    """The time of the nightly that should have ended well by now and did not; None if all is in order.
 
     A nightly is overdue `schedule.grace_minutes` after its time. Nothing is overdue before the schedule began
     (`last` is None).

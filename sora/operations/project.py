@@ -1,6 +1,6 @@
 """New projects: `sora init DIR --data FOLDER`.
 
-The originals are read, never altered. Every step can be repeated, so an interrupted `init` goes on when it is called
+The originals are read, never altered. Every step can be repeated, so an interrupted `init` continues when it is called
 again; until it is complete, .sora/init.json says what it was making.
 """
 
@@ -30,7 +30,7 @@ from sora.dataset.scan import BAD_NAME, LABELS, ignored, is_utf8, scan, shown
 from sora.dataset.versioning.dvc import environment
 
 _FICLONE = 0x40049409  # ioctl: the new file shares the old one's blocks (Btrfs, XFS, …)
-_SPARE = 100_000_000  # bytes that stay free beside the copies
+_SPARE = 100_000_000  # bytes that stay free after copying
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class _Source:
 def init(directory: Path, data: Path, *, head: str | None = None, progress: Bar | None = None) -> dict[str, Any]:
     """Makes a project in `directory` from a folder of labelled videos: `{project, videos, classes}`.
 
-    Files that are no videos by name are left out, `labels.csv` is kept; links are replaced by what they point to.
-    `head` is the setting `model.head`: with `multilabel` a label of the table may be several, joined by `|`.
+    Files without a video's name are left out, `labels.csv` is kept; links are replaced by what they point to.
+    `head` is the setting `model.head`: with `multilabel` a row may have several labels, joined by `|`.
 
     Raises:
         InputError: the folder has no videos of two classes, `directory` can't take them, or git is missing.
@@ -56,7 +56,7 @@ def init(directory: Path, data: Path, *, head: str | None = None, progress: Bar 
     if not (source / LABELS).is_file():
         _check_classes({file.path.split("/", 1)[0] for file in files if "/" in file.path}, source)
     if not files:
-        raise InputError(f"{source} holds no videos", fix="give a folder with <class>/<video>, or with labels.csv")
+        raise InputError(f"{source} holds no videos", fix="name a folder with <class>/<video>, or with labels.csv")
     made_directory = not target.exists()
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -66,8 +66,8 @@ def init(directory: Path, data: Path, *, head: str | None = None, progress: Bar 
     try:
         _copy_all(files, source, project, progress)
         settings = parse("" if head is None else f"model: {{head: {head}}}")
-        given = [found.label for found in scan(project.data, settings) if found.label]
-        classes = sorted({name for label in given for name in settings.task.names(label)})
+        all_labels = [file.label for file in scan(project.data, settings) if file.label]
+        classes = sorted({name for label in all_labels for name in settings.task.names(label)})
         _check_classes(set(classes), source)
     except InputError as error:
         error.message = error.message.replace(str(project.data), str(source))  # the copy is gone: fix the original
@@ -94,8 +94,8 @@ def template(name: str) -> str:
 
 def params_text(name: str, classes: list[str], head: str | None = None) -> str:
     """params.yaml with every default, these classes and `model.head` (None: its default)."""
-    given = {"name": name, "classes": classes, "model": {} if head is None else {"head": head}}
-    return params_yaml(parse(yaml.safe_dump(given)))
+    values = {"name": name, "classes": classes, "model": {} if head is None else {"head": head}}
+    return params_yaml(parse(yaml.safe_dump(values)))
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
@@ -103,11 +103,11 @@ def params_text(name: str, classes: list[str], head: str | None = None) -> str:
 
 def _check_places(target: Path, source: Path) -> None:
     if not source.is_dir():
-        raise InputError(f"{source} is no folder", fix="give a folder of labelled videos: --data FOLDER")
+        raise InputError(f"{source} is not a folder", fix="name a folder of labelled videos: --data FOLDER")
     if not is_utf8(str(target)):
         raise InputError(f"the project's folder {shown(str(target))} has a name that is not UTF-8", fix="rename it")
     if target == source or target.is_relative_to(source) or source.is_relative_to(target):
-        raise InputError(f"{target} and {source} lie in each other", fix="name a folder beside the videos")
+        raise InputError(f"{target} and {source} overlap", fix="name a folder outside that of the videos")
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file", fix="name a new folder")
     if target.is_dir() and any(target.iterdir()):
@@ -117,7 +117,7 @@ def _check_places(target: Path, source: Path) -> None:
             raise InputError(f"{target} is not empty", fix="name a new folder") from None
         if unfinished != str(source):
             raise InputError(
-                f"{target} holds an unfinished project of {unfinished}", fix="finish that one, or remove the folder"
+                f"{target} holds an unfinished project of {unfinished}", fix="finish that project, or remove the folder"
             )
     if shutil.which("git") is None:
         raise InputError("git is not installed, and a project is a git repository", fix="install git")
@@ -125,9 +125,9 @@ def _check_places(target: Path, source: Path) -> None:
 
 def _check_classes(classes: set[str], source: Path) -> None:
     if len(classes) < 2:
-        found = f"only {next(iter(classes))!r}" if classes else "none"
+        named = f"only {next(iter(classes))!r}" if classes else "none"
         raise InputError(
-            f"a classifier needs videos of two classes, and {source} has {found}",
+            f"a classifier needs videos of two classes, and {source} has {named}",
             fix=f"sort the videos into <class>/ folders, or add {LABELS} (path,label[,group])",
         )
 
@@ -137,7 +137,7 @@ def _marker(project: Project) -> Path:
 
 
 def _name(target: Path) -> str:
-    """The folder's name in the characters that servers take."""
+    """The folder's name in characters that servers accept."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", target.name).strip("-._")[:64] or "sora"
 
 
@@ -145,7 +145,7 @@ def _name(target: Path) -> str:
 
 
 def _videos(source: Path) -> Iterator[_Source]:
-    """Every file that is a video by name, links followed; a folder that leads back to one above it is left out."""
+    """Every file with a video's name, links followed; a folder link that leads back to a parent is left out."""
     pending = [(source, "", frozenset[tuple[int, int]]())]
     while pending:
         folder, below, above = pending.pop()
@@ -188,7 +188,7 @@ def _copy_all(files: list[_Source], source: Path, project: Project, progress: Ba
 
 
 def _is_copy(one: _Source, target: Path) -> bool:
-    """Copied by an earlier call: a copy takes its name and its time last."""
+    """Whether an earlier call copied it: a copy gets its name and its time last."""
     try:
         return target.stat().st_size == one.size and target.stat().st_mtime_ns == one.file.stat().st_mtime_ns
     except FileNotFoundError:
@@ -196,7 +196,7 @@ def _is_copy(one: _Source, target: Path) -> bool:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """The same bytes under another name, sharing blocks where the file system can."""
+    """The same bytes under another name, sharing blocks if the file system can."""
     draft = target.with_name(f".{target.name[:200]}.part")
     try:
         try:
@@ -224,7 +224,7 @@ def _clone(source: int, target: int) -> bool:
 
 
 def _check_space(copies: list[_Source], project: Project) -> None:
-    """Videos lie in data/ and in DVC's cache, once where the file system shares blocks."""
+    """Videos are stored in data/ and in DVC's cache; only once if the file system shares blocks."""
     largest = max(copies, key=lambda one: one.size)
     probe = project.probe
     with largest.file.open("rb") as reading, probe.open("wb") as copy:
@@ -235,7 +235,7 @@ def _check_space(copies: list[_Source], project: Project) -> None:
     free = shutil.disk_usage(project.root).free
     if free < needed:
         raise DiskFull(
-            f"{project.root} has {free:,} bytes free, and the videos with DVC's cache need {needed:,}",
+            f"{project.root} has {free:,} bytes free, and the videos and DVC's cache need {needed:,}",
             fix="make room, or name a folder on another disk",
         )
 

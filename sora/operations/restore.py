@@ -1,8 +1,8 @@
-"""`sora restore FILE DIR`: a project from a backup, on any machine and in any new or empty folder.
+"""`sora restore FILE DIR`: a project from a backup, on any machine, in any new or empty folder.
 
 The file is not trusted to be whole, or to be a backup at all. Every member's name, kind, size and sha256 is checked
 against the manifest before it counts; nothing is written outside DIR, and DIR gets its `params.yaml` last, when all
-else is in place. What is not trusted needs a person's eye: like any project, a restored one runs the commands of its
+else is in place. One thing needs a person's judgement: like any project, a restored one runs the commands in its
 `dvc.yaml`, so restore only files from people whose code you would run.
 """
 
@@ -43,7 +43,7 @@ from sora.operations.backup import (
 )
 from sora.operations.needed import OBJECT, objects_of
 
-_WORK = ".sora-restoring"  # in DIR while it works
+_WORK = ".sora-restoring"  # in DIR during the restore
 _LARGEST_MANIFEST = 256_000_000  # bytes
 _LARGEST_NAME = 65_536  # bytes of a tar header that holds a long name
 _SPARE = 100_000_000  # bytes that stay free
@@ -57,7 +57,7 @@ _REMOTE_URL = re.compile(r"(https?|ssh|git)://\S+|[\w.-]+@[\w.-]+:[\w./~-]\S*|/[
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """A restored project. `data`: whether data/ and what was prepared of it are in place."""
+    """A restored project. `data`: whether data/ and what was prepared from it are in place."""
 
     project: str
     made: str
@@ -71,7 +71,7 @@ def restore(file: Path, directory: Path, *, progress: Bar | None = None) -> Rest
     """Makes the project that the backup `file` holds in `directory`, which is new or empty.
 
     Raises:
-        InputError: `file` is no backup, torn, altered, or of a newer Sora; `directory` is not empty; git is missing.
+        InputError: `file` is no backup, torn, altered, or from a newer Sora; `directory` is not empty; git is missing.
         DiskFull: no room in `directory`.
         ServiceError: the disk, git or DVC failed. Nothing is left in any of these cases.
     """
@@ -98,7 +98,7 @@ def restore(file: Path, directory: Path, *, progress: Bar | None = None) -> Rest
 
 
 class _Info(tarfile.TarInfo):
-    """A header that says it needs gigabytes for a name is refused before they are read."""
+    """A header that claims gigabytes for a name is refused before they are read."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> Any:
         if self.type in _LONG_HEADERS and self.size > _LARGEST_NAME:
@@ -109,7 +109,7 @@ class _Info(tarfile.TarInfo):
 @contextmanager
 def _opened(file: Path) -> Iterator[tuple[tarfile.TarFile, dict[str, tarfile.TarInfo], Manifest]]:
     """The open backup, its members' headers by name, and its manifest. Every header is checked against it."""
-    foreign = InputError(f"{file} is no backup by Sora", fix="name a file that `sora backup` wrote")
+    foreign = InputError(f"{file} is not a Sora backup", fix="name a file that `sora backup` wrote")
     try:
         stream = file.open("rb")
     except OSError as error:
@@ -137,14 +137,14 @@ def _check_head(file: Path, tar: tarfile.TarFile, info: tarfile.TarInfo, foreign
     if info.name != HEAD or not info.isreg() or info.size > 10_000:
         raise foreign
     try:
-        found = json.loads(_reader(tar, info).read())
-        kind, number = found["kind"], found["format"]
+        head = json.loads(_reader(tar, info).read())
+        kind, number = head["kind"], head["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise foreign from error
     if kind != "sora backup":
         raise foreign
     if number != 1:
-        raise InputError(f"{file} has format {number}, this Sora reads 1", fix="restore it with the Sora that made it")
+        raise InputError(f"{file} has format {number}; this Sora reads 1", fix="restore it with the Sora that made it")
 
 
 def _manifest(file: Path, tar: tarfile.TarFile, infos: dict[str, tarfile.TarInfo]) -> Manifest:
@@ -152,20 +152,20 @@ def _manifest(file: Path, tar: tarfile.TarFile, infos: dict[str, tarfile.TarInfo
     if info.size > _LARGEST_MANIFEST:
         raise _altered(file, MANIFEST)
     try:
-        found = Manifest.model_validate_json(_reader(tar, info).read())
+        manifest = Manifest.model_validate_json(_reader(tar, info).read())
     except ValidationError as error:
         raise _altered(file, MANIFEST) from error
-    if set(found.members) != set(infos) - {MANIFEST}:
-        odd = sorted(set(found.members) ^ (set(infos) - {MANIFEST}))
+    if set(manifest.members) != set(infos) - {MANIFEST}:
+        odd = sorted(set(manifest.members) ^ (set(infos) - {MANIFEST}))
         raise _altered(file, odd[0])
-    for name, member in found.members.items():
+    for name, member in manifest.members.items():
         if infos[name].size != member.size:
             raise _altered(file, name)
-    return found
+    return manifest
 
 
 def _placed(name: str) -> bool:
-    """Whether a member of this name has a place in a project: the only names that are ever written."""
+    """Whether a member of this name belongs in a project: only such names are ever written."""
     path = PurePosixPath(name)
     if path.is_absolute() or str(path) != name or ".." in path.parts or "\0" in name or len(name) > 4096:
         return False
@@ -186,14 +186,14 @@ def _placed(name: str) -> bool:
 
 
 def _reader(tar: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
-    found = tar.extractfile(info)
-    if found is None:
-        raise tarfile.ReadError("no regular file")
-    return found
+    reader = tar.extractfile(info)
+    if reader is None:
+        raise tarfile.ReadError("not a regular file")
+    return reader
 
 
 def _torn(file: Path) -> InputError:
-    return InputError(f"{file} is torn: its end is missing", fix="copy it again from where it was made, or use another")
+    return InputError(f"{file} is torn: its end is missing", fix="copy it again from its origin, or use another one")
 
 
 def _altered(file: Path, name: str) -> InputError:
@@ -206,7 +206,7 @@ def _altered(file: Path, name: str) -> InputError:
 
 
 def _check_directory(target: Path) -> bool:
-    """Whether it was made just now."""
+    """Makes the folder if needed; returns whether it did."""
     if target.is_dir():
         names = sorted(os.listdir(target))
         if _WORK in names:
@@ -224,7 +224,7 @@ def _check_directory(target: Path) -> bool:
 
 
 def _check_space(target: Path, manifest: Manifest) -> None:
-    """DVC's objects lie in its cache and, copied, in data/ and prepared/."""
+    """DVC's objects are stored in its cache and, copied, in data/ and prepared/."""
     twice = sum(member.size for name, member in manifest.members.items() if name.startswith("objects/"))
     needed = sum(member.size for member in manifest.members.values()) + twice + _SPARE
     free = shutil.disk_usage(target).free
@@ -251,7 +251,7 @@ class _Restore:
     done: int = 0
 
     def __post_init__(self) -> None:
-        self.root = self.work / "project"  # moved up when it is whole
+        self.root = self.work / "project"  # moved up when it is complete
         self.cache = self.root / ".dvc" / "cache" / "files" / "md5"
         self.notes = list(self.manifest.notes)
 
@@ -302,7 +302,7 @@ class _Restore:
         return self.root / rest if kind == "tree" else Project(self.root).data / rest
 
     def _extract(self, name: str, target: Path) -> None:
-        """Writes one member; what is not what the manifest says does not stay."""
+        """Writes one member; removes it if it is not what the manifest says."""
         info, wanted = self.infos[name], self.manifest.members[name]
         private = name.startswith(("db/", "state/")) or name.endswith("/config.local")
         mode = 0o600 if private else 0o755 if info.mode & 0o100 else 0o444 if name.startswith("objects/") else 0o644
@@ -310,7 +310,7 @@ class _Restore:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)
-            # Never through a link, and never onto something that is there.
+            # Never through a link, and never over an existing file.
             descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
             raise _altered(self.file, name) from error
@@ -333,7 +333,7 @@ class _Restore:
             self.progress(self.done // 1_000_000, total // 1_000_000, "MB")
 
     def _move_up(self) -> None:
-        """Into the folder itself; params.yaml last, since it makes a folder a project."""
+        """Moves all into the folder itself; params.yaml last, since it makes a folder a project."""
         shutil.rmtree(self.root / ".dvc" / "tmp", ignore_errors=True)
         names = sorted(os.listdir(self.root), key=lambda name: name == "params.yaml")
         if self.root.name in names or _WORK in names:
@@ -372,12 +372,12 @@ class _Restore:
         else:
             self._ask("update-ref", "--no-deref", "HEAD", commit)
         if self._ask("rev-parse", "HEAD").strip() != commit:
-            # Somebody committed between two looks: the bundle's state counts.
-            self.notes.append(f"git stood at {commit[:12]} when the backup began, and stands a little later now")
+            # Somebody committed between the two reads: the bundle's state counts.
+            self.notes.append(f"git was at {commit[:12]} when the backup began, and is slightly later now")
         self._ask("reset", "--quiet", "--hard", "HEAD")
 
     def _links(self) -> list[str]:
-        """Links that git tracks; none may stand where Sora is going to write."""
+        """Links that git tracks; none may be where Sora is going to write."""
         entries = self._ask("ls-files", "--stage", "-z").split("\0")
         links = [entry.split("\t", 1)[1] for entry in entries if entry.startswith("120000 ")]
         for name in links:
@@ -400,19 +400,19 @@ class _Restore:
             input=stdin.encode("utf-8", "surrogateescape"),
             capture_output=True,
         )
-        said = done.stderr.decode("utf-8", "replace").strip()
+        message = done.stderr.decode("utf-8", "replace").strip()
         if done.returncode != 0:
-            if "No space left" in said:
+            if "No space left" in message:
                 raise DiskFull(f"no space left for {self.target}", fix="make room, or name a folder on another disk")
             raise ServiceError(
-                f"git {arguments[0]} failed while {self.file} was restored: {said}", fix="use another backup"
+                f"git {arguments[0]} failed while {self.file} was restored: {message}", fix="use another backup"
             )
         return done.stdout.decode("utf-8", "surrogateescape")
 
     # -- DVC --
 
     def _dvc(self) -> bool:
-        """Remotes and cache as they must be here; data/ and what was prepared, where all of it is there."""
+        """Sets up remotes and cache for this machine; checks out data/ and prepared/ if all their objects are there."""
         config = self.root / ".dvc"
         if not (config / "config").is_file():
             return False
@@ -423,7 +423,7 @@ class _Restore:
         if versioning.cache_folder(Project(self.root)).resolve() != own.resolve():
             dvc(self.root, "cache", "dir", "--local", ".dvc/cache")
             self.notes.append(
-                "DVC's cache lies in the project now (.dvc/config.local); it was shared with others before"
+                "DVC's cache is now in the project (.dvc/config.local); before, it was shared with others"
             )
         data, prepared = self._text("data.dvc"), self._text("dvc.lock")
         if not data or not self._whole(data):
@@ -446,7 +446,7 @@ class _Restore:
         return file.read_text(encoding="utf-8") if file.is_file() else ""
 
     def _readdress(self, config: Path) -> None:
-        """Remotes that lie in the project are named relative to it; others are where they were."""
+        """Remotes in the project are named relative to it; others stay where they were."""
         old = Path(self.manifest.root)
 
         def here(match: re.Match[str]) -> str:
@@ -457,7 +457,7 @@ class _Restore:
             if absolute.is_relative_to(old):
                 return match[1] + os.path.join("..", absolute.relative_to(old))
             self.notes.append(
-                f"a DVC remote is the folder {absolute}" + ("" if absolute.is_dir() else ", not there here")
+                f"a DVC remote is the folder {absolute}" + ("" if absolute.is_dir() else ", which does not exist here")
             )
             return match[1] + str(absolute)
 

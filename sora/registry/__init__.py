@@ -1,4 +1,4 @@
-"""All of MLflow: runs, metrics, models, the aliases `champion` and `previous`. Nothing else in Sora speaks to it.
+"""All of MLflow: runs, metrics, models, the aliases `champion` and `previous`. Nothing else in Sora talks to it.
 
 registry = Registry(tracking_uri, name)
 run_id = registry.runs.start_run("nightly")
@@ -6,8 +6,8 @@ registry.runs.log_metrics(run_id, {"loss": 0.3}, step=1)
 version = registry.register(run_id, Path("model.keras"), recipe, report, data_version)
 registry.promote(version, cache=folder, smoke=try_it, reason="better by 3 points")
 
-`Registry` is composed of one part a subject, over one `rest.Rest`: `runs.Runs`, `judged.JudgedRuns`,
-`model.RegisteredModel`, `versions.Versions` and `champion.Champion`. `RegistryPort` states what the nightly asks of it.
+`Registry` is composed of one part per subject, over one `rest.Rest`: `runs.Runs`, `judged.JudgedRuns`,
+`model.RegisteredModel`, `versions.Versions` and `champion.Champion`. `RegistryPort` is what the nightly needs of it.
 """
 
 from sora.registry.champion import Smoke

@@ -1,4 +1,4 @@
-"""The champion moves: promotion, rollback, and what puts things right after a crash in between."""
+"""Moving the champion: promotion, rollback, and repair after a crash in between."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sora.registry.model import CHAMPION, PREVIOUS, RegisteredModel
 from sora.registry.runs import user
 from sora.registry.versions import Versions, iso_now
 
-_MOVING = "sora.moving"  # on the registered model while the alias moves: what to put back after a crash
+_MOVING = "sora.moving"  # on the registered model while the alias moves: what to restore after a crash
 
 Smoke = Callable[[Path, Recipe], object]
 
@@ -24,7 +24,7 @@ Smoke = Callable[[Path, Recipe], object]
 class Champion:
     """The alias `champion` of one registered model, its moves and their history.
 
-    Moves must not cross: the caller holds a lock of the project around `promote`, `rollback` and `recover`.
+    Moves must not overlap: the caller holds a lock of the project around `promote`, `rollback` and `recover`.
     """
 
     def __init__(self, model: RegisteredModel, versions: Versions) -> None:
@@ -36,7 +36,7 @@ class Champion:
         return self._model.aliases().get(CHAMPION)
 
     def previous(self) -> int | None:
-        """The version that the last move left."""
+        """The champion before the last move."""
         return self._model.aliases().get(PREVIOUS)
 
     def history(self) -> list[Move]:
@@ -46,9 +46,9 @@ class Champion:
     def promote(
         self, version: int, *, cache: Path, smoke: Smoke, reason: str = "", by: str = ""
     ) -> dict[str, int | None]:
-        """Makes `version` the champion, tries it, and puts the old champion back if it fails.
+        """Makes `version` the champion, tests it, and restores the old champion if it fails.
 
-        The decision of a version that no gate promoted becomes `manual`. A promoted version is no longer marked as
+        The decision about a version that no gate promoted becomes `manual`. A promoted version is no longer marked as
         rolled back. Promoting the champion changes nothing.
 
         Args:
@@ -56,11 +56,11 @@ class Champion:
             smoke: gets the fetched model file and the recipe, and raises if they do not answer as they should.
 
         Returns:
-            {"champion", "previous"} as they are now.
+            The new {"champion", "previous"}.
 
         Raises:
             InputError: there is no such version.
-            PromotionFailed: the smoke test failed; the old champion is back.
+            PromotionFailed: the smoke test failed; the old champion was restored.
         """
         self.recover()
         tags = self._versions.tags(version)
@@ -75,7 +75,7 @@ class Champion:
     def rollback(
         self, to: int | None = None, *, cache: Path, smoke: Smoke, reason: str = "", by: str = ""
     ) -> dict[str, int | None]:
-        """Goes back to the champion before, or to an earlier one. A second rollback goes further back.
+        """Returns to the previous champion, or to an earlier one. A second rollback goes further back.
 
         Raises:
             InputError: there is no such version.
@@ -92,13 +92,13 @@ class Champion:
         if to is not None and to not in earlier:
             raise PromotionFailed(
                 f"version {to} was not champion before version {champions[-1]}; these were: {earlier}",
-                fix=f"`sora promote {to}` makes it champion all the same",
+                fix=f"`sora promote {to}` makes it champion anyway",
             )
         self._move("rollback", earlier[-1] if to is None else to, cache, smoke, reason, by)
         return self._who()
 
     def recover(self) -> bool:
-        """Ends a move that a crash interrupted: completes it if it is in the history, else puts the old champion back.
+        """Finishes a move that a crash interrupted: completes it if the history has it, else restores the old champion.
 
         `promote` and `rollback` do this first. True if there was something to do.
         """
@@ -116,8 +116,8 @@ class Champion:
     def _move(
         self, kind: Literal["promote", "rollback"], version: int, cache: Path, smoke: Smoke, why: str, by: str
     ) -> None:
-        # First stored is what would be put back; the history entry comes after the smoke test. From the two,
-        # `recover` tells a move that was complete from one that was not.
+        # What to restore is stored first; the history entry comes after the smoke test. From the two,
+        # `recover` can tell a complete move from an incomplete one.
         file, recipe = self._versions.fetch(version, cache)
         aliases, known, champions = self._model.aliases(), self.history(), self._line()
         left, previous = aliases.get(CHAMPION), aliases.get(PREVIOUS)
@@ -145,7 +145,7 @@ class Champion:
             now = f"version {left} is champion again" if left else "there is no champion"
             raise PromotionFailed(
                 f"version {version} failed its smoke test, {now}: {error}",
-                fix="look at the version in MLflow; `sora models` lists what else there is",
+                fix="look at the version in MLflow; `sora models` lists the others",
             ) from error
         self._model.tag(move.key, move.to_json())
         self._complete(move, passed)
@@ -164,7 +164,7 @@ class Champion:
         self._model.untag(_MOVING)
 
     def _line(self) -> list[int]:
-        """Champions that a rollback can return to; the last is the champion, also when it was set by hand."""
+        """Champions that a rollback can return to; the last is the champion, even if it was set by hand."""
         champions, champion = line(self.history()), self.version()
         return champions if champion is None or champions[-1:] == [champion] else [*champions, champion]
 

@@ -1,4 +1,4 @@
-"""The folder that a registered model is: what `mlflow.keras.save_model` would write, and the recipe.
+"""The folder of a registered model: what `mlflow.keras.save_model` would write, and the recipe.
 
 Written without Keras and without MLflow, so the process that registers needs neither. `mlflow.keras.load_model` and
 MLflow's pages read it. Layout: `MLmodel`, `data/model.keras`, `data/keras_module.txt`,
@@ -27,21 +27,21 @@ _PACKAGES = ("keras", "tensorflow", "numpy", "mlflow", "sora-video")
 
 
 def recipe_bytes(recipe: Recipe) -> bytes:
-    """The recipe as it is stored; its sha256 is what the version's tag holds."""
+    """The recipe as it is stored; the version's tag holds its sha256."""
     return json.dumps(recipe.to_dict(), ensure_ascii=False, sort_keys=True, indent=1).encode()
 
 
 def digest(path: Path) -> str:
     """sha256 of a file, in hex."""
-    found = sha256()
+    digest = sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
-            found.update(chunk)
-    return found.hexdigest()
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def write(folder: Path, model_file: Path, recipe: Recipe, *, model_id: str, run_id: str) -> None:
-    """Writes everything but the model itself into `folder` (it is sent from where it lies)."""
+    """Writes everything but the model itself into `folder` (the model is sent from its own place)."""
     (folder / "data").mkdir(parents=True)
     python = platform.python_version()
     packages = [f"{name}=={_version(name)}" for name in _PACKAGES if _version(name)]

@@ -35,15 +35,15 @@ class Move:
 
 
 def moves(tags: Mapping[str, str]) -> list[Move]:
-    """The history that the registered model's tags hold, oldest first."""
-    found = [Move(**json.loads(value)) for key, value in tags.items() if key.startswith(PREFIX)]
-    return sorted(found, key=lambda move: move.seq)
+    """The history in the registered model's tags, oldest first."""
+    moves = [Move(**json.loads(value)) for key, value in tags.items() if key.startswith(PREFIX)]
+    return sorted(moves, key=lambda move: move.seq)
 
 
 def line(history: Iterable[Move]) -> list[int]:
     """The champions that a rollback can return to, oldest first; the last one is the champion.
 
-    A promotion appends. A rollback removes what it left behind: that is why a second one goes further back and never
+    A promotion appends. A rollback removes the champion that it left: so a second one goes further back and never
     forward again.
     """
     champions: list[int] = []
@@ -53,6 +53,6 @@ def line(history: Iterable[Move]) -> list[int]:
             continue
         while champions and champions[-1] != move.version:
             champions.pop()
-        if not champions:  # tags edited by hand: what is known is who is champion now
+        if not champions:  # tags edited by hand: only the present champion is known
             champions.append(move.version)
     return champions

@@ -1,4 +1,4 @@
-"""Judged runs: the last one, the split ledger that it stored, and how often a test split has judged."""
+"""Judged runs: the last one, the split ledger that it stored, and how often a test split was used to judge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sora.registry.rest import NotFound
 from sora.registry.runs import Runs, own_tags
 
 _JUDGED = "tags.`sora.judged` = 'true'"
-_LEDGERS = 20  # judged runs whose stored ledger is tried
+_LEDGERS = 20  # most judged runs whose stored ledger is tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class JudgedRun:
 
 
 class JudgedRuns:
-    """The judged ones among the runs."""
+    """The judged runs among all runs."""
 
     def __init__(self, runs: Runs) -> None:
         self._runs = runs
@@ -55,15 +55,15 @@ class JudgedRuns:
         """How many runs were judged on the test split with this digest (their tag `test_digest`).
 
         Raises:
-            InputError: it is no digest; it would become part of a query.
+            InputError: it is not a digest; it would become part of a query.
         """
         if not test_digest.isalnum():
-            raise InputError(f"{test_digest!r} is no digest", fix="pass what table.digest gives")
+            raise InputError(f"{test_digest!r} is not a digest", fix="pass the result of table.digest")
         wanted = f"{_JUDGED} AND tags.`sora.test_digest` = '{test_digest}'"
         return sum(1 for _ in self._runs.search_runs(wanted))
 
     def ledger(self) -> Recorded | None:
-        """The split ledger that the last judged run stored. Of the last few runs the first whole one counts."""
+        """The split ledger that the last judged run stored: the newest whole one of the last few runs."""
         for run in self._runs.search_runs(_JUDGED, limit=_LEDGERS):
             with suppress(InputError, NotFound):
                 return self.ledger_of(str(run["info"]["run_id"]), _number(own_tags(run).get("version")))

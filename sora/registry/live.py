@@ -1,4 +1,4 @@
-"""Metrics while a run works: kept while MLflow is away, and the machine's own metrics beside them."""
+"""Metrics of an active run, kept while MLflow is away, and the machine's own metrics."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import psutil
 from sora.core.errors import ServiceError
 from sora.registry.rest import Rest
 
-_BATCH = 1000  # metrics that MLflow takes in one request
-_LIVE_TIMEOUT = 5.0  # seconds: a hanging server must not hold the training up for longer
+_BATCH = 1000  # metrics that MLflow accepts in one request
+_LIVE_TIMEOUT = 5.0  # seconds: a hanging server must not delay the training any longer
 _PAUSE = 10.0  # seconds after a failure before the next attempt
 
 
 class MetricBuffer:
-    """Sends metrics at once, and keeps them in order for the next attempt when MLflow does not take them."""
+    """Sends metrics at once, and keeps them in order for the next attempt if MLflow does not accept them."""
 
     def __init__(self, rest: Rest) -> None:
         self._rest = rest
@@ -29,7 +29,7 @@ class MetricBuffer:
         self._not_before = 0.0
 
     def add(self, run_id: str, metrics: list[dict[str, Any]]) -> None:
-        """Never raises for a server that is away."""
+        """Never raises if the server is away."""
         with self._lock:
             self._waiting.setdefault(run_id, deque()).extend(metrics)
             if time.monotonic() < self._not_before:
@@ -40,10 +40,10 @@ class MetricBuffer:
                 self._not_before = time.monotonic() + _PAUSE
 
     def flush(self, run_id: str) -> None:
-        """Sends what is kept.
+        """Sends the kept metrics.
 
         Raises:
-            ServiceError: MLflow does not take it; it stays kept.
+            ServiceError: MLflow does not accept them; they stay kept.
         """
         with self._lock:
             self._send(run_id, None)
@@ -63,13 +63,13 @@ def system_metrics(log: Callable[[Mapping[str, float], int], None], interval: fl
     """Samples the machine every `interval` seconds in a thread and hands `log` the values and the sample's number.
 
     The names are MLflow's own (`system/cpu_utilization_percentage`, …), so that its page shows them under
-    "System metrics". GPUs appear where nvidia-ml-py is installed and a card is found.
+    "System metrics". GPUs appear if nvidia-ml-py is installed and there is a card.
     """
     stop = threading.Event()
 
     def work() -> None:
         step = 0
-        psutil.cpu_percent()  # the first call has nothing to compare with and answers 0
+        psutil.cpu_percent()  # the first call has nothing to compare with and returns 0
         with _gpus() as gpus:
             while not stop.wait(interval):
                 log({f"system/{name}": value for name, value in {**_machine(), **gpus()}.items()}, step)
@@ -102,7 +102,7 @@ def _gpus() -> Iterator[Callable[[], dict[str, float]]]:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # not installed, no driver, no card: each says it in its own way
+    except Exception:  # not installed, no driver, no card: each raises its own error
         yield dict
         return
     cards = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]

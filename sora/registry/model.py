@@ -13,14 +13,14 @@ PREVIOUS = "previous"
 
 
 class RegisteredModel:
-    """The registered model `name`, which is made with its first version."""
+    """The registered model `name`, which is created with its first version."""
 
     def __init__(self, rest: Rest, name: str) -> None:
         self.name = name
         self._rest = rest
 
     def create(self) -> None:
-        """Makes it where there is none."""
+        """Creates the model if there is none."""
         with suppress(AlreadyExists):
             self._rest.post("registered-models/create", {"name": self.name})
 

@@ -1,4 +1,4 @@
-"""What the nightly asks of a registry. `Registry` answers it over MLflow; tests have one in memory.
+"""What the nightly needs of a registry. `Registry` implements it over MLflow; tests have one in memory.
 
 `tests/registry/test_contract.py` holds both to the same behaviour.
 """

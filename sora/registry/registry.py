@@ -19,18 +19,18 @@ from sora.registry.versions import ChampionRef, Versions
 
 
 class Registry:
-    """All that Sora keeps in MLflow. Cheap to make: nothing is asked before the first call.
+    """Everything that Sora keeps in MLflow. Cheap to make: no request is sent before the first call.
 
-    `runs` is the experiment. What concerns versions and the champion is asked of the registry itself; each method hands
-    the call to the part that does it, where the details stand.
+    `runs` is the experiment. The registry itself has the methods for versions and the champion; each hands
+    the call to the part that does it, which has the details.
 
-    Moves of the champion must not cross: the caller holds a lock of the project around `promote`, `rollback` and
+    Moves of the champion must not overlap: the caller holds a lock of the project around `promote`, `rollback` and
     `recover`.
 
     Args:
         tracking_uri: http address of the MLflow server.
-        name: of the experiment and of the registered model.
-        login: what the server asks for; without one, what the environment or the address says.
+        name: the name of the experiment and of the registered model.
+        login: what the server asks for; default: from the environment or the address.
 
     Raises (every method):
         ServiceError: MLflow does not answer, or refuses.
@@ -87,7 +87,7 @@ class Registry:
         return self._versions.digests()
 
     def delete_version(self, version: int) -> None:
-        """Takes a version out of MLflow's lists; see `Versions.delete`."""
+        """Removes a version from MLflow's lists; see `Versions.delete`."""
         self._versions.delete(version)
 
     def was_rolled_back(self, version: int) -> bool:
@@ -109,7 +109,7 @@ class Registry:
         return self._champion.version()
 
     def previous(self) -> int | None:
-        """The version that the last move left."""
+        """The champion before the last move."""
         return self._champion.previous()
 
     def champion_ref(self) -> ChampionRef | None:
@@ -133,7 +133,7 @@ class Registry:
         return self._champion.rollback(to, cache=cache, smoke=smoke, reason=reason, by=by)
 
     def recover(self) -> bool:
-        """Ends a move that a crash interrupted; see `Champion.recover`."""
+        """Finishes a move that a crash interrupted; see `Champion.recover`."""
         return self._champion.recover()
 
     # -- judged runs: sora/registry/judged.py --

@@ -1,7 +1,7 @@
-"""MLflow's REST interface over plain HTTP: the one place where its errors become Sora's.
+"""MLflow's REST interface over plain HTTP: the only place where its errors become Sora's.
 
-Sora speaks to MLflow without MLflow's own client: importing that takes 2–5 s of every command and would be in the way
-of a server that is to be ready quickly (figures: docs/decisions/0006-servers.md). What Sora needs of the interface
+Sora talks to MLflow without MLflow's own client: importing that takes 2–5 s of every command and would slow down
+a server that must be ready quickly (figures: docs/decisions/0006-servers.md). What Sora needs of the interface
 (runs, logged models, registered models, proxied artifacts) is public and versioned in its addresses.
 """
 
@@ -33,17 +33,17 @@ class NotFound(ServiceError):
 
 
 class AlreadyExists(ServiceError):
-    """MLflow has such a thing already (RESOURCE_ALREADY_EXISTS)."""
+    """MLflow already has such a thing (RESOURCE_ALREADY_EXISTS)."""
 
 
 class Unreachable(ServiceError):
-    """MLflow did not answer: nothing listens, or too late."""
+    """MLflow did not answer: nothing listens, or the answer came too late."""
 
 
 class Rest:
     """One MLflow server.
 
-    Without a login, what the address holds (`http://user:password@host`) counts, or MLFLOW_TRACKING_USERNAME and
+    Without a login, the one in the address (`http://user:password@host`) counts, or MLFLOW_TRACKING_USERNAME and
     MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, as with MLflow's own client. `uri` never holds a password.
 
     Args:
@@ -52,7 +52,7 @@ class Rest:
         timeout: seconds that one answer may take.
 
     Raises:
-        InputError: the address is no http one (a local folder or database can't hand models to other machines).
+        InputError: the address is not http (a local folder or database can't hand models to other machines).
     """
 
     def __init__(self, tracking_uri: str, login: Login | None = None, *, timeout: float = 60.0) -> None:
@@ -60,7 +60,7 @@ class Rest:
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise InputError(
                 f"MLflow's address must be http://… or https://…, received {without_login(tracking_uri)!r}",
-                fix="set services.mlflow_tracking_uri to the address of an MLflow server, or leave it out",
+                fix="set services.mlflow_tracking_uri to the address of an MLflow server, or omit it",
             )
         self.uri = without_login(tracking_uri).rstrip("/")
         headers = {}
@@ -170,7 +170,7 @@ class Rest:
         parts = urlsplit(root)
         if parts.scheme != "mlflow-artifacts":
             raise ServiceError(
-                f"MLflow at {self.uri} keeps artifacts at {root}, which is not reached through the server",
+                f"MLflow at {self.uri} keeps artifacts at {root}, which can't be reached through the server",
                 fix="start it with --serve-artifacts and --artifacts-destination, and use a new experiment",
             )
         return parts.path.strip("/")
@@ -185,18 +185,18 @@ class Rest:
             return dict(answer.json())
         except ValueError as error:
             raise ServiceError(
-                f"what answers at {self.uri} is no MLflow server: {path} is not JSON",
+                f"{self.uri} is not an MLflow server: {path} is not JSON",
                 fix="correct services.mlflow_tracking_uri",
             ) from error
 
     def _send(self, method: str, path: str, *, timeout: float | None = None, **options: Any) -> httpx.Response:
-        """Sends, again after a pause where that can't do a thing twice: nothing arrived, or nothing is changed."""
+        """Sends; repeats after a pause if that can't do anything twice: nothing arrived, or nothing is changed."""
         content = options.pop("content", None)
         if timeout is not None:
             options["timeout"] = timeout
         for pause in (*_RETRY_AFTER, None):
             if content is not None:
-                options["content"] = content()  # a stream can be read once only
+                options["content"] = content()  # a stream can be read only once
             try:
                 answer = self._client.request(method, path, **options)
             except httpx.HTTPError as error:

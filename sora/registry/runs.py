@@ -1,4 +1,4 @@
-"""Runs: what one training, its data and its machine were, as MLflow shows it."""
+"""Runs: one training, its data and its machine, as MLflow shows them."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from sora.registry.rest import NotFound, Rest
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 STATE_FOLDER = "state"
-_FACTS = "state.json"  # what of the state is no file: git commit, dirty
-_PARAMS = 100  # that MLflow takes in one request
+_FACTS = "state.json"  # the parts of the state that are not files: git commit, dirty
+_PARAMS = 100  # that MLflow accepts in one request
 _PARAM_CHARS = 6000
 _TAG_CHARS = 8000
-_OWN = "sora."  # before the names of Sora's own tags
-_OWN_NAMES = {"git_commit": "mlflow.source.git.commit"}  # that MLflow has a name of its own for
+_OWN = "sora."  # prefix of Sora's own tags
+_OWN_NAMES = {"git_commit": "mlflow.source.git.commit"}  # tags for which MLflow has its own name
 _NOT_IN_NAMES = re.compile(r"[^\w.\- /:]")  # MLflow refuses these in names of metrics and parameters
 
 
 class Runs:
-    """The runs of one experiment, which is made at the first run.
+    """The runs of one experiment, which is created with the first run.
 
     Tags without a dot in their name are Sora's and stored as `sora.<name>`.
 
     Args:
         rest: the MLflow server.
-        name: of the experiment.
+        name: the experiment's name.
 
     Raises (every method):
         ServiceError: MLflow does not answer, or refuses. `log_metrics` keeps what it could not send.
@@ -52,7 +52,7 @@ class Runs:
         self._roots: dict[str, str] = {}  # run → its artifact root
 
     def experiment_id(self) -> str:
-        """MLflow's number of the experiment; made if there is none."""
+        """MLflow's number of the experiment; it is created if there is none."""
         if self._experiment is None:
             existing = self._find_experiment()
             created = existing or self._rest.post("experiments/create", {"name": self.name})["experiment_id"]
@@ -62,8 +62,8 @@ class Runs:
     def start_run(
         self, run_name: str = "", *, params: Mapping[str, Any] | None = None, tags: Mapping[str, str] | None = None
     ) -> str:
-        """Begins a run and returns its id. The environment (Python, machine, every installed package) is stored with
-        it; a tag `git_commit` is MLflow's own for it."""
+        """Starts a run and returns its id. The environment (Python, machine, every installed package) is stored with
+        it; MLflow has its own tag for `git_commit`."""
         labels = {"mlflow.user": user(), "mlflow.source.type": "LOCAL", "mlflow.source.name": "sora run"}
         body = {
             "experiment_id": self.experiment_id(),
@@ -88,17 +88,17 @@ class Runs:
             raise InputError(f"MLflow has no run {run_id}", fix="start a new one: `sora run`") from error
 
     def finish(self, run_id: str, status: RunStatus = "FINISHED") -> None:
-        """Sends what is kept and ends the run.
+        """Sends the kept metrics and ends the run.
 
         Raises:
-            ServiceError: metrics could not be stored. What the run made is still on disk: the same command resumes.
+            ServiceError: metrics could not be stored. The run's results are still on disk: the same command resumes.
         """
         try:
             self._metrics.flush(run_id)
         except ServiceError as error:
             raise ServiceError(
                 f"the run's metrics could not be stored: {error.message}",
-                fix="start MLflow again and repeat the command: the trained model is kept and is used again",
+                fix="start MLflow again and repeat the command: the trained model is kept and reused",
             ) from error
         self._rest.post("runs/update", {"run_id": run_id, "status": status, "end_time": _now()})
 
@@ -120,7 +120,7 @@ class Runs:
         self._metrics.add(run_id, batch)
 
     def system_metrics(self, run_id: str, interval: float = 10.0) -> AbstractContextManager[None]:
-        """While it is open: processor, memory, disk and GPUs of this machine every `interval` seconds."""
+        """While it is open: logs this machine's processor, memory, disk and GPUs every `interval` seconds."""
         return system_metrics(lambda values, step: self.log_metrics(run_id, values, step), interval)
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
@@ -145,20 +145,20 @@ class Runs:
         return self._rest.download(self._root(run_id), name, target)
 
     def flush(self, run_id: str) -> None:
-        """Sends the metrics that are kept, without ending the run.
+        """Sends the kept metrics without ending the run.
 
         Raises:
-            ServiceError: MLflow does not take them; they stay kept.
+            ServiceError: MLflow does not accept them; they stay kept.
         """
         self._metrics.flush(run_id)
 
     def log_dataset(
         self, run_id: str, *, data_version: str, counts: Mapping[str, int], source: str, context: str = "training"
     ) -> None:
-        """Stores the data as an input of the run: its DVC hash as the digest, where it lies, videos of each class."""
+        """Stores the data as an input of the run: its DVC hash as the digest, its place, videos of each class."""
         dataset = {
             "name": "data",
-            "digest": data_version[:36],  # that MLflow takes; an md5 has 32
+            "digest": data_version[:36],  # the most that MLflow accepts; an md5 has 32
             "source_type": "dvc",
             "source": json.dumps({"uri": source}),
             "profile": json.dumps({"num_rows": sum(counts.values()), "videos": dict(counts)}, ensure_ascii=False),
@@ -180,7 +180,7 @@ class Runs:
         self.log_text(run_id, f"{STATE_FOLDER}/{_FACTS}", json.dumps(facts))
 
     def run_state(self, run_id: str, only: str = "") -> dict[str, Any]:
-        """What `log_state` stored; `only`: of the files that one.
+        """What `log_state` stored; `only`: just this file.
 
         Raises:
             InputError: the run has none.
@@ -210,7 +210,7 @@ class Runs:
             yield run
 
     def own_tags(self, limit: int) -> list[dict[str, str]]:
-        """Sora's tags (their names without `sora.`) of so many runs, the newest first."""
+        """Sora's tags (their names without `sora.`) of the newest runs, newest first."""
         return [own_tags(run) for run in self.search_runs(limit=limit)]
 
     def _find_experiment(self) -> str | None:
@@ -250,7 +250,7 @@ def _now() -> int:
 
 
 def user() -> str:
-    """Who runs this."""
+    """The user who runs this."""
     try:
         return getpass.getuser()
     except (OSError, KeyError):  # a container without a passwd entry
@@ -270,7 +270,7 @@ def _number(value: float) -> float | str:
     number = float(value)
     if math.isfinite(number):
         return number
-    return "NaN" if math.isnan(number) else ("Infinity" if number > 0 else "-Infinity")  # JSON has none of them
+    return "NaN" if math.isnan(number) else ("Infinity" if number > 0 else "-Infinity")  # JSON has no such numbers
 
 
 def _flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:

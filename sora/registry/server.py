@@ -14,7 +14,7 @@ def create_app() -> ASGIApp:
     """Everything but `/health` needs the login: pages, interface and artifacts.
 
     Raises:
-        InputError: there is no login in the environment; MLflow would answer everybody.
+        InputError: there is no login in the environment; without one MLflow would answer everybody.
     """
     login = os.environ.pop(LOGIN, "")
     if ":" not in login:

@@ -1,4 +1,4 @@
-"""Registered models: versions with their recipes, what was decided about them, and files that are what they were."""
+"""Registered models: versions with their recipes, the decisions about them, and verified files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ JUDGED = ("promoted", "refused")
 REFUSED_BY_SERVER = "serving/refused"  # tag of a version
 _REASON_CHARS = 2000  # a tag holds 5000
 _NOTE_SECONDS = 5.0
-_LARGEST = 2**31 - 1  # version that a database column of MLflow's takes
+_LARGEST = 2**31 - 1  # the largest version number that MLflow's database column holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +61,12 @@ class Versions:
     ) -> int:
         """Stores the model with its recipe and registers it as a new version, whose decision is `pending`.
 
-        Called again for the same run and the same bytes, it returns the version that is there already.
+        Called again for the same run and the same bytes, it returns the existing version.
 
         Args:
             model_file: a `.keras` file.
             recipe: `model_sha256` may be empty; it is filled in.
-            reports: on one split or several; their metrics are kept with the version as `<split>/<metric>`.
+            reports: on one or more splits; their metrics are kept with the version as `<split>/<metric>`.
 
         Raises:
             InputError: the recipe names another model file's digest.
@@ -74,7 +74,7 @@ class Versions:
         digest = folder.digest(model_file)
         if recipe.model_sha256 not in ("", digest):
             raise InputError(
-                f"the recipe is for a model with sha256 {recipe.model_sha256}, {model_file} has {digest}",
+                f"the recipe is for a model with sha256 {recipe.model_sha256}, but {model_file} has {digest}",
                 fix="evaluate this model file, and register it with that recipe",
             )
         recipe = replace(recipe, model_sha256=digest)
@@ -115,13 +115,13 @@ class Versions:
             self._runs.set_tags(run_id, {"decision": decision, "judged": "true"})
 
     def note_refusal(self, version: int, reason: str) -> None:
-        """Writes with the version that a server could not serve it, and why. `all` and `get` show it as the last
+        """Records with the version that a server could not serve it, and why. `all` and `get` show it as the last
         reason.
 
-        MLflow is asked once and briefly, since a server calls this beside its requests.
+        One short request is sent, since a server calls this while it answers its own.
 
         Raises:
-            ServiceError: MLflow does not take it.
+            ServiceError: MLflow does not accept it.
         """
         self.tag(version, REFUSED_BY_SERVER, reason[:_REASON_CHARS], timeout=_NOTE_SECONDS)
 
@@ -146,7 +146,7 @@ class Versions:
         except NotFound:
             return None
         except ServiceError as error:
-            if "alias" in error.message and "not found" in error.message:  # to MLflow an invalid parameter, not a 404
+            if "alias" in error.message and "not found" in error.message:  # for MLflow an invalid parameter, not a 404
                 return None
             raise
         tags = tags_of(champion)
@@ -161,7 +161,7 @@ class Versions:
     def fetch(self, version: int, cache: Path) -> tuple[Path, Recipe]:
         """The model file and the recipe of a version, kept as `cache/<sha256>/model.keras` and `…/recipe.json`.
 
-        Both are verified against the digests that the version was registered with, those in the cache too. A file
+        Both are verified against the digests that the version was registered with, even in the cache. A file
         appears in the cache whole or not at all, and is replaced only by one with the right digest.
 
         Raises:
@@ -201,11 +201,11 @@ class Versions:
         return {int(item["version"]): tags_of(item).get("sora.model_sha256", "") for item in self._search()}
 
     def numbers(self) -> set[int]:
-        """The versions that are there."""
+        """The numbers of the existing versions."""
         return {int(item["version"]) for item in self._search()}
 
     def run_of(self, version: int) -> str:
-        """The id of the run that made a version; "" where MLflow knows none.
+        """The id of the run that made a version; "" if MLflow knows none.
 
         Raises:
             InputError: there is no such version.
@@ -213,10 +213,10 @@ class Versions:
         return str(self.described(version).get("run_id", ""))
 
     def delete(self, version: int) -> None:
-        """Takes a version, its model and its run out of MLflow's lists (`mlflow gc` then frees the disk).
+        """Removes a version, its model and its run from MLflow's lists (`mlflow gc` then frees the disk).
 
         Raises:
-            AnswerIsNo: it is the champion or the one before.
+            AnswerIsNo: it is the champion or the previous one.
         """
         item = self.described(version)
         if version in self._model.aliases().values():
@@ -293,7 +293,7 @@ class Versions:
             arrived = self._rest.download(root, name, part)
             if arrived != wanted:
                 raise ServiceError(
-                    f"{name} of version {version} has sha256 {arrived}, registered was {wanted}: it was altered",
+                    f"{name} of version {version} has sha256 {arrived}, but {wanted} was registered: it was altered",
                     fix="don't use this version; `sora rollback` or `sora promote` another one",
                 )
             os.replace(part, target)

@@ -1,6 +1,6 @@
-"""What people do with versions between two nightlies: list, promote, roll back, reproduce, ask, clean up, back up.
+"""What people do with versions between two nightlies: list, promote, roll back, reproduce, predict, clean up, back up.
 
-Each function starts an MLflow server of its own where none is up and ends it again.
+Each function starts its own MLflow server if none is up, and ends it again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOLERANCE = 1e-3
 
 @contextmanager
 def open_registry(project: Project) -> Iterator[Registry]:
-    """The project's registry, on an MLflow server that lives as long as the block where none is up."""
+    """The project's registry; if no MLflow server is up, one runs for the length of the block."""
     from sora.operations.servers import login, servers
     from sora.registry import Registry
 
@@ -41,7 +41,7 @@ def open_registry(project: Project) -> Iterator[Registry]:
 
 @contextmanager
 def alias_lock(project: Project) -> Iterator[None]:
-    """Moves of the champion must not cross: the nightly's and those by hand."""
+    """A lock: moves of the champion by the nightly and by hand must not overlap."""
     from filelock import FileLock, Timeout
 
     private_state(project)
@@ -49,7 +49,7 @@ def alias_lock(project: Project) -> Iterator[None]:
         with FileLock(project.alias_lock, timeout=60):
             yield
     except Timeout as error:
-        raise ServiceError("another promotion or rollback has been going on for a minute", fix="try again") from error
+        raise ServiceError("another promotion or rollback has been running for a minute", fix="try again") from error
 
 
 def model_cache(project: Project) -> Path:
@@ -67,14 +67,14 @@ def promote(project: Project, version: int) -> dict[str, Any]:
 
     Raises:
         InputError: there is no such version.
-        PromotionFailed: its smoke prediction failed; the old champion serves on.
+        PromotionFailed: its smoke prediction failed; the old champion is still served.
     """
     from sora.runtime.predictor import Smoke
 
     with alias_lock(project), Smoke() as smoke, open_registry(project) as registry:
-        found = registry.get(version)
-        if found.decision == "refused":
-            say(f"version {version} was refused ({'; '.join(found.reasons)}); you make it the champion all the same")
+        candidate = registry.get(version)
+        if candidate.decision == "refused":
+            say(f"version {version} was refused ({'; '.join(candidate.reasons)}); you make it the champion anyway")
         return registry.promote(version, cache=model_cache(project), smoke=smoke, reason="by hand")
 
 
@@ -103,7 +103,7 @@ def champion(project: Project, registry: Registry) -> tuple[int, Path, Recipe]:
 
 
 def predict(project: Project, files: list[Path]) -> list[dict[str, Any]]:
-    """The champion's answers: {"path", "label", "probabilities", "version"} or {"path", "error"} a file, in order.
+    """The champion's answers: {"path", "label", "probabilities", "version"} or {"path", "error"} per file, in order.
 
     Raises:
         InputError: there is no champion yet.
@@ -116,7 +116,7 @@ def predict(project: Project, files: list[Path]) -> list[dict[str, Any]]:
 
 
 def reproduce(project: Project, version: int) -> dict[str, Any]:
-    """Restores the data, parameters and splits of `version` beside the project, evaluates it again and compares.
+    """Restores the data, parameters and splits of `version` outside the project, evaluates it again and compares.
 
     Nothing in the project's own folder changes. Returns {"version", "matches", "metrics", "recorded", "notes"}.
     """
@@ -167,20 +167,20 @@ def restore_splits(project: Project, version: int | None = None) -> Restored:
 
     Raises:
         InputError: there is no such version, or it has no whole ledger.
-        AnswerIsNo: nothing was judged yet, so there is nothing to restore.
+        AnswerIsNo: nothing has been judged yet, so there is nothing to restore.
         RunActive: a run is active.
     """
     from sora.dataset import ledger
     from sora.operations.lock import run_lock
 
     with run_lock(project), open_registry(project) as registry:
-        found = registry.version_ledger(version) if version is not None else registry.judged_ledger()
-        found = found or ledger.remembered(project)
-        if found is None:
+        recorded = registry.version_ledger(version) if version is not None else registry.judged_ledger()
+        recorded = recorded or ledger.remembered(project)
+        if recorded is None:
             raise AnswerIsNo(
                 "no judged run holds a copy of splits.csv", fix="`git checkout splits.csv`, or `sora restore` a backup"
             )
-        return ledger.restore(project.splits_file, found, copies=project.splits_copies)
+        return ledger.restore(project.splits_file, recorded, copies=project.splits_copies)
 
 
 def gc(project: Project, *, keep: int, dry_run: bool) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def gc(project: Project, *, keep: int, dry_run: bool) -> dict[str, Any]:
 def backup(
     project: Project, target: Path, *, keep: int | None = None, data: bool = True, progress: Bar | None = None
 ) -> Made:
-    """All of the project in the new file `target`; raises what `sora.operations.backup.backup` does."""
+    """Writes the whole project into the new file `target`; raises what `sora.operations.backup.backup` does."""
     from sora.operations import backup as backups
     from sora.operations.needed import KEEP
 

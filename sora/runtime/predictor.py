@@ -30,16 +30,16 @@ from sora.store import augment
 if TYPE_CHECKING:
     import keras
 
-# Compiled calls are warmed at these, and clips are padded to the next. No larger ones: on a CPU a clip costs as much in
+# Compiled calls are warmed at these, and clips are padded to the next. None is larger: on a CPU a clip costs as much in
 # a batch of 8 as of 4, and while half the clients wait for one long call the decoders have nothing to do.
 BATCH_SIZES = (1, 2, 4)
 MAX_BATCH = BATCH_SIZES[-1]
-GOLDEN_TOLERANCE = 2e-3  # of a probability: other processors and batch sizes round differently
+GOLDEN_TOLERANCE = 2e-3  # difference of a probability: other processors and batch sizes round differently
 _load = threading.Lock()  # Keras' loading scope is global state
 
 
 class ModelRefused(ServiceError):
-    """A model file that must not answer: wrong bytes, not loadable, or not the answers that its recipe promises."""
+    """A model file that must not be used: wrong bytes, not loadable, or other answers than its recipe promises."""
 
 
 class Predictor:
@@ -88,7 +88,7 @@ class Predictor:
         return (self.recipe.clip.frames, self.recipe.clip.height, self.recipe.clip.width, 3)
 
     def probabilities(self, clips: np.ndarray) -> np.ndarray:
-        """Calibrated class probabilities of each clip, the mean over its views where the recipe names some.
+        """Calibrated class probabilities of each clip, averaged over its views if the recipe names some.
 
         Input shape: `(n, time, height, width, rgb) uint8`, any n ≥ 1.
         Output shape: `(n, classes) float64`, rows sum to 1; of a multi-label model each class has its own.
@@ -101,7 +101,7 @@ class Predictor:
         return mean
 
     def embeddings(self, clips: np.ndarray) -> np.ndarray:
-        """The representation of each clip: what the layer before the last one answers. Compiled at the first call.
+        """The representation of each clip: the output of the layer before the last. Compiled at the first call.
 
         Input shape: `(n, time, height, width, rgb) uint8`, any n ≥ 1.
         Output shape: `(n, width) float64`; the width is the setting `model.embedding` that it was trained with.
@@ -134,7 +134,7 @@ class Predictor:
             ) from error
 
     def _batched(self, call: Callable[[np.ndarray], np.ndarray], clips: np.ndarray) -> np.ndarray:
-        """The answers of a compiled call, which is asked in sizes of `BATCH_SIZES` only."""
+        """The answers of a compiled call, which is used only in sizes of `BATCH_SIZES`."""
         rows = [self._padded(call, clips[start : start + MAX_BATCH]) for start in range(0, len(clips), MAX_BATCH)]
         return np.concatenate(rows)
 
@@ -159,10 +159,10 @@ class Predictor:
         return Prediction(self.classes[int(mean.argmax())], named, self.version, unsure, labels)
 
     def attribution(self) -> Callable[[np.ndarray, int], tuple[np.ndarray, float]]:
-        """What tells where a class was seen: `(time, height, width, rgb) uint8` and a class's index → the evidence,
+        """Tells where a class was seen: `(time, height, width, rgb) uint8`, a class's index → the evidence,
         `(time, rows, columns) float32` as in `sora.model.attribution.evidence`, and the class's calibrated log-odds.
 
-        Made at the first call, which takes a second or two: ask for it outside the thread that predicts.
+        Made at the first call, which takes a second or two: call it outside the thread that predicts.
 
         Raises:
             ServiceError: not with this backend, or not with this model.
@@ -176,7 +176,7 @@ class Predictor:
         """Answers the recipe's made-up clips again; the largest difference from the stored probabilities.
 
         Raises:
-            ModelRefused: a difference beyond `GOLDEN_TOLERANCE`, or the answers are no probabilities.
+            ModelRefused: a difference beyond `GOLDEN_TOLERANCE`, or the answers are not probabilities.
         """
         from sora.judging.evaluation import golden_clip
 
@@ -205,7 +205,7 @@ def _verified(model_file: Path, recipe: Recipe, version: int) -> str:
     if digest != recipe.model_sha256:
         raise ModelRefused(
             f"version {version}: {model_file.name} has sha256 {digest[:12]}…, its recipe {recipe.model_sha256[:12]}…",
-            fix="remove it from .sora/cache/models and start again; if it stays so, the registry's copy is damaged",
+            fix="remove it from .sora/cache/models and start again; if that fails too, the registry's copy is damaged",
         )
     return digest
 
@@ -224,7 +224,7 @@ def _loaded(model_file: Path, recipe: Recipe, version: int) -> keras.Model:
     shape = (recipe.clip.frames, recipe.clip.height, recipe.clip.width, 3)
     if tuple(model.input_shape[1:]) != shape:
         raise ModelRefused(
-            f"version {version} takes clips {tuple(model.input_shape[1:])}, its recipe makes {shape}",
+            f"version {version} takes clips {tuple(model.input_shape[1:])}, but its recipe makes {shape}",
             fix="register the model with the recipe that it was evaluated with",
         )
     return model
@@ -275,8 +275,8 @@ def _attributing(model: keras.Model, recipe: Recipe) -> Callable[[np.ndarray, in
     function = call.get_concrete_function()
 
     def attribute(clip: np.ndarray, label: int) -> tuple[np.ndarray, float]:
-        found, odds = function(tf.constant(clip[None]), tf.constant(label, tf.int32))
-        return found.numpy(), float(odds)
+        evidence, odds = function(tf.constant(clip[None]), tf.constant(label, tf.int32))
+        return evidence.numpy(), float(odds)
 
     attribute(np.zeros(shape, np.uint8), 0)  # the first call plans kernels and buffers
     return attribute
@@ -297,10 +297,10 @@ def prepare_backend() -> None:
 
 
 class Smoke:
-    """The test that follows a move of the champion: does it load as the server would load it, and answer its golden
+    """The test after a move of the champion: does it load as in the server, and answer its golden
     clips as its recipe promises? In a child process: the caller (the flow, `sora promote`) never imports TensorFlow.
 
-    For one test. The child does its imports from when it is made, so make it before it is needed; as a context manager
+    For one test. The child starts its imports when it is made, so make it before it is needed; as a context manager
     it ends with the block.
     """
 
@@ -314,7 +314,7 @@ class Smoke:
         self._child.__exit__()
 
     def __call__(self, model_file: Path, recipe: Recipe, version: int = 0) -> dict[str, Any]:
-        """Returns {"difference": largest difference of a probability, "seconds": of loading and asking}.
+        """Returns {"difference": largest difference of a probability, "seconds": of loading and testing}.
 
         Raises:
             PromotionFailed: it does not load, its digest differs, or its answers do.
@@ -328,13 +328,13 @@ class Smoke:
 
 
 def clips_of(path: Path, recipe: Recipe, settings: Serve | None = None) -> np.ndarray:
-    """A video's clips as a model's recipe wants them: `(clips, time, height, width, rgb) uint8`.
+    """A video's clips as a model's recipe needs them: `(clips, time, height, width, rgb) uint8`.
 
     Arguments:
         settings: the limits that `sora serve` would hold the file to; default: those of the default settings.
 
     Raises:
-        InputError: no such file, or not to be read.
+        InputError: no such file, or it can't be read.
         VideoError: it can't be used.
         ServiceError: no decoder could be started.
     """
@@ -350,14 +350,14 @@ def decoded(
 ) -> Generator[np.ndarray | InputError, None, None]:
     """The clips of each file, in the order given, by one confined decoder."""
     bounds = pool.Bounds.of_calls(settings or Serve.model_validate({}))
-    # A link is followed, since it is the user's own word; the decoder's files are never links.
+    # A link is followed, since the user named it; the decoder's files are never links.
     there = [path.resolve() for path in paths if path.is_file()]
     with closing(pool.in_order(there, recipe.clip, bounds)) as clips:
         for path in paths:
             if path.is_file():
                 yield next(clips)
             else:
-                yield InputError(f"{path} is no file", fix="give the path of a video")
+                yield InputError(f"{path} is not a file", fix="name a video file")
 
 
 def predict_files(
@@ -365,7 +365,7 @@ def predict_files(
 ) -> list[dict[str, Any]]:
     """Answers for video files, in order: `{path, label, probabilities, version}` or `{path, error}`.
 
-    With a threshold in the recipe an answer also has `unsure`, and of a multi-label model `labels`.
+    With a threshold in the recipe an answer also has `unsure`; a multi-label model's also has `labels`.
 
     The model is loaded at the first readable file. A file that can't be used costs only its own answer.
 
@@ -378,13 +378,13 @@ def predict_files(
     """
     predictor: Predictor | None = None
     answers: list[dict[str, Any]] = []
-    with closing(decoded(paths, recipe, settings)) as found:
-        for path, clips in zip(paths, found, strict=True):
+    with closing(decoded(paths, recipe, settings)) as all_clips:
+        for path, clips in zip(paths, all_clips, strict=True):
             if isinstance(clips, InputError):
                 answers.append({"path": str(path), "error": clips.message})
                 continue
             if predictor is None:
-                with without_noise():  # a terminal's; a server's log keeps it
+                with without_noise():  # only on a terminal; a server's log keeps it
                     predictor = Predictor(model_file, recipe, version)
             answers.append({"path": str(path), **predictor.predict(clips).to_dict()})
     return answers

@@ -1,8 +1,8 @@
-"""The champion's representation: vectors of videos, and the training clips that lie nearest to one.
+"""The champion's representation: vectors of videos, and the training clips nearest to one.
 
-The vectors of the training clips are computed once a version and kept beside its model file in the cache, so that they
-go when it goes (`sora gc`). They depend on the model, on how clips are made, and on nothing else: labels and paths are
-looked up when they are asked for, and a video that came since costs its own clips only.
+The vectors of the training clips are computed once per version and kept beside its model file in the cache, so they
+are removed with it (`sora gc`). They depend only on the model and on how clips are made: labels and paths are
+looked up when needed, and a video added since costs only its own clips.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from sora.runtime.predictor import Predictor
 
 Progress = Callable[[int, int], None]  # (done, total) videos
-_CHUNK = 32  # clips that are in memory at a time
+_CHUNK = 32  # clips in memory at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Vectors:
-    """Of clips: `sha256 (n,) text` of the video, `clip (n,) int` within it, `values (n, width) float32`."""
+    """Vectors of clips: `sha256 (n,) text` of the video, `clip (n,) int` in it, `values (n, width) float32`."""
 
     sha256: np.ndarray
     clip: np.ndarray
@@ -50,7 +50,7 @@ class Vectors:
 
 
 def embed(project: Project, files: list[Path]) -> list[dict[str, Any]]:
-    """The champion's vectors: {"path", "vector": [float], "version"} or {"path", "error"} a file, in order.
+    """The champion's vectors: {"path", "vector": [float], "version"} or {"path", "error"} per file, in order.
 
     A video's vector is the mean over its clips.
 
@@ -65,8 +65,8 @@ def embed(project: Project, files: list[Path]) -> list[dict[str, Any]]:
     limits = project.settings().serve
     predictor: Predictor | None = None
     answers: list[dict[str, Any]] = []
-    with closing(decoded(files, recipe, limits)) as found:
-        for path, clips in zip(files, found, strict=True):
+    with closing(decoded(files, recipe, limits)) as all_clips:
+        for path, clips in zip(files, all_clips, strict=True):
             if isinstance(clips, InputError):
                 answers.append({"path": str(path), "error": clips.message})
                 continue
@@ -77,7 +77,7 @@ def embed(project: Project, files: list[Path]) -> list[dict[str, Any]]:
 
 
 def write(path: Path, answers: list[dict[str, Any]]) -> None:
-    """The vectors of `embed`'s answers as a .npy file, `(answers, width) float32`, there whole or not at all.
+    """Writes the vectors of `embed`'s answers as a .npy file, `(answers, width) float32`, whole or not at all.
 
     Raises:
         DiskFull, ServiceError: it can't be written.
@@ -89,7 +89,7 @@ def write(path: Path, answers: list[dict[str, Any]]) -> None:
 def similar(
     project: Project, file: Path, *, count: int = 5, progress: Progress = lambda done, total: None
 ) -> dict[str, Any]:
-    """The `count` videos nearest to `file` among those that the champion learned from and that are still there.
+    """The `count` videos nearest to `file` among those that the champion learned from and that still exist.
 
     Returns {"path", "version", "neighbours": [{"path" (below data/), "label", "clip", "similarity"}]}, nearest first.
     `similarity` is the cosine between the file's vector and the video's nearest clip, which `clip` numbers from 0.
@@ -107,36 +107,36 @@ def similar(
     table = _learned(project, state)
     predictor = Predictor(model_file, recipe, version)
     vectors = training_vectors(project, predictor, table, cache_file(model_file, recipe), progress)
-    found = nearest(predictor.embeddings(clips).mean(axis=0), vectors, count)
+    closest = nearest(predictor.embeddings(clips).mean(axis=0), vectors, count)
     about = table.set_index("sha256")
     neighbours = [
         {"path": about.at[sha256, "path"], "label": about.at[sha256, "label"], "clip": clip, "similarity": similarity}
-        for sha256, clip, similarity in found
+        for sha256, clip, similarity in closest
     ]
     return {"path": str(file), "version": version, "neighbours": neighbours}
 
 
 def nearest(vector: np.ndarray, vectors: Vectors, count: int) -> list[tuple[str, int, float]]:
-    """(sha256, clip, cosine) of the nearest clip of each of the `count` nearest videos; equals by sha256 and clip.
+    """(sha256, clip, cosine) of the nearest clip of each of the `count` nearest videos; ties by sha256 and clip.
 
     Arguments:
         vector: `(width,)`.
     """
     lengths = np.linalg.norm(vectors.values, axis=1) * np.linalg.norm(vector)
     cosines = vectors.values @ vector / np.maximum(lengths, 1e-12)
-    found: dict[str, tuple[str, int, float]] = {}
+    best: dict[str, tuple[str, int, float]] = {}
     for row in np.lexsort((vectors.clip, vectors.sha256, -cosines)):
         sha256 = str(vectors.sha256[row])
-        found.setdefault(sha256, (sha256, int(vectors.clip[row]), float(cosines[row])))
-        if len(found) == count:
+        best.setdefault(sha256, (sha256, int(vectors.clip[row]), float(cosines[row])))
+        if len(best) == count:
             break
-    return list(found.values())
+    return list(best.values())
 
 
 def training_vectors(
     project: Project, predictor: Predictor, table: pd.DataFrame, cache: Path, progress: Progress
 ) -> Vectors:
-    """The vectors of all clips of the table's videos; what `cache` lacks is computed and added to it.
+    """The vectors of all clips of the table's videos; those missing in `cache` are computed and added.
 
     Raises:
         InputError: there are no shards.
@@ -155,7 +155,7 @@ def training_vectors(
 
 
 def cache_file(model_file: Path, recipe: Recipe) -> Path:
-    """Beside the model, whose folder is named by its digest; named by what else decides the vectors."""
+    """A file beside the model, whose folder is named by its digest; its name holds what else decides the vectors."""
     from sora.core import provenance
 
     made = json.dumps([recipe.clip.to_dict(), provenance.clips()], sort_keys=True)
@@ -163,7 +163,7 @@ def cache_file(model_file: Path, recipe: Recipe) -> Path:
 
 
 def _learned(project: Project, state: dict[str, Any]) -> pd.DataFrame:
-    """The videos of a version's training split that are still there and in no quarantine: `data.table.COLUMNS`."""
+    """The videos of a version's training split that still exist and are not in quarantine: `data.table.COLUMNS`."""
     from sora.dataset import manifest, splits, table
     from sora.dataset.quality import quarantine
 
@@ -199,14 +199,14 @@ def _computed(project: Project, predictor: Predictor, table: pd.DataFrame, progr
 def _chunks(
     project: Project, recipe: Recipe, table: pd.DataFrame
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(sha256, clip, clips) of some clips at a time: of the shards, or of the videos where the recipe is another."""
+    """(sha256, clip, clips) of some clips at a time: from the shards, or from the videos if the recipe differs."""
     from sora.store.shards import ShardSet
 
     shards = ShardSet.open(project.shards)
     if shards.spec != recipe.clip:
         bounds = pool.Bounds.of_data(project.settings().validate_)
-        found = pool.in_order((project.data / path for path in table["path"]), recipe.clip, bounds)
-        for row, clips in zip(table.itertuples(), found, strict=True):
+        decoded_clips = pool.in_order((project.data / path for path in table["path"]), recipe.clip, bounds)
+        for row, clips in zip(table.itertuples(), decoded_clips, strict=True):
             if isinstance(clips, VideoError):
                 raise clips
             yield np.full(len(clips), row.sha256, "U64"), np.arange(len(clips)), clips
@@ -225,16 +225,16 @@ def _chunks(
 
 
 def _load(cache: Path) -> Vectors | None:
-    """What is in the cache, or None. A damaged file is as good as none: it is computed anew."""
+    """What is in the cache, or None. A damaged file counts as none: it is computed again."""
     try:
         with np.load(cache, allow_pickle=False) as stored:
-            found = Vectors(stored["sha256"], stored["clip"], stored["values"])
+            vectors = Vectors(stored["sha256"], stored["clip"], stored["values"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        say(f"{cache} is damaged and made anew: {error}")
+        say(f"{cache} is damaged and is made again: {error}")
         return None
-    if not len(found.sha256) == len(found.clip) == len(found.values):
-        say(f"{cache} is damaged and made anew: its columns differ in length")
+    if not len(vectors.sha256) == len(vectors.clip) == len(vectors.values):
+        say(f"{cache} is damaged and is made again: its columns differ in length")
         return None
-    return found
+    return vectors

@@ -1,4 +1,4 @@
-"""The child of `sora.runtime.predictor.Smoke`: loads a model as the server would and asks it its golden clips."""
+"""The child of `sora.runtime.predictor.Smoke`: loads a model as the server would and runs its golden clips."""
 
 from __future__ import annotations
 

@@ -32,15 +32,15 @@ def create_app(
     tokens: Tokens | Sequence[str] = (),
     inbox: Inbox | None = None,
 ) -> FastAPI:
-    """The application. Its `state.context` is the `Context`, which must be `running` while the application answers, as
-    `listener.serve_until_stopped` has it.
+    """The application. Its `state.context` is the `Context`, which must be `running` while the application answers;
+    `listener.serve_until_stopped` sees to that.
 
     Arguments:
         settings: the section `serve` of params.yaml.
-        source: where the champion is asked for.
+        source: where the server asks for the champion.
         cache: where models are kept, and what is served when `source` can't answer.
-        tokens: who may call. Where no token is required, only requests to this machine by its own name are answered.
-        inbox: takes corrections. Without one there are no such addresses.
+        tokens: who may call. If no token is required, only requests to this machine by its own name are answered.
+        inbox: takes corrections. Without one there are no routes for them.
     """
     context = Context(settings, source, cache)
     app = FastAPI(
@@ -85,7 +85,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # the client is gone
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:

@@ -1,7 +1,7 @@
 """Requests that arrive together share one compiled call.
 
-No waiting for company: while the model works on one batch, the clips that arrive queue up and make the next. So a lone
-client pays nothing, and a crowd fills the batches by itself.
+A batch waits for nobody: while the model works on one batch, the clips that arrive queue up for the next. So a lone
+client loses no time, and many clients fill the batches by themselves.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Answered:
 
 
 class Batcher:
-    """One model thread and the queue before it. `await start()`, then `answer` from any task, then `await close()`.
+    """One model thread and its queue. `await start()`, then `answer` from any task, then `await close()`.
 
-    How many wait is bounded where requests are admitted (`context`), not here: each admitted one has at most as many
+    The queue is bounded where requests are admitted (`context`), not here: each admitted request has at most as many
     entries as there are decoders.
     """
 
@@ -68,9 +68,9 @@ class Batcher:
         return len(self._waiting)
 
     async def answer(self, predictor: Predictor, clips: np.ndarray) -> Answered:
-        """Probabilities of one video's clips, `(n, time, height, width, rgb) uint8`, by that predictor.
+        """Probabilities of one video's clips, `(n, time, height, width, rgb) uint8`, from that predictor.
 
-        A long video asks in portions, one after the other, so that it takes turns with others.
+        A long video is sent in portions, one after the other, so that it takes turns with others.
         """
         loop = asyncio.get_running_loop()
         queued = seconds = 0.0
@@ -82,7 +82,7 @@ class Batcher:
             try:
                 probabilities, began, ended = await item.answer
             except asyncio.CancelledError:
-                if item in self._waiting:  # the client hung up: its place is free at once
+                if item in self._waiting:  # the client hung up: free its place at once
                     self._waiting.remove(item)
                 raise
             queued += began - item.start
@@ -99,7 +99,7 @@ class Batcher:
         return np.concatenate(rows)
 
     async def between(self, function: Callable[[], T]) -> T:
-        """Runs `function` in the model thread, after the batch that is in it. One at a time: the next batch is next."""
+        """Runs `function` in the model thread after the current batch. One at a time: after it comes the next batch."""
         async with self._turn:
             return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
@@ -120,7 +120,7 @@ class Batcher:
                 for item in batch:
                     item.answer.cancel()
                 raise
-            except Exception as error:  # the model's own failure is the answer to each of them
+            except Exception as error:  # if the model fails, that is the answer to each of them
                 for item in batch:
                     if not item.answer.done():
                         item.answer.set_exception(error)

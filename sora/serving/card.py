@@ -1,4 +1,4 @@
-"""`GET /v1/card`: the served version's card: what it was measured at, what was decided about it and why."""
+"""`GET /v1/card`: the served version's card: its metrics, what was decided about it and why."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KEPT_SECONDS = 60.0  # a decision may change: a version is promoted by hand, or 
 
 
 class _Decisions:
-    """What the registry says of a version, asked at most every `KEPT_SECONDS`, and by one question at a time."""
+    """What the registry says about a version, asked at most every `KEPT_SECONDS`, one request at a time."""
 
     def __init__(self, source: ModelSource) -> None:
         self._source = source
@@ -50,10 +50,10 @@ class _Decisions:
 
 
 def add_routes(app: FastAPI, context: Context, source: ModelSource, responses: dict[int | str, dict[str, Any]]) -> None:
-    """Adds the route. `responses`: the problems that it may answer with, in OpenAPI's words."""
+    """Adds the route. `responses`: the problems that it may answer with, as OpenAPI describes them."""
     decisions = _Decisions(source)
 
-    @app.get("/v1/card", response_class=JSONResponse, responses=responses, summary="The card of what serves now")
+    @app.get("/v1/card", response_class=JSONResponse, responses=responses, summary="The card of the served version")
     async def card() -> CardAnswer:
         served = context.served()
         champion, recipe = served.champion, served.predictor.recipe

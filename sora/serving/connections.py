@@ -1,9 +1,9 @@
-"""Connections that bring no request: bounded in time, a peer, and all together.
+"""Connections without a request: bounded in time, per peer, and in total.
 
-uvicorn has a timeout for idle connections and none for headers: whoever opens connections and sends half a header takes
-every place, and the health checks are answered with 503. Here such a connection has `serve.header_timeout`, and where
-places are short, the one that has waited longest without a request under way makes room for a new one. So a new
-connection is always heard, unless every place is taken by requests that are being answered.
+uvicorn has a timeout for idle connections and none for headers: a client that opens connections and sends half headers
+takes every place, and health checks get a 503. Here such a connection has `serve.header_timeout`, and if
+places are short, the one that has waited longest without a request in progress makes room for a new one. So a new
+connection is always accepted, unless requests that are being answered take every place.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Connections:
     """The open connections of one server, and what they may do.
 
     Attributes:
-        most: of all peers together.
-        most_a_peer: of one address; 0 for no bound of its own, as behind a proxy, where all come from one address.
+        most: connections of all peers together.
+        most_a_peer: connections of one address; 0 for no such bound, as behind a proxy, where all have one address.
         header_timeout: seconds from a request's first byte, or from the connection's start, to the end of its headers.
-        body_timeout: seconds for the rest of a body that nobody reads, since its request is answered already.
-        on_closed: called with the reason when one is closed: `headers`, `body`, `peer`, `all`.
+        body_timeout: seconds for the rest of a body that nobody reads, since its request is already answered.
+        on_closed: called with the reason when a connection is closed: `headers`, `body`, `peer`, `all`.
     """
 
     most: int
@@ -44,11 +44,11 @@ class Connections:
     count: int = 0
 
     def protocol(self, **arguments: Any) -> _Protocol:
-        """For `uvicorn.Config(http=…)`, which wants a callable that makes a protocol."""
+        """For `uvicorn.Config(http=…)`, which expects a callable that makes a protocol."""
         return _Protocol(self, **arguments)
 
     def enter(self, connection: _Protocol) -> bool:
-        """Counts a new connection, at the cost of one that waits where places are short. False: there is no place."""
+        """Counts a new connection; closes a waiting one if places are short. False: there is no place."""
         of_peer = self.open.setdefault(connection.peer, set())
         self.count += 1
         of_peer.add(connection)
@@ -68,14 +68,14 @@ class Connections:
 
     def _make_room(self, new: _Protocol, among: set[_Protocol], reason: str) -> bool:
         waiting = [one for one in among if one is not new and not one.busy]
-        # First those that began a request and did not go on, then idle ones, which a client may be about to use.
+        # First those that began a request and stopped, then idle ones, which a client may be about to use.
         oldest = min(waiting, key=lambda one: (one.idle, one.since), default=None)
         (oldest or new).end(reason)
         return oldest is not None
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's own, with a timer for what is no request (yet)."""
+    """uvicorn's own protocol, with a timer for what is not (yet) a request."""
 
     def __init__(self, connections: Connections, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -91,7 +91,7 @@ class _Protocol(H11Protocol):
 
     @property
     def idle(self) -> bool:
-        """An answer is out, and nothing of another request has come."""
+        """An answer was sent, and no part of another request has arrived."""
         return self.cycle is not None and not self.busy and not self._begun
 
     @property
@@ -122,12 +122,12 @@ class _Protocol(H11Protocol):
     def end(self, reason: str) -> None:
         """Closes it at once, whatever it was about to send."""
         self._stop_timer()
-        self._connections.leave(self)  # now, so that the count is right before the loop comes to `connection_lost`
+        self._connections.leave(self)  # now, so that the count is right before the loop calls `connection_lost`
         self._connections.on_closed(reason)
         self.transport.abort()
 
     def _look(self) -> None:
-        """The timer runs while a request has begun and is not whole; an idle connection has uvicorn's own."""
+        """The timer runs while a request is incomplete; an idle connection has uvicorn's timer."""
         if self.transport.is_closing() or self.busy or not self._begun:
             self._stop_timer()
         elif self._timer is None:
@@ -153,12 +153,12 @@ class _Protocol(H11Protocol):
 def peer_of(address: str) -> str:
     """Who counts as one peer: an IPv4 address, however written, or the /64 network that one IPv6 subscriber has."""
     try:
-        found = ipaddress.ip_address(address.partition("%")[0])
+        peer = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return address
-    if isinstance(found, ipaddress.IPv6Address):
-        if found.ipv4_mapped is not None:
-            return str(found.ipv4_mapped)
-        if not found.is_loopback:
-            return str(ipaddress.ip_network((found, 64), strict=False))
-    return str(found)
+    if isinstance(peer, ipaddress.IPv6Address):
+        if peer.ipv4_mapped is not None:
+            return str(peer.ipv4_mapped)
+        if not peer.is_loopback:
+            return str(ipaddress.ip_network((peer, 64), strict=False))
+    return str(peer)

@@ -1,5 +1,5 @@
-"""What the routes share: one model reference, one pool of decoders, one batcher, one folder for uploads. And the way of
-a prediction through them."""
+"""What the routes share: one model reference, one pool of decoders, one batcher, one folder for uploads. And the path
+of a prediction through them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Context:
 
     Arguments:
         settings: the section `serve` of params.yaml.
-        source: where the champion is asked for.
+        source: where the server asks for the champion.
         cache: where models are kept, and what is served when `source` can't answer.
     """
 
@@ -45,21 +45,21 @@ class Context:
         self.batcher = Batcher(self.metrics.batch.observe)
         self.folder = Path()
         self.pool: DecodePool | None = None
-        self.stopping = False  # set while proxies are shown that this server is about to stop
-        self.active = 0  # calls for predictions under way, from their first byte to their answer
+        self.stopping = False  # set while proxies are told that this server is about to stop
+        self.active = 0  # calls for predictions in progress, from their first byte to their answer
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Everything that answers, for the length of the block.
+        """Runs everything that answers for the length of the block.
 
         Raises:
             DiskFull, ServiceError: the temporary folder can't be written.
         """
         with temporary_folder("uploads") as self.folder:
             self.pool = pool = DecodePool(self.settings)
-            self.metrics.watch("sora_predictions_active", "Predictions under way", lambda: self.active)
+            self.metrics.watch("sora_predictions_active", "Predictions in progress", lambda: self.active)
             self.metrics.watch(
-                "sora_queue_clips", "Portions of clips that wait for the model", lambda: len(self.batcher)
+                "sora_queue_clips", "Portions of clips that are waiting for the model", lambda: len(self.batcher)
             )
             self.metrics.watch("sora_decoders_replaced", "Decoders that died or were killed", lambda: pool.replaced)
             try:
@@ -80,10 +80,10 @@ class Context:
         self.metrics.refusals.inc()
 
     def served(self) -> Served:
-        """What serves now.
+        """The served champion.
 
         Raises:
-            Problem: 503, nothing does yet.
+            Problem: 503, there is none yet.
         """
         current = self.follower.current
         if current is not None:
@@ -94,13 +94,13 @@ class Context:
         elif follower.refused is not None:
             detail, fix = follower.refused.reason, follower.refused.fix
         elif follower.problem is not None:
-            detail, fix = follower.problem, "start MLflow (`sora up`); this server asks again by itself"
+            detail, fix = follower.problem, "start MLflow (`sora up`); this server retries by itself"
         else:
             detail, fix = "the model is being loaded", "ask again in a few seconds"
         raise Problem(503, detail, fix=fix, kind="no-model", headers={"Retry-After": "5"})
 
     async def predict(self, request: Request, wanted: Wanted) -> PredictAnswer | PredictAnswers:
-        """One call, from its bytes to its answer: for the one file that it brings, or for each of several.
+        """One call, from its bytes to its answer: for its one file, or for each of several.
 
         Raises:
             Problem: see `problems`.
@@ -113,7 +113,7 @@ class Context:
                 start = time.perf_counter()
                 received = await self._receive(request)
                 uploaded = round(time.perf_counter() - start, 6)
-                served = self.served()  # one version for all of the call, whatever changes meanwhile
+                served = self.served()  # one version for the whole call, whatever changes meanwhile
                 answers: list[PredictAnswer | FileProblem]
                 async with while_connected(request):
                     if len(received) == 1:
@@ -152,12 +152,12 @@ class Context:
         """One of the server's `serve.queue` places, from a call's first byte to its answer.
 
         Raises:
-            Problem: 429 none is free.
+            Problem: 429, no place is free.
         """
         if self.active >= self.settings.queue:
             raise Problem(
                 429,
-                f"{self.settings.queue} predictions are under way, the most that this server takes",
+                f"{self.settings.queue} predictions are in progress, the most that this server accepts",
                 fix="try again after the seconds in Retry-After",
                 kind="queue-full",
                 headers={"Retry-After": "1"},
@@ -169,10 +169,10 @@ class Context:
             self.active -= 1
 
     async def _receive(self, request: Request) -> list[uploads.Upload]:
-        """The files that a call brings, at most `serve.max_files`. Who calls removes them.
+        """The files of a call, at most `serve.max_files`. The caller removes them.
 
         Raises:
-            Problem: 408 too slow, and what `uploads` says.
+            Problem: 408 too slow, and what `uploads` raises.
         """
         headers, settings = request.headers, self.settings
         most = settings.max_bytes
@@ -184,7 +184,7 @@ class Context:
         self, received: Sequence[uploads.Upload], served: Served, deadline: float, wanted: Wanted
     ) -> list[PredictAnswer | FileProblem]:
         """An answer or a problem for each file. As many at a time as there are decoders: a call with many
-        files takes its turns among the others."""
+        files takes turns with the others."""
         turns = asyncio.Semaphore(self.settings.decode_workers)
 
         async def one(upload: uploads.Upload) -> PredictAnswer | FileProblem:
@@ -201,7 +201,7 @@ class Context:
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(one(upload)) for upload in received]
-        except ExceptionGroup as failed:  # the server's own failure: one for the log, as with one file
+        except ExceptionGroup as failed:  # the server's own failure: one entry in the log, as with one file
             raise failed.exceptions[0] from failed
         return [task.result() for task in tasks]
 
@@ -210,16 +210,16 @@ class Context:
             return await self._answer(upload, served, wanted, stage)
 
     def deadline(self) -> float:
-        """When a call that begins now must be answered, by the loop's clock."""
+        """When a call that starts now must be answered, by the loop's clock."""
         return asyncio.get_running_loop().time() + self.settings.request_timeout
 
     @asynccontextmanager
     async def until(self, deadline: float) -> AsyncIterator[Stage]:
-        """The work on one video. What was begun for it is cancelled at `deadline`: its place is free. The block says
-        by the stage that it gets where it is.
+        """The work on one video. It is cancelled at `deadline`, and its place becomes free. The block records
+        in the stage that it gets how far it is.
 
         Raises:
-            Problem: 504 the time was spent on this video; 503 it was spent waiting behind others.
+            Problem: 504, the time was spent on this video; 503, it was spent waiting behind others.
         """
         stage = Stage()
         try:
@@ -250,7 +250,7 @@ class Context:
         prediction = predictor.answer(answered.probabilities)
         embedding: tuple[float, ...] = ()
         if wanted.embedding:
-            await asyncio.to_thread(predictor.prepare_embeddings)  # the first time it is made; not in the model thread
+            await asyncio.to_thread(predictor.prepare_embeddings)  # the first call makes it; not in the model thread
             vectors = await self.batcher.embeddings(predictor, decoded.clips)
             embedding = tuple(round(float(value), 6) for value in vectors.mean(axis=0))
         timeline: tuple[Window, ...] = ()
@@ -282,7 +282,7 @@ class Context:
         )
 
     def model(self) -> ModelAnswer:
-        """What `/v1/model` answers, also before a model is loaded, since it says why there is none."""
+        """What `/v1/model` answers; also before a model is loaded, since it says why there is none."""
         current = self.follower.current
         champion = current.champion if current else None
         recipe = current.predictor.recipe if current else None
@@ -311,14 +311,14 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a call asks for beyond the answer itself."""
+    """What a call asks for besides the answer itself."""
 
-    timeline: bool = False  # also of a video that is one clip
+    timeline: bool = False  # also for a video that is one clip
     embedding: bool = False
 
 
 class Stage:
-    """Where one prediction is: `name` is one of `metrics.STAGES`."""
+    """How far one prediction is: `name` is one of `metrics.STAGES`."""
 
     def __init__(self) -> None:
         self.name = "wait"
@@ -349,7 +349,7 @@ async def while_connected(request: Request) -> AsyncIterator[None]:
     try:
         yield
     except asyncio.CancelledError:
-        if gone and task.uncancel() == 0:  # else somebody else wants it cancelled too
+        if gone and task.uncancel() == 0:  # else somebody else also wants it cancelled
             raise ClientDisconnect from None
         raise
     finally:

@@ -1,6 +1,6 @@
 """A small pool of decoders (`sora.media.decoder`), seen from the server.
 
-One that dies, hangs or eats too much is killed and replaced, and costs one request a clear answer.
+A decoder that dies, hangs or uses too much is killed and replaced; only one request gets an error.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from sora.media import MODALITY, pool
 from sora.media.modality import Spans
 
 BOOT_SECONDS = 60.0  # imports of PyAV and OpenCV on a busy machine
-GRACE_SECONDS = 0.5  # a client hung up: so long may its decoder go on before it is killed
+GRACE_SECONDS = 0.5  # after a client hung up, its decoder may run this long before it is killed
 _PIPE_BYTES = 4 * 2**20
 
-_Answer = tuple[dict[str, np.ndarray], Spans | None, float]  # the clips' tensors, their spans, seconds that it took
+_Answer = tuple[dict[str, np.ndarray], Spans | None, float]  # the clips' tensors, their spans, seconds taken
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """The clips of one file by the names of their tensors, and what they cost."""
+    """The clips of one file by the names of their tensors, and the time that they took."""
 
     tensors: Mapping[str, np.ndarray]
-    spans: Spans | None  # of the clips; None where the video says nothing of time
+    spans: Spans | None  # of the clips; None if the video has no times
     waited: float  # seconds until a decoder was free
-    seconds: float  # seconds that decoding took
+    seconds: float  # seconds of decoding
 
     @property
     def clips(self) -> np.ndarray:
@@ -48,10 +48,10 @@ class Decoded:
 
 
 class DecodePool:
-    """`serve.decode_workers` children. Make one, `await start()`, and `await close()` at the end.
+    """`serve.decode_workers` children. Make a pool, `await start()`, and `await close()` at the end.
 
     Arguments:
-        settings: limits of the section `serve`.
+        settings: the limits in the section `serve`.
     """
 
     def __init__(self, settings: Serve) -> None:
@@ -83,7 +83,7 @@ class DecodePool:
         """All clips of one file. `on_taken` is called when a decoder is free and takes it.
 
         Raises:
-            VideoError: the file is no usable video, is beyond a limit, or its decoder died or took too long.
+            VideoError: the file is not a usable video, is beyond a limit, or its decoder died or took too long.
             ServiceError: no decoder could be started.
         """
         start = asyncio.get_running_loop().time()
@@ -97,7 +97,7 @@ class DecodePool:
             return Decoded(tensors, spans, waited, seconds)
 
     async def _with(self, worker: _Worker, path: Path, spec: ClipSpec, on_taken: Callable[[], None]) -> _Answer:
-        # A task of its own, so that a client that hangs up frees its place at once while the decoder is brought back.
+        # A separate task, so that a client that hangs up frees its place at once while the decoder is recovered.
         task = asyncio.create_task(self._exchange(worker, path, spec, on_taken))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -120,11 +120,11 @@ class DecodePool:
                 raise VideoError(
                     f"took longer than {timeout:g} s to decode",
                     rule="too_slow",
-                    fix="cut the video or scale it down, or have serve.decode_timeout raised",
+                    fix="cut the video, scale it down, or have serve.decode_timeout raised",
                 ) from None
             except (asyncio.IncompleteReadError, ConnectionError, ValueError, TypeError, KeyError):  # or nonsense
                 raise VideoError(
-                    "the decoder stopped on this file", rule="unreadable", fix="re-export the video and send it again"
+                    "the decoder failed on this file", rule="unreadable", fix="re-export the video and send it again"
                 ) from None
             healthy = not (isinstance(answer, dict) and answer.get("last"))
             if isinstance(answer, dict):
@@ -140,7 +140,7 @@ class DecodePool:
     def _replace(self, worker: _Worker) -> None:
         worker.kill()
         self._workers.discard(worker)
-        # Nobody waits for this: the answer does not depend on how long the system takes to end a process.
+        # Nobody waits for this: the answer must not depend on how long the system takes to end a process.
         ending = asyncio.create_task(worker.end())
         self._endings.add(ending)
         ending.add_done_callback(self._endings.discard)
@@ -155,11 +155,11 @@ class DecodePool:
 
 
 class _DiedIdle(Exception):
-    """A decoder was gone before it took its job: not the file's fault."""
+    """A decoder died before it took its job: not the file's fault."""
 
 
 class _Worker:
-    """One child. It starts when made; `ready()` waits until it has its imports."""
+    """One child. It starts when made; `ready()` waits until its imports are done."""
 
     def __init__(self, settings: Serve) -> None:
         self.process: asyncio.subprocess.Process | None = None
@@ -192,7 +192,7 @@ class _Worker:
 
     @property
     def usable(self) -> bool:
-        """It runs, or is still starting."""
+        """Whether it is running or still starting."""
         return not self._booted.done() if self.process is None else self.process.returncode is None
 
     async def ask(self, job: pool.Job[None]) -> dict[str, Any] | _Answer:
@@ -201,13 +201,13 @@ class _Worker:
         Raises:
             VideoError: the file does not open.
             _DiedIdle: it ended before it took the job.
-            IncompleteReadError: it ended in the middle.
-            ValueError, TypeError, KeyError: its answer has no sense.
+            IncompleteReadError: it ended midway.
+            ValueError, TypeError, KeyError: its answer is invalid.
         """
         assert self.process is not None and self.process.stdout is not None and job.spec is not None
         file = pool.open_file(job.path)
         try:
-            # At once: no other job is under way.
+            # At once: no other job is running.
             socket.send_fds(self._jobs, [job.message()], [file])
             await self._header()
         except (asyncio.IncompleteReadError, ConnectionError) as error:
@@ -232,7 +232,7 @@ class _Worker:
             raise ValueError(f"a header of {length} bytes")
         header = json.loads(await self.process.stdout.readexactly(length))
         if not isinstance(header, dict):
-            raise ValueError("no object")
+            raise ValueError("not an object")
         return header
 
     def kill(self) -> None:

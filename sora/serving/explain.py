@@ -24,7 +24,7 @@ GRID = 16  # rows and columns of the heat maps in an answer, at most
 
 
 def add_routes(app: FastAPI, context: Context, responses: dict[int | str, dict[str, Any]]) -> None:
-    """Adds the route. `responses`: the problems that it may answer with, in OpenAPI's words."""
+    """Adds the route. `responses`: the problems that it may answer with, as OpenAPI describes them."""
 
     @app.post(
         "/v1/explain",
@@ -32,7 +32,7 @@ def add_routes(app: FastAPI, context: Context, responses: dict[int | str, dict[s
         response_class=JSONResponse,
         openapi_extra=forms.body({"label": {"type": "string", "description": "the class to explain"}}, ()),
         responses={**responses, 200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}},
-        summary="Which moments and regions of one video decided; a PNG alone with `Accept: image/png`",
+        summary="Which moments and regions of one video decided; only a PNG with `Accept: image/png`",
     )
     async def explain(request: Request) -> ExplainAnswer | Response:
         image, answer = await _explain(context, request)
@@ -57,7 +57,7 @@ async def _explain(context: Context, request: Request) -> tuple[bytes, ExplainAn
         label = predictor.classes.index(asked if asked is not None else prediction.label)
         which = int(answered.probabilities[:, label].argmax())
         clip = decoded.clips[which]
-        attribute = await asyncio.to_thread(predictor.attribution)  # the first time it is made; not in the model thread
+        attribute = await asyncio.to_thread(predictor.attribution)  # the first call makes it; not in the model thread
         start = time.perf_counter()
         evidence, odds = await context.batcher.between(lambda: attribute(clip, label))
         explained = time.perf_counter() - start
@@ -91,14 +91,14 @@ async def _explain(context: Context, request: Request) -> tuple[bytes, ExplainAn
 
 
 def weighed(evidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Evidence for the class alone, `(time, rows, columns)` 0 and above, and each frame's share of it, `(time,)`."""
+    """Only evidence for the class, `(time, rows, columns)` 0 and above, and each frame's share of it, `(time,)`."""
     heat = np.maximum(evidence, 0)
     weights = heat.mean(axis=(1, 2))
     return heat, weights / (weights.sum() or 1.0)
 
 
 def _drawn(clip: np.ndarray, evidence: np.ndarray) -> tuple[bytes, list[int], list[list[list[float]]], list[float]]:
-    from sora.media.video.strip import strip  # OpenCV: not before the server is ready
+    from sora.media.video.strip import strip  # imports OpenCV: not before the server is ready
 
     heat, weights = weighed(evidence)
     image, shown = strip(clip, heat, weights)
@@ -107,7 +107,7 @@ def _drawn(clip: np.ndarray, evidence: np.ndarray) -> tuple[bytes, list[int], li
 
 
 def _coarse(heat: np.ndarray) -> np.ndarray:
-    """At most `GRID` rows and columns: means over blocks, the last of which may be smaller."""
+    """At most `GRID` rows and columns: means over blocks; the last block may be smaller."""
     for axis in (1, 2):
         step = -(-heat.shape[axis] // GRID)
         starts = np.arange(0, heat.shape[axis], step)
@@ -121,7 +121,7 @@ def unknown_class(label: str, predictor: Predictor) -> Problem:
     """422: a label that the model does not know."""
     names = ", ".join(predictor.classes[:20]) + (", …" if len(predictor.classes) > 20 else "")
     return Problem(
-        422, f"version {predictor.version} knows no class {label[:100]!r}", fix=f"use one of: {names}", kind="no-class"
+        422, f"version {predictor.version} has no class {label[:100]!r}", fix=f"use one of: {names}", kind="no-class"
     )
 
 

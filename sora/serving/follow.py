@@ -1,8 +1,8 @@
-"""The server follows the champion: fetched, verified, loaded, warmed and tried off the request path, then one reference
-changes. The one before stays warm, so that a rollback is a pointer move.
+"""The server follows the champion: it is fetched, verified, loaded, warmed and tested off the request path; then one
+reference changes. The previous one stays warm, so that a rollback only moves a pointer.
 
-A version that fails is refused, which is written down where the versions are kept too, and the one that serves goes on.
-When the registry can't be asked, what serves goes on too; after a restart it is the cache's last good champion.
+A version that fails is refused; the refusal is also recorded in the registry, and the served one stays.
+If the registry can't be reached, the served one stays too; after a restart it is the cache's last good champion.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from sora.serving.source import ModelCache, ModelSource
 log = logging.getLogger("sora.serving")
 T = TypeVar("T")
 ASK_SECONDS = 5.0
-NOTE_ATTEMPTS = 5  # to write a refusal down
-LONGEST_WAIT = 10.0  # seconds between attempts on a registry or a version that keeps failing
+NOTE_ATTEMPTS = 5  # to record a refusal
+LONGEST_WAIT = 10.0  # seconds between attempts while a registry or a version keeps failing
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Served:
 
     champion: ChampionRef
     predictor: Predictor
-    since: str  # ISO 8601, UTC: when it began to serve
+    since: str  # ISO 8601, UTC: when it was first served
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +49,16 @@ class Refusal:
 
     @property
     def note(self) -> str:
-        """What is written down with the version: it says where, since another machine may serve it well."""
+        """What is recorded with the version: it says where, since the version may work on another machine."""
         return f"{self.reason} (on {socket.gethostname()}, {self.at}; fix: {self.fix})"
 
 
 class Follower:
-    """Holds what serves. Read `current` once a request and use only that: it may change at any await.
+    """Holds the served champion. Read `current` once per request and use only that: it may change at any await.
 
     Arguments:
         source: asked which version is champion, every `poll_seconds`.
-        cache: asked when the source can't answer and nothing serves yet; remembers each champion that served.
+        cache: used if the source can't answer and nothing is served yet; remembers each champion that was served.
         on_change, on_refusal: called in the event loop, for metrics.
     """
 
@@ -82,12 +82,12 @@ class Follower:
         self.current: Served | None = None
         self.previous: Served | None = None
         self.refused: Refusal | None = None
-        self.problem: str | None = None  # why the registry could not be asked or fetched from, last time
+        self.problem: str | None = None  # why the last request to the registry, or the last fetch, failed
         self.asked: str | None = None  # when it last answered
         self.none = False  # it answered that there is no champion
 
     async def start(self) -> None:
-        # A daemon thread: the backend's import can't be interrupted, and a stop in the middle must not wait for it.
+        # A daemon thread: the backend's import can't be interrupted, and a stop in between must not wait for it.
         in_thread(prepare_backend).add_done_callback(lambda done: done.cancelled() or done.exception())
         self._task = asyncio.create_task(self._run(), name="follower")
 
@@ -102,14 +102,14 @@ class Follower:
             try:
                 await self.poll()
                 failures = 0 if self.problem is None else failures + 1
-            except Exception:  # a follower that dies would freeze the version without a word
+            except Exception:  # a dead follower would freeze the version silently
                 log.exception("following the champion failed")
                 self.problem = "following failed, see the log"
                 failures += 1
             await asyncio.sleep(min(self._poll_seconds * 2 ** min(failures, 5), max(LONGEST_WAIT, self._poll_seconds)))
 
     async def poll(self) -> None:
-        """Asks once, and makes what it hears so. Returns when the champion serves, is refused, or can't be had."""
+        """Asks once, and applies the answer. Returns when the champion is served, refused, or not available."""
         try:
             champion = await self._ask()
             self.problem, self.asked, self.none = None, _now(), champion is None
@@ -118,7 +118,7 @@ class Follower:
             champion = None
         if champion is not None:
             if self.refused and not _same(self.refused.champion, champion):
-                self.refused = None  # the alias moved on; should it come back, the version gets another chance
+                self.refused = None  # the alias moved on; if it comes back, the version gets another chance
             await self._follow(champion)
         if self.problem is None:
             self._notes.go_on()
@@ -126,11 +126,11 @@ class Follower:
             await self._fall_back()
 
     async def _ask(self) -> ChampionRef | None:
-        """The source's answer. One that hangs counts as no answer, and is not asked again before it lets go."""
+        """The source's answer. A source that hangs counts as silent, and is not asked again until it returns."""
         self._asking = self._asking or asyncio.wrap_future(in_thread(self._source.champion))
         done, _ = await asyncio.wait((self._asking,), timeout=ASK_SECONDS)
         if not done:
-            raise ServiceError(f"the registry has not answered for {ASK_SECONDS:g} s", fix="look at MLflow's log")
+            raise ServiceError(f"the registry has not answered for {ASK_SECONDS:g} s", fix="see MLflow's log")
         asking, self._asking = self._asking, None
         return asking.result()
 
@@ -145,7 +145,7 @@ class Follower:
         await self._load(self._source, champion)
 
     async def _fall_back(self) -> None:
-        """Nothing serves and the registry does not help: the last champion that served here."""
+        """Nothing is served and the registry does not help: the last champion that was served here."""
         try:
             champion = await asyncio.wrap_future(in_thread(self._cache.champion))
         except SoraError as error:
@@ -173,11 +173,11 @@ class Follower:
             log.error("refused version %s: %s", champion.version, error.message)
             self._notes.add(self.refused)
             self._on_refusal(self.refused)
-        except (SoraError, OSError, MemoryError) as error:  # may pass: asked again with the next poll
+        except (SoraError, OSError, MemoryError) as error:  # may be temporary: the next poll tries again
             self._report(f"version {champion.version} can't be fetched: {getattr(error, 'message', error)}")
         else:
-            # What models and libraries are made of stays: collections that walk through it all would hold requests up.
-            gc.unfreeze()  # the model that goes now is garbage with cycles
+            # Models and libraries stay in memory: collections that walk through all their objects would delay requests.
+            gc.unfreeze()  # the model that is dropped now is garbage with cycles
             gc.collect()
             gc.freeze()
             log.info("loaded version %s in %.1f s", champion.version, time.perf_counter() - start)
@@ -190,7 +190,7 @@ class Follower:
         self._on_change(served)
         try:
             self._cache.remember(champion)
-        except (SoraError, OSError) as error:  # served all the same; only a restart without a registry would miss it
+        except (SoraError, OSError) as error:  # served anyway; only a restart without a registry would miss it
             log.warning("the cache can't remember version %s: %s", champion.version, error)
 
     def _report(self, problem: str) -> None:
@@ -199,7 +199,7 @@ class Follower:
         self.problem = problem
 
     def state(self) -> dict[str, Any]:
-        """For `/v1/model`."""
+        """The state for `/v1/model`."""
         refused = self.refused and {
             "version": self.refused.champion.version,
             "reason": self.refused.reason,
@@ -216,11 +216,11 @@ class Follower:
 
 
 class _Notes:
-    """Writes the last refusal down, beside everything else: one attempt at a time, and not for ever."""
+    """Records the last refusal in the background: one attempt at a time, and not forever."""
 
     def __init__(self, write: Callable[[ChampionRef, str], None]) -> None:
         self._write = write
-        self._refusal: Refusal | None = None  # not written down yet
+        self._refusal: Refusal | None = None  # not recorded yet
         self._attempts = 0
         self._writing: tuple[Refusal, Future[None]] | None = None
 
@@ -228,7 +228,7 @@ class _Notes:
         self._refusal, self._attempts = refusal, 0
 
     def go_on(self) -> None:
-        """Sees how the last attempt went and begins the next. Called with each poll that was answered."""
+        """Checks how the last attempt went and starts the next. Called after each answered poll."""
         if self._writing is not None:
             refusal, writing = self._writing
             if not writing.done():
@@ -238,7 +238,7 @@ class _Notes:
             if refusal is self._refusal and (error is None or self._attempts >= NOTE_ATTEMPTS):
                 self._refusal = None
                 if error is not None:
-                    log.warning("the refusal can't be written down: %s", getattr(error, "message", error))
+                    log.warning("the refusal can't be recorded: %s", getattr(error, "message", error))
         if self._refusal is not None:
             refusal = self._refusal
             self._attempts += 1
@@ -250,9 +250,9 @@ def _same(one: ChampionRef, other: ChampionRef) -> bool:
 
 
 def in_thread(function: Callable[[], T]) -> Future[T]:
-    """Runs `function` in a daemon thread of its own: a load that hangs keeps neither the pool nor the exit waiting."""
+    """Runs `function` in its own daemon thread: a load that hangs blocks neither the pool nor the exit."""
     future: Future[T] = Future()
-    future.set_running_or_notify_cancel()  # who stops waiting does not stop the thread
+    future.set_running_or_notify_cancel()  # a caller that stops waiting does not stop the thread
 
     def run() -> None:
         try:

@@ -1,4 +1,4 @@
-"""A multipart form of one video and a few words, received as `uploads` receives a video alone."""
+"""A multipart form with one video and some text fields, received like a lone video in `uploads`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Received(Form):
-    """A form, and where the work on it is."""
+    """A form, and how far the work on it is."""
 
     stage: Stage
 
@@ -45,10 +45,10 @@ async def received(context: Context, request: Request, fields: Collection[str]) 
     request's deadline and when the client hangs up; the form's file is removed at the end.
 
     Arguments:
-        fields: names of the text fields that may come beside `file`.
+        fields: names of the text fields that may accompany `file`.
 
     Raises:
-        Problem: 429 no place is free, 408 the upload took too long, 503 or 504 the time is over, and those of `read`.
+        Problem: 429 no place is free, 408 the upload took too long, 503 or 504 the time is up, and those of `read`.
     """
     settings, deadline = context.settings, context.deadline()
     with context.place():
@@ -62,10 +62,10 @@ async def received(context: Context, request: Request, fields: Collection[str]) 
 
 
 async def read(request: Request, folder: Path, max_bytes: int, fields: Collection[str]) -> Form:
-    """Reads the body: one part `file` into a new file in `folder`, and each of `fields` once at most.
+    """Reads the body: one part `file` into a new file in `folder`, and each of `fields` at most once.
 
     Raises:
-        Problem: 415 or 400 the body is no such form, 413 too large, 507 the disk is full. No file is left then.
+        Problem: 415 or 400 the body is not such a form, 413 too large, 507 the disk is full. No file is left then.
     """
     boundary = uploads.check_headers(
         request.headers.get("content-type"), request.headers.get("content-length"), max_bytes
@@ -89,7 +89,7 @@ async def read(request: Request, folder: Path, max_bytes: int, fields: Collectio
     except BaseException as error:
         path.unlink(missing_ok=True)
         if isinstance(error, FormParserError):
-            raise _unusable("the body is no well-formed multipart/form-data", fields) from error
+            raise _unusable("the body is not well-formed multipart/form-data", fields) from error
         if uploads.is_full(error):
             raise uploads.no_room() from error
         raise
@@ -120,7 +120,7 @@ class _Reader(uploads.PartReader):
         is_file = b"filename" in options
         known = name == "file" if is_file else name in self._fields
         if kind != b"form-data" or not known:
-            raise _unusable(f"the form has a part {name!r} that is not asked for", self._fields)
+            raise _unusable(f"the form has an unexpected part {name!r}", self._fields)
         if name in self._texts or (is_file and self.filename is not None):
             raise _unusable(f"the form has a second part {name!r}", self._fields)
         self._part = name
@@ -157,7 +157,7 @@ class _Reader(uploads.PartReader):
 
 
 def body(fields: dict[str, dict[str, Any]], required: Collection[str]) -> dict[str, Any]:
-    """The form in OpenAPI's words, for a route's `openapi_extra`. `fields`: name → its JSON schema."""
+    """The form as OpenAPI describes it, for a route's `openapi_extra`. `fields`: name → its JSON schema."""
     video = {"type": "string", "format": "binary", "description": "a video file"}
     schema = {"type": "object", "required": ["file", *required], "properties": {"file": video, **fields}}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}

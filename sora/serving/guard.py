@@ -21,7 +21,7 @@ from sora.serving.tokens import Tokens
 
 access = logging.getLogger("sora.serving.access")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_OPEN = ("/", "/healthz", "/readyz", "/openapi.json")  # answer without a token; so does everything below /page/
+_OPEN = ("/", "/healthz", "/readyz", "/openapi.json")  # these answer without a token; so does everything below /page/
 _READING = ("GET", "HEAD", "OPTIONS", "TRACE")  # methods that change nothing
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -38,11 +38,11 @@ class Guard:
     """ASGI middleware.
 
     Arguments:
-        tokens: where they are required, `/v1/*` and `/metrics` need one. Where not, only requests that name this
-            machine as their host are answered, since a page on the internet can have a browser ask any address, by a
+        tokens: if they are required, `/v1/*` and `/metrics` need one. If not, only requests that name this
+            machine as their host are answered, since a page on the internet can make a browser call any address, by a
             name of its own. The token's name is in `request.state.token` ("" without one) and in the log;
             `request.state.review` says whether the caller may decide about corrections.
-        origins: of pages beside the server's own that may send what changes something.
+        origins: of other pages that may send requests that change something.
         on_request: called with (route, method, status, token's name, seconds).
     """
 
@@ -68,7 +68,7 @@ class Guard:
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
         caller = self._tokens.caller(headers.get("authorization"))
         token = caller.name if caller else ""
-        # Without tokens whoever calls is at this machine, as its operator is.
+        # Without tokens every caller is at this machine, like its operator.
         review = caller.review if caller else not self._tokens.required
         scope.setdefault("state", {}).update(request_id=request_id, token=token, review=review)
         start = time.perf_counter()
@@ -90,7 +90,7 @@ class Guard:
             await (problem.response() if problem else self._app)(scope, receive, answer)
         finally:
             seconds = time.perf_counter() - start
-            # The template of the route, never the path: names of metrics and logs are bounded.
+            # The route's template, never the path: so the names in metrics and logs are bounded.
             route = getattr(scope.get("route"), "path", None) or ("/page" if "/page/" in scope["path"] else "other")
             method = scope["method"] if scope["method"] in ("GET", "POST", "HEAD") else "other"
             self._on_request(route, method, status, token, seconds)
@@ -127,17 +127,17 @@ class Guard:
             return Problem(
                 403,
                 "a page of another origin sent this",
-                fix="use this server's own page, or a program; where a proxy changes the Host header, list the "
+                fix="use this server's own page, or a program; if a proxy changes the Host header, list the "
                 "page's origin in serve.origins",
                 kind="other-origin",
             )
         return None
 
     def _is_own_page(self, scope: Scope, headers: Headers) -> bool:
-        """Whether no browser sent this, or one did for this server's own page.
+        """Whether this came from no browser, or from this server's own page in one.
 
-        Browsers say the relation themselves (Sec-Fetch-Site), and older ones, or those of a page without TLS, only the
-        page's origin. What neither says comes from a program: a browser adds Origin to whatever changes something.
+        Browsers state the relation themselves (Sec-Fetch-Site); older ones, or those with a page without TLS, only the
+        page's origin. A request with neither comes from a program: a browser adds Origin to whatever changes something.
         """
         origins = headers.getlist("origin")
         if any(origin in self._origins for origin in origins):
@@ -145,7 +145,7 @@ class Guard:
         site = headers.get("sec-fetch-site")
         if site is not None:
             return site in ("same-origin", "none")
-        # The scheme is what a trusted proxy says (X-Forwarded-Proto), as uvicorn has it.
+        # uvicorn takes the scheme from a trusted proxy (X-Forwarded-Proto).
         own = f"{scope['scheme']}://{headers.get('host', '')}"
         if not origins:
             return True
@@ -160,7 +160,7 @@ def names_this_machine(host: str) -> bool:
 
 
 def _parts(origin: str) -> tuple[str, str, int] | None:
-    """Scheme, host and port, the port also where it is the scheme's own; None where it is no origin (`null`)."""
+    """Scheme, host and port, including a default port; None if it is not an origin (`null`)."""
     matched = re.fullmatch(r"(https?)://([A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?", origin)
     if matched is None:
         return None

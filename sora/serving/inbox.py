@@ -1,8 +1,8 @@
-"""`/v1/corrections`: "this is wrong, it is …", and the review of what was said (see `sora.dataset.corrections`).
+"""`/v1/corrections`: "this is wrong, it is …", and the review of corrections (see `sora.dataset.corrections`).
 
-Whoever may ask for predictions may correct: a token where the server has tokens, this machine where not. Reviewing is a
-right of its own, since what is accepted is learned from: tokens of `sora token add NAME --review` have it, and, where
-there are no tokens, whoever is at this machine.
+Whoever may ask for predictions may correct: a token if the server has tokens, this machine if not. Reviewing is a
+separate right, since accepted corrections are learned from: tokens of `sora token add NAME --review` have it and, if
+there are no tokens, everybody at this machine.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def add_routes(
     responses: dict[int | str, dict[str, Any]],
     reviewed: dict[int | str, dict[str, Any]],
 ) -> None:
-    """Adds the routes. `responses`, `reviewed`: the problems that sending and reviewing may answer with, in OpenAPI's
-    words."""
+    """Adds the routes. `responses`, `reviewed`: the problems that sending and reviewing may answer with, for
+    OpenAPI."""
 
     @app.post(
         "/v1/corrections",
@@ -48,12 +48,12 @@ def add_routes(
         response_class=JSONResponse,
         openapi_extra=forms.body(_FIELDS, tuple(_FIELDS)),
         responses=responses,
-        summary="This video was answered wrongly: it is …",
+        summary="Report that this video was answered wrongly: it is …",
     )
     async def correct(request: Request) -> Correction:
         return Correction(**_shown(await _correct(context, inbox, request)))
 
-    @app.get("/v1/corrections", response_class=JSONResponse, responses=reviewed, summary="What waits for review")
+    @app.get("/v1/corrections", response_class=JSONResponse, responses=reviewed, summary="The waiting corrections")
     async def listed(request: Request) -> Corrections:
         _check_right(request)
         waiting = await asyncio.to_thread(_waiting, inbox)
@@ -75,7 +75,7 @@ def add_routes(
         "/v1/corrections/{ident}/accept",
         response_class=JSONResponse,
         responses=reviewed,
-        summary="Into data/, under its label or another",
+        summary="Accept into data/, under its label or another",
     )
     async def accept(request: Request, ident: str, label: str | None = None) -> Accepted:
         _check_right(request)
@@ -87,7 +87,7 @@ def add_routes(
         "/v1/corrections/{ident}/reject",
         response_class=JSONResponse,
         responses=reviewed,
-        summary="Out of the inbox, for good",
+        summary="Remove from the inbox for good",
     )
     async def reject(request: Request, ident: str) -> Rejected:
         _check_right(request)
@@ -115,23 +115,23 @@ async def _correct(context: Context, inbox: Inbox, request: Request) -> Entry:
 
 
 def _check_right(request: Request) -> None:
-    """Raises a Problem, 403, where the caller may not review."""
+    """Raises a Problem, 403, if the caller may not review."""
     if not request.state.review:
         raise Problem(
             403,
-            "this token may send corrections and not review them",
+            "this token may send corrections but not review them",
             fix="use a token that `sora token add NAME --review` made, or `sora data review` on the server's machine",
             kind="no-review",
         )
 
 
 def _source(request: Request) -> str:
-    """Who says so: the token's name, or the peer's address, which no token can be named like."""
+    """Who sent it: the token's name, or the peer's address; no token can have such a name."""
     if request.state.token:
         return str(request.state.token)
     try:
         return f"address {ipaddress.ip_address(request.client.host if request.client else '')}"
-    except ValueError:  # a proxy's header said something else
+    except ValueError:  # a proxy's header held something else
         return "address unknown"
 
 
@@ -160,7 +160,7 @@ def _checked(fields: dict[str, str], predictor: Predictor) -> tuple[str, str, in
             raise unknown_class(unknown[0] if unknown else fields[name], predictor)
     version = fields["version"]
     if not (version.isascii() and version.isdigit() and len(version) <= 9 and int(version) > 0):
-        raise Problem(422, f"the version is no number, received {version[:100]!r}", fix="send the answer's `version`")
+        raise Problem(422, f"version is not a number, received {version[:100]!r}", fix="send the answer's `version`")
     return task.join(given["label"]), task.join(given["predicted"]), int(version)
 
 
@@ -168,12 +168,12 @@ async def _in_inbox(function: Callable[[], T]) -> T:
     """Runs `function` in a thread: it waits for a lock and the disk.
 
     Raises:
-        Problem: 404 no such entry, 409 it can't be accepted so, 507 the inbox or the disk is full.
+        Problem: 404 no such entry, 409 it can't be accepted like this, 507 the inbox or the disk is full.
     """
     try:
         return await asyncio.to_thread(function)
     except NoEntry as error:
-        raise Problem(404, error.message, fix="GET /v1/corrections lists what waits", kind="no-entry") from error
+        raise Problem(404, error.message, fix="GET /v1/corrections lists the waiting ones", kind="no-entry") from error
     except InputError as error:
         raise Problem(409, error.message, fix=error.fix, kind="not-acceptable") from error
     except InboxFull as error:
@@ -183,5 +183,5 @@ async def _in_inbox(function: Callable[[], T]) -> T:
 
 
 def _shown(entry: Entry) -> dict[str, Any]:
-    """The fields of a `Correction`: neither who sent it nor how its file is called here."""
+    """The fields of a `Correction`, without its sender and its file's name on this server."""
     return {one.name: getattr(entry, one.name) for one in fields(Correction)}

@@ -1,4 +1,4 @@
-"""`sora serve`: the application on a socket, logs, and an MLflow server to follow where nobody else keeps one up."""
+"""`sora serve`: the application on a socket, logs, and an MLflow server to follow if nobody else runs one."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from sora.serving.source import ModelCache, RegistrySource
 from sora.serving.tokens import ENVIRONMENT, TokenFile, Tokens
 
 log = logging.getLogger("sora.serving")
-FIRST_WAIT = 60.0  # seconds that a cached champion may take to be ready before MLflow is started beside it
+FIRST_WAIT = 60.0  # seconds that a cached champion may take to be ready before MLflow is started
 MIN_TOKEN = 16  # characters
-THREADS = "TF_NUM_INTRAOP_THREADS"  # TensorFlow reads it when it is imported
+THREADS = "TF_NUM_INTRAOP_THREADS"  # TensorFlow reads this at import
 
 
 def serve(project: Project, host: str | None = None, port: int | None = None) -> None:
-    """Serves the project's champion until SIGTERM or Ctrl-C; requests under way are answered first.
+    """Serves the project's champion until SIGTERM or Ctrl-C; requests in progress are answered first.
 
     Raises:
         InputError: an address other than loopback without tokens, or a token that is too short.
-        ServiceError: the address is taken or not of this machine, the file of tokens is damaged, or the temporary
+        ServiceError: the address is taken or not this machine's, the file of tokens is damaged, or the temporary
             folder can't be written.
     """
     settings = project.settings()
@@ -41,7 +41,7 @@ def serve(project: Project, host: str | None = None, port: int | None = None) ->
     strangers = not is_loopback(host)
     if not given and not file.tokens() and strangers:
         raise InputError(
-            f"serving on {host} lets others call, and there is no token",
+            f"other machines can call a server on {host}, and there is no token",
             fix="make one (`sora token add NAME`), or set SORA_API_TOKEN, or serve on 127.0.0.1",
         )
     tokens = Tokens(given, file, always=strangers)
@@ -68,8 +68,8 @@ def serve(project: Project, host: str | None = None, port: int | None = None) ->
 
 
 def model_threads(settings: Serve) -> int:
-    """Threads that share one operation of the model: as many as the decoders leave processors. More threads would wait
-    for each other while a decoder has the processor of one of them."""
+    """Threads that share one operation of the model: as many as the decoders leave processors. More would wait
+    for each other while a decoder uses the processor of one of them."""
     return max(1, (os.cpu_count() or 1) - settings.decode_workers)
 
 
@@ -77,7 +77,7 @@ def read_tokens(text: str) -> list[str]:
     """SORA_API_TOKEN: one token or several, separated by spaces or commas.
 
     Raises:
-        InputError: a token is so short that it can be guessed, or a header can't carry it.
+        InputError: a token is short enough to be guessed, or a header can't carry it.
     """
     tokens = text.replace(",", " ").split()
     if any(len(token) < MIN_TOKEN or not token.isascii() for token in tokens):
@@ -89,16 +89,16 @@ def read_tokens(text: str) -> list[str]:
 
 
 class Mlflow:
-    """The address of the MLflow server to follow, and a server of our own while there is no other.
+    """The address of the MLflow server to follow; our own server while there is no other.
 
-    Without one, a champion that `sora promote` or `sora rollback` moves would be seen only if a poll happened to meet
+    Without one, a champion that `sora promote` or `sora rollback` moves would be seen only if a poll happened to reach
     the server that they start for themselves.
     """
 
     def __init__(self, project: Project) -> None:
         self._project = project
         self._configured = project.settings().services.mlflow_tracking_uri
-        # Set where somebody else keeps the server up: `sora up`, a container.
+        # Set if somebody else runs the server: `sora up`, a container.
         self._given = os.environ.get("MLFLOW_TRACKING_URI")
         self._ended = threading.Event()
         # One thread for the server's whole life: Linux ends children with the thread that started them.
@@ -112,11 +112,11 @@ class Mlflow:
         return entry.url if entry else self._given
 
     def login(self) -> Login | None:
-        """What the server at `address` asks for. None where the environment says it."""
+        """The login for the server at `address`. None if the environment has it."""
         return None if self._configured else servers.own_login(self._project, "mlflow")
 
     def start(self, may_start: Callable[[], bool]) -> None:
-        """`may_start()` turns true when nothing that should be quick would have to share the processors with it."""
+        """`may_start()` becomes true once nothing that should be quick would have to share the processors with it."""
         if not self._configured and not self._given:
             self._thread = threading.Thread(target=self._keep, args=(may_start,), name="mlflow", daemon=True)
             self._thread.start()
@@ -155,8 +155,8 @@ def _written(listener: socket.socket) -> str:
 
 
 def _log_to_stderr() -> None:
-    """One line an event on standard error: `sora.serving.access` writes JSON, the rest words."""
-    # No line shows these facts, and each costs a question to the system.
+    """One line per event on standard error: `sora.serving.access` writes JSON, the rest plain text."""
+    # No line shows these fields, and each costs a system call.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

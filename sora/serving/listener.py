@@ -17,18 +17,18 @@ from sora.core.errors import ServiceError
 from sora.serving.connections import Connections
 from sora.serving.context import Context
 
-FINISH_SECONDS = 30  # that requests under way get when the server stops
+FINISH_SECONDS = 30  # that requests in progress get when the server stops
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections.
+    """A socket that accepts connections.
 
     Raises:
-        ServiceError: the address is taken or not of this machine.
+        ServiceError: the address is taken or not this machine's.
     """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        # Accepted sockets have it from here. asyncio sets it on those that tell their protocol number, which these do
+        # Accepted sockets inherit it. asyncio sets it on sockets that report their protocol number, which these do
         # not; without it an answer's second packet waits 40 ms for the client's acknowledgement of the first.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -38,16 +38,16 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise ServiceError(
             f"can't listen on {host} port {port}: {error.strerror or error}",
-            fix="end what uses the port, or give --port (0: any free one) and an address of this machine",
+            fix="stop what uses the port, or set --port (0: any free one) and an address of this machine",
         ) from error
     return listener
 
 
 def serve_until_stopped(app: FastAPI, listener: socket.socket) -> None:
-    """Serves an application of `create_app` until SIGTERM or Ctrl-C; requests under way are answered first.
+    """Serves an application of `create_app` until SIGTERM or Ctrl-C; requests in progress are answered first.
 
-    SIGTERM is first shown to proxies for `serve.drain_seconds`: `/readyz` says 503, everything else goes on. Without
-    that a proxy would send a call on a connection that closes at that moment. A second signal stops at once.
+    SIGTERM is first shown to proxies for `serve.drain_seconds`: `/readyz` says 503, everything else continues. Without
+    that, a proxy would send a call on a connection that is just closing. A second signal stops at once.
 
     Raises:
         DiskFull, ServiceError: the temporary folder can't be written.
@@ -63,11 +63,11 @@ def serve_until_stopped(app: FastAPI, listener: socket.socket) -> None:
     )
     config = uvicorn.Config(
         app,
-        # asyncio and h11 also where uvloop and httptools are installed: with them a killed decoder costs more than one
+        # asyncio and h11 even if uvloop and httptools are installed: with them a killed decoder costs more than one
         # request, and the fuzzer breaks a connection.
         loop="asyncio",
         http=cast("type[asyncio.Protocol]", connections.protocol),
-        ws="none",  # there are none; an upgrade would take a connection out of the count
+        ws="none",  # there are none; an upgrade would remove a connection from the count
         lifespan="off",  # see `_Server.startup`
         log_config=None,
         access_log=False,
@@ -75,7 +75,7 @@ def serve_until_stopped(app: FastAPI, listener: socket.socket) -> None:
         timeout_keep_alive=10,
         timeout_graceful_shutdown=FINISH_SECONDS,
     )
-    # uvicorn raises the signal again after its shutdown; a stop that was asked for is no failure.
+    # uvicorn raises the signal again after its shutdown; a requested stop is not a failure.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         _Server(config, context).run(sockets=[listener])
@@ -91,8 +91,8 @@ class _Server(uvicorn.Server):
         self._running = AsyncExitStack()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Starts the context first. As the application's lifespan its failure would be a traceback in uvicorn's log,
-        and the server would end as if somebody had asked it to."""
+        """Starts the context first. As the application's lifespan, its failure would be a traceback in uvicorn's log,
+        and the server would end as if it had been asked to."""
         async with AsyncExitStack() as started:
             await started.enter_async_context(self._context.running())
             await super().startup(sockets)

@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus. One registry an application, so that two in one process don't mix."""
+"""What the server counts, for Prometheus. One registry per application, so that two in one process don't mix."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Metrics:
         )
         self.batch = Histogram("sora_batch_clips", "Clips in one call of the model", buckets=(1, 2, 3, 4), registry=r)
         self.predictions = Counter("sora_predictions_total", "Answers by version", ["version"], registry=r)
-        self.version = Gauge("sora_model_version", "The version that serves; 0: none", registry=r)
+        self.version = Gauge("sora_model_version", "The served version; 0: none", registry=r)
         self.changes = Counter("sora_model_changes_total", "Champions taken over since the start", registry=r)
         self.refusals = Counter("sora_model_refusals_total", "Versions refused since the start", registry=r)
         self.closed = Counter(
             "sora_connections_closed_total",
-            "Connections that brought no request and were closed: late headers, an unread body, a peer's or all places",
+            "Connections closed without a request: late headers, an unread body, a peer's or all places",
             ["reason"],
             registry=r,
         )
@@ -53,7 +53,7 @@ class Metrics:
         self.latency.labels(route).observe(seconds)
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """A gauge that is read when it is asked for."""
+        """A gauge that is computed when it is read."""
         Gauge(name, text, registry=self.registry).set_function(value)
 
     def text(self) -> bytes:

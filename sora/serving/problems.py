@@ -44,13 +44,13 @@ _FIXES = {
 
 
 class Problem(Exception):
-    """An answer that says no. Raised anywhere below a route; the application turns it into a response.
+    """A request that can't be answered. Raised anywhere below a route; the application turns it into a response.
 
     Arguments:
         status: HTTP status, 400 to 599.
         detail: the rule and what was received.
         fix: what the caller can do.
-        kind: last part of `type`; a stable word that programs compare.
+        kind: the last part of `type`; a stable word that programs compare.
         headers: more response headers, such as Retry-After.
     """
 
@@ -86,7 +86,7 @@ class Problem(Exception):
 
 
 def of_video(error: VideoError, name: str) -> Problem:
-    """The problem of one uploaded video: 413 where it is beyond a limit of this server, else 422.
+    """The problem of one uploaded video: 413 if it is beyond a limit of this server, else 422.
 
     `name` is the client's own name for the file, which replaces any path of this server in the message.
     """
@@ -96,28 +96,28 @@ def of_video(error: VideoError, name: str) -> Problem:
 
 
 def of_service(error: ServiceError) -> Problem:
-    """The problem of what may work later."""
+    """The problem of a request that may succeed later."""
     return Problem(503, error.message, fix=error.fix or "try again", headers={"Retry-After": "5"})
 
 
 def of_deadline(seconds: float, stage: str) -> Problem:
-    """The problem of a request whose time is up: 504 where its own video took the time, else 503: the server is busy.
+    """The problem of a request whose time is up: 504 if its own video took the time, else 503: the server is busy.
 
     Arguments:
-        seconds: that a request gets.
-        stage: that it was in, one of `metrics.STAGES`.
+        seconds: the time that a request gets.
+        stage: the stage that it was in, one of `metrics.STAGES`.
     """
     if stage == "decode":
         return Problem(
             504,
-            f"the request's {seconds:g} s were over while its video was being decoded",
-            fix="cut the video or scale it down, or have serve.request_timeout raised",
+            f"the request's {seconds:g} s were up while its video was being decoded",
+            fix="cut the video, scale it down, or have serve.request_timeout raised",
             kind="deadline",
             stage=stage,
         )
     return Problem(
         503,
-        f"the request's {seconds:g} s were over while it waited for {'a decoder' if stage == 'wait' else 'the model'}",
+        f"the request's {seconds:g} s were up while it waited for {'a decoder' if stage == 'wait' else 'the model'}",
         fix="try again when the server is less busy, or have serve.request_timeout raised",
         kind="deadline",
         headers={"Retry-After": "5"},

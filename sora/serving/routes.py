@@ -1,4 +1,4 @@
-"""The addresses of the API and of the page's own files."""
+"""The routes of the API and of the page's files."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def add_routes(app: FastAPI, context: Context) -> None:
     )
     async def predict(
         request: Request,
-        timeline: Annotated[bool, Query(description="the answer by clip, also of a video that is one clip")] = False,
-        embedding: Annotated[bool, Query(description="the video's vector too, as `sora embed` has it")] = False,
+        timeline: Annotated[bool, Query(description="the answer per clip, also for a video that is one clip")] = False,
+        embedding: Annotated[bool, Query(description="the video's vector too, as from `sora embed`")] = False,
     ) -> PredictAnswer | PredictAnswers:
         return await context.predict(request, Wanted(timeline, embedding))
 
-    @app.get("/v1/model", response_class=JSONResponse, responses=problem_answers(401, 403), summary="What serves now")
+    @app.get("/v1/model", response_class=JSONResponse, responses=problem_answers(401, 403), summary="What is served")
     async def model() -> ModelAnswer:
         return context.model()
 

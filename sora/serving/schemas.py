@@ -1,4 +1,4 @@
-"""What /openapi.json says beside the answers of `sora.core.answers`: problems and uploads."""
+"""What /openapi.json says besides the answers of `sora.core.answers`: problems and uploads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ UPLOAD_BODY = {
                         "type": "array",
                         "items": {"type": "string", "format": "binary"},
                         "minItems": 1,
-                        "description": "a video file, or several parts of this name",
+                        "description": "a video file, or several parts with this name",
                     }
                 },
             }

@@ -1,6 +1,6 @@
-"""Where the champion comes from, and hears that it was refused: a port, and its two adapters.
+"""Where the champion comes from, and where refusals are recorded: a port, and its two adapters.
 
-`ModelCache` is a folder, complete in itself: what was served last can be served again without any server. It is also
+`ModelCache` is a self-contained folder: what was served last can be served again without any server. It is also
 the cache that `RegistrySource` fills from MLflow's REST interface (no MLflow import: five seconds before ready).
 """
 
@@ -23,7 +23,7 @@ from sora.registry import ChampionRef, Registry
 
 
 class ModelSource(Protocol):
-    """The port. Its calls block; they are made off the event loop."""
+    """The port. Its calls block; callers make them off the event loop."""
 
     def champion(self) -> ChampionRef | None:
         """The version that the alias names, or None if it names none.
@@ -36,18 +36,18 @@ class ModelSource(Protocol):
         """The model file and its recipe, complete on this machine.
 
         Raises:
-            ServiceError: not to be had now; a later call may work.
+            ServiceError: not available now; a later call may work.
         """
 
     def refused(self, champion: ChampionRef, reason: str) -> None:
-        """Keeps with the version why a server could not serve it.
+        """Records with the version why a server could not serve it.
 
         Raises:
-            ServiceError: it can't be kept now.
+            ServiceError: it can't be recorded now.
         """
 
     def decision(self, champion: ChampionRef) -> ModelVersion | None:
-        """What was decided about the version and why; None where this source does not keep it.
+        """What was decided about the version and why; None if this source does not keep it.
 
         Raises:
             ServiceError: it can't be told now.
@@ -55,9 +55,9 @@ class ModelSource(Protocol):
 
 
 class ModelCache:
-    """`<folder>/models/<digest>/{model.keras, recipe.json}`, and `<folder>/champion.json`: the last that served well.
+    """`<folder>/models/<digest>/{model.keras, recipe.json}`, and `<folder>/champion.json`: the last good one.
 
-    A `ModelSource` of its own: the one that is left when the registry is down. Several servers may share one.
+    Also a `ModelSource`: the one that is left when the registry is down. Several servers may share one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -84,7 +84,7 @@ class ModelCache:
         return folder / "model.keras", recipe
 
     def refused(self, champion: ChampionRef, reason: str) -> None:
-        """In `refused.txt` beside the model."""
+        """Writes `refused.txt` beside the model."""
         with atomic(self.model_folder(champion.digest) / "refused.txt", shared=True) as file:
             file.write(reason.encode())
 
@@ -92,14 +92,14 @@ class ModelCache:
         return None
 
     def remember(self, champion: ChampionRef) -> None:
-        """Makes `champion` the one that a restart without a registry serves."""
+        """Makes `champion` the version that a restart without a registry serves."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic(CacheFolder(self.folder).champion, shared=True) as file:
             file.write(json.dumps(asdict(champion), indent=1).encode())
 
     @property
     def models(self) -> Path:
-        """The folder that `Registry.fetch` takes."""
+        """The folder for `Registry.fetch`."""
         return CacheFolder(self.folder).models
 
     def model_folder(self, digest: str) -> Path:
@@ -109,13 +109,13 @@ class ModelCache:
 
 
 class RegistrySource:
-    """The champion of a registered model in MLflow, whose files come to lie in `cache`.
+    """The champion of a registered model in MLflow; its files are fetched into `cache`.
 
     Arguments:
-        address: the tracking address as of now; None while no server runs. Asked every time, since the project's own
+        address: the present tracking address; None while no server runs. Called every time, since the project's own
             MLflow comes and goes with `sora run` and `sora up`.
         name: of the registered model.
-        login: what that server asks for, as of now.
+        login: what that server asks for now.
     """
 
     def __init__(
@@ -146,10 +146,10 @@ class RegistrySource:
         return self._connected().get(champion.version)
 
     def _connected(self) -> Registry:
-        """One client an address: making one costs more than a question does."""
+        """One client per address: making one costs more than a request."""
         uri = self._address()
         if uri is None:
-            raise ServiceError("no MLflow server runs for this project", fix="start one: `sora up`")
+            raise ServiceError("no MLflow server is running for this project", fix="start one: `sora up`")
         known = (uri, self._login())
         with self._lock:
             if self._registry is None or known != self._known:

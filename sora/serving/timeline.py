@@ -1,4 +1,4 @@
-"""What a longer video shows when: its clips' answers in the order of time, and the span that decided. Pure."""
+"""What a longer video shows when: its clips' answers in order of time, and the span that decided. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sora.tasks import SINGLE, Task
 def timeline(
     spans: Sequence[tuple[float, float]], classes: Sequence[str], probabilities: np.ndarray
 ) -> tuple[Window, ...]:
-    """One window a clip.
+    """One window per clip.
 
     Arguments:
-        spans: seconds, one a clip. A long video's clips lie apart: what is between them was not looked at.
+        spans: seconds, one per clip. A long video's clips are apart: what is between them was not examined.
         probabilities: `(clips, classes)`.
     """
     return tuple(
@@ -31,9 +31,9 @@ def timeline(
 
 
 def deciding(probabilities: np.ndarray, label: int, task: Task = SINGLE) -> tuple[int, int]:
-    """The run of clips that speaks most for class `label`: first and last, both included.
+    """The run of clips that speaks most for class `label`: its first and last clip, both included.
 
-    A clip speaks with its margin, which the task gives. The run with the largest sum is found in one pass (Bentley,
+    A clip speaks with its margin, which the task computes. The run with the largest sum is found in one pass (Bentley,
     "Programming pearls: algorithm design techniques", 1984). Of equal runs it is the first and shortest. There is
     always one: where no clip speaks for the label, it is the clip that speaks least against it.
     """

@@ -1,6 +1,6 @@
 """Bearer tokens: made, listed and revoked by `sora token`, kept hashed in `.sora/tokens.json`, followed by a server.
 
-A token is 32 random bytes: a plain SHA-256 of it can't be guessed back, so no slow hash is needed. It is shown once.
+A token is 32 random bytes: its plain SHA-256 can't be guessed back, so no slow hash is needed. It is shown once.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from sora.core.files import atomic
 
 log = logging.getLogger("sora.serving")
 MAX_TOKENS = 100
-ENVIRONMENT = "SORA_API_TOKEN"  # the name that tokens of this variable go by
-_PREFIX = "sora_"  # so that scanners for leaked secrets know one
+ENVIRONMENT = "SORA_API_TOKEN"  # the name for tokens from this variable
+_PREFIX = "sora_"  # so that scanners for leaked secrets recognise it
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """What is kept of a token."""
+    """What is kept about a token."""
 
     name: str
     sha256: str
     created: str  # ISO 8601, UTC
-    review: bool = False  # may accept and reject corrections; tokens that were made before there was the right may not
+    review: bool = False  # may accept and reject corrections; tokens older than this right may not
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Caller:
 
 
 class TokenFile:
-    """The tokens of a project. No file: there never were any."""
+    """The tokens of a project. No file: there have never been any."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -60,7 +60,7 @@ class TokenFile:
         """
         try:
             value = json.loads(self.path.read_text(encoding="utf-8"))
-            found = [Token(**item) for item in value]
+            tokens = [Token(**item) for item in value]
         except FileNotFoundError:
             return []
         except (OSError, ValueError, TypeError) as error:
@@ -71,39 +71,39 @@ class TokenFile:
             isinstance(one.name, str)
             and re.fullmatch(r"[0-9a-f]{64}", str(one.sha256))
             and isinstance(one.review, bool)
-            for one in found
+            for one in tokens
         ):
-            raise ServiceError(f"{self.path} holds something else", fix="remove it, and add the tokens again")
-        return found
+            raise ServiceError(f"{self.path} does not hold tokens", fix="remove it, and add the tokens again")
+        return tokens
 
     def add(self, name: str, *, review: bool = False) -> str:
-        """Makes a token and returns it: it can't be told again. With `review` it may also decide about corrections.
+        """Makes a token and returns it: it can't be shown again. With `review` it may also decide about corrections.
 
         Raises:
-            InputError: the name is taken or no name, or there are `MAX_TOKENS`.
+            InputError: the name is taken or invalid, or there are `MAX_TOKENS`.
             ServiceError: the file can't be read or written.
         """
         if not _NAME.fullmatch(name) or name == ENVIRONMENT:
             raise InputError(
-                f"{name!r} is no name for a token", fix="use 1 to 32 letters, digits, dots, dashes and underscores"
+                f"{name!r} is not a name for a token", fix="use 1 to 32 letters, digits, dots, dashes and underscores"
             )
         with self._locked():
             known = self.tokens()
             if any(one.name == name for one in known):
                 raise InputError(
-                    f"there is a token {name!r}", fix=f"choose another name, or `sora token revoke {name}`"
+                    f"there is already a token {name!r}", fix=f"choose another name, or `sora token revoke {name}`"
                 )
             if len(known) >= MAX_TOKENS:
-                raise InputError(f"there are {MAX_TOKENS} tokens, the most", fix="`sora token revoke` unused ones")
+                raise InputError(f"there are {MAX_TOKENS} tokens, the maximum", fix="`sora token revoke` unused ones")
             token = _PREFIX + secrets.token_urlsafe(32)
             self._write([*known, Token(name, _digest(token).hex(), _now(), review)])
         return token
 
     def revoke(self, name: str) -> int:
-        """Takes a token's rights; a running server sees it with its next request. Returns how many are left.
+        """Revokes a token; a running server sees it at its next request. Returns how many are left.
 
         Raises:
-            InputError: there is none of this name.
+            InputError: there is no token with this name.
             ServiceError: the file can't be read or written.
         """
         with self._locked():
@@ -128,14 +128,14 @@ class TokenFile:
             with FileLock(self.path.with_suffix(".lock"), timeout=10):
                 yield
         except Timeout as error:
-            raise ServiceError("another `sora token` has been at work for 10 s", fix="try again") from error
+            raise ServiceError("another `sora token` has been running for 10 s", fix="try again") from error
 
 
 class Tokens:
-    """Who may call: tokens given at the start, and those of a file as they are now.
+    """Who may call: tokens given at the start, and those now in a file.
 
-    Tokens are asked for (`required`) where any was given, where the file exists, and where `always`. Revoking the last
-    one therefore shuts everybody out; removing the file lets this machine in again. A file that can't be read lets
+    Tokens are required (`required`) if any was given, if the file exists, or if `always`. Revoking the last
+    one therefore locks everybody out; removing the file lets this machine in again. A file that can't be read lets
     nobody in by its tokens.
     """
 
@@ -143,7 +143,7 @@ class Tokens:
         self._given = [(_digest(token), Caller(ENVIRONMENT)) for token in given]
         self._file = file
         self._always = always
-        self._seen: tuple[int, int, int] | None = None  # the file, when `_kept` was read
+        self._seen: tuple[int, int, int] | None = None  # the file's state when `_kept` was read
         self._kept: list[tuple[bytes, Caller]] = []
         self._follow()
 
@@ -155,16 +155,16 @@ class Tokens:
     def caller(self, authorization: str | None) -> Caller | None:
         """Whose token an Authorization header carries; None: it carries none that may call.
 
-        Comparison takes the same time wherever digests differ.
+        The comparison takes the same time wherever digests differ.
         """
         self._follow()
         scheme, _, token = (authorization or "").partition(" ")
         given = _digest(token.strip())
-        found = [caller for digest, caller in (*self._given, *self._kept) if hmac.compare_digest(given, digest)]
-        return found[0] if found and scheme.lower() == "bearer" else None
+        callers = [caller for digest, caller in (*self._given, *self._kept) if hmac.compare_digest(given, digest)]
+        return callers[0] if callers and scheme.lower() == "bearer" else None
 
     def _follow(self) -> None:
-        """Reads the file again if it is another one than before: a look at its facts, microseconds a request."""
+        """Reads the file again if it changed: a stat call, microseconds per request."""
         if self._file is None:
             return
         try:
@@ -174,7 +174,7 @@ class Tokens:
             return
         except OSError as error:
             self._seen, self._kept = (0, 0, 0), []
-            log.error("%s can't be looked at: %s", self._file.path, error)
+            log.error("%s can't be checked: %s", self._file.path, error)
             return
         seen = (facts.st_ino, facts.st_mtime_ns, facts.st_size)
         if seen == self._seen:

@@ -1,7 +1,7 @@
-"""A multipart upload, streamed to a file of our own naming with its limits enforced while it is read.
+"""A multipart upload, streamed to a file with our own name; its limits are enforced while it is read.
 
 Not Starlette's form parser: that one has no limit on a file's bytes, so a client could fill the disk before a route
-runs. Memory held for an upload is one chunk.
+runs. An upload holds one chunk in memory.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from sora.serving.problems import Problem
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-OVERHEAD = 64 * 1024  # bytes that a body may have beyond its file: boundaries and part headers
+OVERHEAD = 64 * 1024  # bytes that a body may have besides its file: boundaries and part headers
 MAX_NAME = 255  # characters of the client's file name that are echoed
 _FIX = "send multipart/form-data with parts named `file`, as in: curl -F file=@video.mp4 …/v1/predict"
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """One received file. `name` is what the client called it: for showing, never for opening."""
+    """One received file. `name` is the client's name for it: only shown, never opened."""
 
     path: Path
     name: str
@@ -43,7 +43,7 @@ class Upload:
 
 
 def check_headers(content_type: str | None, content_length: str | None, max_bytes: int) -> bytes:
-    """The multipart boundary; refuses early what can't succeed, before any byte of the body is read.
+    """The multipart boundary; refuses what can't succeed before any byte of the body is read.
 
     Raises:
         Problem: 415 not multipart, 400 no boundary or a strange length, 413 announced larger than `max_bytes`.
@@ -57,7 +57,7 @@ def check_headers(content_type: str | None, content_length: str | None, max_byte
         raise Problem(400, "the content type has no usable multipart boundary", fix=_FIX)
     if content_length is not None:
         if not re.fullmatch(r"[0-9]{1,18}", content_length):
-            raise Problem(400, "the content length is no number", fix=_FIX)
+            raise Problem(400, "the content length is not a number", fix=_FIX)
         if int(content_length) > max_bytes + OVERHEAD:
             raise too_large(max_bytes, int(content_length))
     return boundary
@@ -67,7 +67,7 @@ def too_large(max_bytes: int, received: int | None = None) -> Problem:
     was = f"{received:,} bytes" if received is not None else "more"
     return Problem(
         413,
-        f"a call may bring {max_bytes:,} bytes, received {was}",
+        f"a call may have {max_bytes:,} bytes, received {was}",
         fix="send a smaller file or several files in several calls, or have serve.max_bytes raised",
         kind="too-large",
         max_bytes=max_bytes,
@@ -76,7 +76,7 @@ def too_large(max_bytes: int, received: int | None = None) -> Problem:
 
 @asynccontextmanager
 async def within(seconds: float) -> AsyncIterator[None]:
-    """Bounds the time of an upload.
+    """Limits the time of an upload.
 
     Raises:
         Problem: 408 it took longer.
@@ -88,7 +88,7 @@ async def within(seconds: float) -> AsyncIterator[None]:
         raise Problem(
             408,
             f"the upload took longer than {seconds:g} s",
-            fix="send a smaller file or use a faster line",
+            fix="send a smaller file or use a faster connection",
             headers={"Connection": "close"},
         ) from None
 
@@ -102,14 +102,14 @@ async def receive(
         stream: the body's chunks.
         boundary: from `check_headers`.
         folder: a private folder; the files' names in it are random.
-        max_bytes: of all files together; one more is a 413 and the rest is not read.
+        max_bytes: of all files together; one byte more is a 413, and the rest is not read.
         max_files: one more is a 400.
 
     Returns:
-        One upload or more, in the order of the parts.
+        One or more uploads, in the order of the parts.
 
     Raises:
-        Problem: 400 the body is no such multipart, 413 too large, 507 the disk is full. No file is left behind then.
+        Problem: 400 the body is not such a multipart, 413 too large, 507 the disk is full. No file is left behind then.
     """
     reader = _Reader(folder, max_bytes, max_files)
     try:
@@ -129,7 +129,7 @@ async def receive(
         for part in reader.parts:
             part.path.unlink(missing_ok=True)
         if isinstance(error, FormParserError):
-            raise Problem(400, "the body is no well-formed multipart/form-data", fix=_FIX) from error
+            raise Problem(400, "the body is not well-formed multipart/form-data", fix=_FIX) from error
         if is_full(error):
             raise no_room() from error
         raise
@@ -139,7 +139,7 @@ async def receive(
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether the disk has no space, or the user no quota, left."""
+    """Whether the disk has no space left, or the user no quota."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -147,25 +147,25 @@ def no_room() -> Problem:
     return Problem(
         507,
         "no space left for the upload",
-        fix="try later; the server's operator must make room",
+        fix="try again later; the server's operator must make room",
         headers={"Retry-After": "60"},
     )
 
 
 class _Part:
-    """One file of the body, while it comes."""
+    """One file of the body, while it arrives."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name = name
         self.path = folder / f"{secrets.token_hex(16)}.upload"
-        # Unbuffered: what a full disk refuses shows in `write`, not again in `close`.
+        # Unbuffered: a full disk fails in `write`, not again in `close`.
         self.sink: BinaryIO = open(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0)  # noqa: SIM115
         self.pending: list[bytes] = []
         self.bytes = 0
 
 
 class PartReader:
-    """The callbacks of a multipart parser, down to each part's disposition. A subclass says what becomes of a part."""
+    """The callbacks of a multipart parser, down to each part's disposition. A subclass handles the parts."""
 
     def __init__(self) -> None:
         self._header = (bytearray(), bytearray())
@@ -186,11 +186,11 @@ class PartReader:
         raise NotImplementedError
 
     def on_data(self, data: bytes, start: int, end: int) -> None:
-        """Bytes of the part under way."""
+        """Bytes of the current part."""
         raise NotImplementedError
 
     def on_end(self) -> None:
-        """The part under way is complete."""
+        """The current part is complete."""
         raise NotImplementedError
 
     def _on_header_end(self) -> None:
@@ -215,7 +215,7 @@ class _Reader(PartReader):
         self._max_files = max_files
         self._bytes = 0
         self.parts: list[_Part] = []
-        self.complete = False  # the last part that began has ended
+        self.complete = False  # the last part that was started has ended
 
     def uploads(self) -> list[Upload]:
         return [Upload(part.path, part.name, part.bytes) for part in self.parts]
@@ -242,11 +242,11 @@ class _Reader(PartReader):
 
     def on_end(self) -> None:
         self.flush()
-        self.parts[-1].sink.close()  # one open file a request, however many parts it has
+        self.parts[-1].sink.close()  # one open file per request, however many parts it has
         self.complete = True
 
     def flush(self) -> None:
-        """Writes what came of the part under way."""
+        """Writes what has arrived of the current part."""
         part = self.parts[-1] if self.parts else None
         if part is not None and part.pending:
             rest = memoryview(b"".join(part.pending))
@@ -256,6 +256,6 @@ class _Reader(PartReader):
 
 
 def shown_name(raw: bytes) -> str:
-    """The client's file name, fit to be shown and logged: its last part, no control characters, bounded."""
+    """The client's file name, safe to show and log: its last part, no control characters, bounded."""
     name = raw.decode("utf-8", "replace").replace("\\", "/").rsplit("/", 1)[-1]
     return "".join(c for c in name if c.isprintable())[:MAX_NAME] or "video"

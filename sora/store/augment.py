@@ -1,6 +1,6 @@
 """Changes of whole clips, `(time, height, width, rgb) uint8`, that keep their class: NumPy only.
 
-Each kind draws from a generator of its own (see `batches`). So switching one kind on or off does not change what the
+Each kind draws from its own generator (see `batches`). So switching one kind on or off does not change what the
 others draw.
 """
 
@@ -18,7 +18,7 @@ _SHIFT = 0.08  # of height and width, at most
 _CONTRAST = 0.25
 _BRIGHTNESS = 25.0  # of 255
 _VIEW = 0.04  # of the width
-_ASPECT = 4 / 3  # of a crop, at most, and its inverse at least
+_ASPECT = 4 / 3  # largest aspect ratio of a crop; the smallest is its inverse
 _FRACTION = 256  # positions between two pixels: 255 * 256 still fits into 16 bits
 
 
@@ -26,9 +26,9 @@ _FRACTION = 256  # positions between two pixels: 255 * 256 still fits into 16 bi
 class Augmentation:
     """Which changes training makes to its clips. The default: none.
 
-    flip: every second clip, at random, is shown as its mirror image (left and right).
-    mirror: for each class that of its mirror image: itself, another one, or -1: such clips are never mirrored. None:
-        each class is its own. Of a clip of several classes that holds for each of them.
+    flip: each clip is shown as its mirror image (left and right) with probability one half.
+    mirror: for each class the class of its mirror image: itself, another, or -1: such clips are never mirrored. None:
+        each class is its own. For a clip with several classes this holds for each of them.
     jitter: every clip is moved by up to 8 % of its sides and varies in contrast and brightness, the same for all frames
         of the clip.
     speed, crop, noise: see `slower`, `resized_crop` and `noisy`; 0 is off.
@@ -45,7 +45,7 @@ class Augmentation:
 
     @classmethod
     def of(cls, train: Train, classes: Sequence[str]) -> Augmentation:
-        """What the section `train` asks for.
+        """The augmentation that the section `train` asks for.
 
         Raises:
             ValueError: `train.flip` names a class that is not among `classes`.
@@ -61,13 +61,13 @@ class Augmentation:
         )
 
     def __bool__(self) -> bool:
-        """Whether there is any."""
+        """Whether there is any augmentation."""
         return any((self.flip, self.jitter, self.speed, self.crop, self.noise, self.mix_up))
 
 
 def flip_and_jitter(clip: np.ndarray, rng: np.random.Generator, *, flip: bool, jitter: bool) -> tuple[np.ndarray, bool]:
-    """With `flip` the mirror image (left and right) every second time. With `jitter` moves of up to 8 % of the sides,
-    other contrast and brightness, the same for all frames. Also returns whether the clip is mirrored.
+    """With `flip` the mirror image (left and right) half of the time. With `jitter` shifts of up to 8 % of the sides,
+    changed contrast and brightness, the same for all frames. Also returns whether the clip is mirrored.
     """
     # Drawn whether used or not: switching one of the two off must not change what the other draws.
     mirrored, vertical, horizontal = rng.random() < 0.5, *rng.uniform(-_SHIFT, _SHIFT, 2)
@@ -84,7 +84,7 @@ def flip_and_jitter(clip: np.ndarray, rng: np.random.Generator, *, flip: bool, j
 
 
 def moved(clip: np.ndarray, down: int, right: int) -> np.ndarray:
-    """Shows what lies `down` and `right` of the picture, in pixels; the border's pixels are repeated."""
+    """Moves the view `down` and `right` over the picture, in pixels; border pixels are repeated."""
     height, width = clip.shape[1:3]
     rows = (np.arange(height) + down).clip(0, height - 1)
     columns = (np.arange(width) + right).clip(0, width - 1)
@@ -92,9 +92,9 @@ def moved(clip: np.ndarray, down: int, right: int) -> np.ndarray:
 
 
 def views(clips: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """Every clip, followed by its other views, which a model is asked about too (test-time augmentation).
+    """Every clip, followed by its other views, which the model also gets (test-time augmentation).
 
-    `mirrored` is left-right; `left` and `right` show what lies 4 % of the width to that side.
+    `mirrored` is left-right; `left` and `right` move the view 4 % of the width to that side.
 
     Input shape: `(n, time, height, width, rgb) uint8`.
     Output shape: `(n * (1 + len(names)), time, height, width, rgb) uint8`.
@@ -114,10 +114,10 @@ def views(clips: np.ndarray, names: Sequence[str]) -> np.ndarray:
 
 
 def resized_crop(clip: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarray:
-    """A random part of the picture at full size, the same in all frames. At most the share `most` of its area is lost.
+    """A random part of the picture at full size, the same in all frames. At most the share `most` of the area is lost.
 
     The random resized crop of Szegedy et al. 2015 (area uniform, aspect log-uniform from 3:4 to 4:3 of the picture's
-    own), with areas that stay near the whole: a small clip of an action has little to spare.
+    own), with areas close to the whole: a small clip of an action has little to spare.
     """
     height, width = clip.shape[1:3]
     area, aspect = rng.uniform(1 - most, 1), np.exp(rng.uniform(-np.log(_ASPECT), np.log(_ASPECT)))
@@ -156,7 +156,7 @@ def slower(clip: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarra
 
 
 def noisy(clip: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarray:
-    """Adds Gaussian noise of a deviation of up to `most` levels (of 255), new in every pixel of every frame."""
+    """Adds Gaussian noise with a deviation of up to `most` levels (of 255), new in every pixel of every frame."""
     noise = rng.standard_normal(clip.shape, np.float32)
     noise *= np.float32(rng.uniform(0, most))
     noise += clip

@@ -1,6 +1,6 @@
 """Batches of clips, from memory-mapped shards to named arrays: NumPy only.
 
-What a batch holds depends on (seed, epoch, number of the batch) alone. So batches may be made ahead and by several
+What a batch holds depends only on (seed, epoch, number of the batch). So batches may be made ahead and by several
 threads, and a training that resumes at an epoch sees what the uninterrupted one saw.
 """
 
@@ -20,12 +20,12 @@ from sora.store.augment import Augmentation
 from sora.tasks import SINGLE, Task
 
 NONE = Augmentation()
-# Kind of augmentation → what its generator's seed has beside seed, epoch and number of the batch.
+# Kind of augmentation → what its generator's seed has besides seed, epoch and number of the batch.
 _STREAMS: dict[str, tuple[int, ...]] = {"basic": (), "speed": (1,), "crop": (2,), "noise": (3,), "mix_up": (4,)}
 
 
 class ClipSource(Protocol):
-    """What `sora.store.shards.ShardSet` offers."""
+    """The part of `sora.store.shards.ShardSet` that is used here."""
 
     @property
     def index(self) -> pd.DataFrame: ...
@@ -60,15 +60,15 @@ class Batches:
 
     Args:
         shards: the clips; its index has the columns sha256, clip.
-        table: sha256, label_index (as the task's `index` gives it); one row a video. A video of several clips counts
-            with all of them.
-        batch: clips a batch.
-        shuffle_seed: of order and augmentation, for training. The last batch is then filled up with clips drawn again,
+        table: sha256, label_index (as the task's `index` returns it); one row per video. A video with several clips
+            counts with all of them.
+        batch: clips per batch.
+        shuffle_seed: for training: seed of order and augmentation. The last batch is filled with clips drawn again,
             so that all have one shape. None, for evaluation: the table's order, the last batch may be smaller.
-        min_batches: in training an epoch has at least so many. A small table is gone through as often as that takes.
-        augmentation: of training's clips; it changes the tensor `video`.
+        min_batches: in training an epoch has at least this many. A small table is repeated as often as needed.
+        augmentation: for training clips; it changes the tensor `video`.
         classes: how many there are; mix-up and the task `MULTI` need it.
-        class_weights: the task's weights that make every class count alike; otherwise 1.
+        class_weights: use the task's weights, which make every class count equally; otherwise 1.
         task: what the labels mean.
 
     Raises:
@@ -109,12 +109,12 @@ class Batches:
         self.batches = max(batches, min_batches) if batches and shuffle_seed is not None else batches
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Batches per epoch."""
         return self.batches
 
     @property
     def clips(self) -> int:
-        """Different clips an epoch."""
+        """Different clips per epoch."""
         return len(self.rows)
 
     def load(self, epoch: int, number: int) -> Batch:

@@ -1,21 +1,21 @@
 """Shards: the clips of accepted videos, ready to be read by training. They know neither labels nor splits.
 
-    index.parquet                 one row a clip: where it lies, and its digest. It is written last: a folder without it
+    index.parquet                 one row per clip: its place and its digest. It is written last: a folder without it
                                   is not a complete shard set
     bucket-0003-<key>.npy         a tensor of the clips, in the order of (sha256, clip); its header has dtype and shape
     .bucket-0003-<key>.npy.sums   only while a build is unfinished: the digests of a finished bucket's clips
 
-Tensors have names. The index lists them under `tensors`, with dtype and shape. An index without that list has the one
-tensor `video`, `(frames, height, width, rgb) uint8`. Such an index is what earlier versions wrote and what is written
-for videos today, so the bytes of a set stay what they were. Buckets of a further tensor would be further files,
+Tensors have names. The index lists them under `tensors`, with dtype and shape. An index without that list has the
+tensor `video`, `(frames, height, width, rgb) uint8`. Earlier versions wrote such an index, and it is still written
+for videos, so the bytes of a set stay what they were. Buckets of another tensor would be other files,
 `bucket-0003-<key>-<name>.npy`.
 
-A video's bucket follows from its sha256. A bucket's key follows from what it is to hold and from the code that makes
-clips. So the same videos give the same bytes, an added video rewrites its own bucket only, a file that is there is
+A video's bucket follows from its sha256. A bucket's key follows from its intended content and from the code that makes
+clips. So the same videos give the same bytes, an added video rewrites only its own bucket, an existing file is
 complete, and an interrupted build makes only the buckets that are missing.
 
-Disks and people damage files. A build therefore reads what is there and compares it with the digests before it keeps or
-copies a byte, and makes the clips of damaged videos again. A reader compares a clip, too, when it reads it for the
+Disks and people damage files. A build therefore reads what exists and compares it with the digests before it keeps or
+copies a byte, and makes the clips of damaged videos again. A reader also compares a clip when it reads it for the
 first time. The digests find damage. They don't stop somebody who rewrites the index as well.
 """
 
@@ -50,16 +50,16 @@ if TYPE_CHECKING:
 INDEX = "index.parquet"
 _SORA = b"sora.shards"
 _CHUNK = 1 << 23  # bytes that are copied at a time
-_FIX = "`sora run --force` makes the damaged clips anew from the videos; in a restored folder, restore it again"
+_FIX = "`sora run --force` makes the damaged clips again from the videos; in a restored folder, restore it again"
 Progress = Callable[[int, int], None]  # (done, total) videos
-Recorded = Callable[[], Mapping[str, str]]  # names of files → MD5 that DVC recorded of them
+Recorded = Callable[[], Mapping[str, str]]  # file names → MD5 recorded by DVC
 
 
 @dataclass(frozen=True, slots=True)
 class BuildStats:
-    """What a build did: videos decoded now and reused from what was there, buckets written and kept as they were.
+    """What a build did: videos decoded and reused, buckets written and kept as they were.
 
-    `damaged` of the decoded videos had clips whose stored bytes were damaged, or could not be checked.
+    `damaged` counts decoded videos whose stored clips were damaged or could not be checked.
     """
 
     decoded: int
@@ -71,11 +71,11 @@ class BuildStats:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A bucket's file that is not what the index says: what is wrong, and the videos whose clips are lost."""
+    """A bucket's file that differs from the index: what is wrong, and the videos whose clips are lost."""
 
     file: Path
     why: str
-    lost: frozenset[str]  # sha256; none when only the file's header or end is wrong
+    lost: frozenset[str]  # sha256; none if only the file's header or end is wrong
     videos: int  # in this bucket
 
     def __str__(self) -> str:
@@ -96,7 +96,7 @@ class _Bucket:
     number: int
     videos: list[_Video]
     file: Path
-    waiting: int = 0  # videos that are still to be decoded into its draft
+    waiting: int = 0  # videos still to be decoded into its draft
     digests: dict[str, tuple[str, ...]] = field(default_factory=dict)  # sha256 of a video → of its clips
 
     @property
@@ -114,7 +114,7 @@ class _Bucket:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Clips of a video that are stored and intact: from byte `offset` of `file`."""
+    """Stored, intact clips of a video: from byte `offset` of `file`."""
 
     file: Path
     offset: int
@@ -123,7 +123,7 @@ class _Rows:
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """What a bucket's file holds: the digests of its clips ("" where it can't be read), and what else is wrong."""
+    """What a bucket's file holds: the digests of its clips ("" if it can't be read), and other faults."""
 
     digests: tuple[str, ...]
     fault: str
@@ -135,12 +135,12 @@ class _Kept:
 
     rows: dict[str, _Rows] = field(default_factory=dict)  # sha256 of a video → its intact clips
     whole: set[str] = field(default_factory=set)  # names of files without any damage
-    lost: set[str] = field(default_factory=set)  # videos whose clips are there and can't be used
+    lost: set[str] = field(default_factory=set)  # videos whose stored clips can't be used
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A video to be decoded, and where its clips go: at `offset` of `draft`."""
+    """A video to decode, and where its clips go: at `offset` of `draft`."""
 
     bucket: int
     video: _Video
@@ -164,20 +164,20 @@ def build(
 ) -> BuildStats:
     """Brings the shard set in `out` up to date. Call it again after an interruption: it resumes.
 
-    It first reads what is there and compares it with the digests. It says which clips are damaged and makes them again.
+    It first reads the existing files and compares them with the digests. It reports damaged clips and makes them again.
 
     Args:
-        manifest: see `data.manifest`; rows with an `error` are left out, and of the same bytes all but the first path.
+        manifest: see `data.manifest`; rows with an `error` are left out, and of equal bytes all but the first path.
         rejected: paths (of the manifest) to leave out.
         data: the folder that the manifest's paths are relative to.
-        workers: decoders; 0: one a core.
-        rules: bounds of what a video may cost; default: those of the default settings.
-        recorded: gives the MD5 of files in `out` as DVC recorded them last. It is asked only for files without digests,
-            which an older Sora left: files that match are kept, files that differ are made again.
-        modality: what the files are.
+        workers: decoders; 0: one per core.
+        rules: bounds on what a video may cost; default: those of the default settings.
+        recorded: returns the MD5 of files in `out` as DVC last recorded them. Called only for files without digests,
+            which an older Sora wrote: files that match are kept, files that differ are made again.
+        modality: the kind of the files.
 
     Raises:
-        ServiceError: a video that the manifest accepted does not decode now (the message names it), or a decoder died.
+        ServiceError: a video that the manifest accepted no longer decodes (the message names it), or a decoder died.
         DiskFull: no space is left. Finished buckets stay, and the next call resumes from them.
     """
     with writing(out):
@@ -227,7 +227,7 @@ def build(
                 if progress:
                     progress(total - to_decode + decoded, total)
     except BaseException:
-        _remove(bucket.draft for bucket in open_now.values())  # makes room, too
+        _remove(bucket.draft for bucket in open_now.values())  # also makes room
         raise
     _write_index(out, plan, spec, tensor)
     keep = {bucket.file for bucket in plan}
@@ -245,7 +245,7 @@ def _remove(files: Iterable[Path]) -> None:
 def _plan(
     manifest: pd.DataFrame, rejected: Collection[str], out: Path, spec: ClipSpec, buckets: int, modality: Modality
 ) -> list[_Bucket]:
-    """The buckets that are to be, without empty ones."""
+    """The buckets to have, without empty ones."""
     usable = manifest[manifest["error"].isna() & ~manifest["path"].isin(set(rejected))]
     usable = usable.sort_values(["sha256", "path"]).drop_duplicates("sha256")
     videos: dict[int, list[_Video]] = {}
@@ -265,7 +265,7 @@ def _plan(
 
 
 def _earlier(out: Path, plan: list[_Bucket], spec: ClipSpec, tensor: TensorSpec, recorded: Recorded) -> _Kept:
-    """What is there already and intact: of the last complete build, and of one that was interrupted."""
+    """What already exists intact: from the last complete build, and from an interrupted one."""
     kept = _Kept()
     old = _last_set(out, recorded)
     if old is not None and (old.spec != spec or old.code != provenance.clips() or old.tensor != tensor):
@@ -278,18 +278,18 @@ def _earlier(out: Path, plan: list[_Bucket], spec: ClipSpec, tensor: TensorSpec,
 
 
 def _last_set(out: Path, recorded: Recorded) -> ShardSet | None:
-    """The set that the last complete build left; None without one, or where its index is damaged."""
+    """The set that the last complete build left; None without one, or if its index is damaged."""
     index = out / INDEX
     if not index.exists():
         return None
     try:
         old = ShardSet.open(out)
     except InputError as error:
-        say(f"{index} is damaged and made anew: {error.message}")
+        say(f"{index} is damaged and is made again: {error.message}")
         return None
     md5 = None if old.has_digests else recorded().get(INDEX)
     if md5 is not None and md5 != _md5(index):
-        say(f"{index} is damaged and made anew: it is not the file that DVC recorded")
+        say(f"{index} is damaged and is made again: it is not the file that DVC recorded")
         return None
     return old
 
@@ -322,16 +322,16 @@ def _take_set(old: ShardSet | None, kept: _Kept, recorded: Recorded) -> None:
             damaged.append(damage)
             kept.lost |= damage.lost
     for damage in damaged:
-        say(f"{damage}; they are made anew from the videos")
+        say(f"{damage}; they are made again from the videos")
     if unknown:
         say(
             f"{len(unknown)} buckets in {old.folder} were made by an older Sora, and DVC has no record to compare them "
-            "with: they are taken as they are, and from now on changes to them are found"
+            "with: they are kept as they are, and from now on changes to them are detected"
         )
 
 
 def _take_unfinished(left: list[_Bucket], kept: _Kept, tensor: TensorSpec, recorded: Recorded) -> None:
-    """Buckets that no index names: an interrupted build left them, or the index was lost."""
+    """Buckets that are in no index: an interrupted build left them, or the index was lost."""
     header, size = len(_header(0, tensor)), tensor.bytes
     for bucket in left:
         content = _read(bucket.file, bucket.rows, tensor)
@@ -341,7 +341,7 @@ def _take_unfinished(left: list[_Bucket], kept: _Kept, tensor: TensorSpec, recor
         else:
             fine = not content.fault and recorded().get(bucket.file.name) == _md5(bucket.file)
         if not fine:
-            say(f"{bucket.file} is damaged or can't be checked: its {len(bucket.videos)} videos are made anew")
+            say(f"{bucket.file} is damaged or can't be checked: its {len(bucket.videos)} videos are made again")
             kept.lost.update(video.sha256 for video in bucket.videos)
             continue
         kept.whole.add(bucket.file.name)
@@ -360,12 +360,12 @@ def _read_sums(file: Path) -> list[str] | None:
 
 
 def _digest(clip: Buffer) -> str:
-    """Of a clip's bytes. 128 bits of SHA-256, which processors compute in hardware: faster than MD5 and BLAKE2."""
+    """Digest of a clip's bytes: 128 bits of SHA-256, computed in hardware by processors: faster than MD5 and BLAKE2."""
     return hashlib.sha256(clip).hexdigest()[:32]
 
 
 def _md5(file: Path) -> str:
-    """As DVC computes it; "" when the file can't be read."""
+    """The MD5 as DVC computes it; "" if the file can't be read."""
     try:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "md5").hexdigest()
@@ -374,13 +374,13 @@ def _md5(file: Path) -> str:
 
 
 def _read(file: Path, rows: int, tensor: TensorSpec) -> _Content:
-    """Reads a bucket's file from its beginning to its end. It never raises for what it finds there."""
+    """Reads a bucket's file from start to end. It never raises for what it finds there."""
     header, size = _header(rows, tensor), tensor.bytes
     digests: list[str] = []
     fault = ""
     buffer = bytearray(size)
     try:
-        # Not through a memory map: a sector that can't be read would end the process with SIGBUS.
+        # Not through a memory map: an unreadable sector would end the process with SIGBUS.
         with file.open("rb") as stream:
             length, wanted = os.fstat(stream.fileno()).st_size, len(header) + rows * size
             if length != wanted:
@@ -398,7 +398,7 @@ def _read(file: Path, rows: int, tensor: TensorSpec) -> _Content:
 
 
 def _header(rows: int, tensor: TensorSpec) -> bytes:
-    """Of a .npy file. NumPy leaves room for the first dimension to grow, so the length does not depend on `rows`."""
+    """A .npy header. NumPy leaves room for the first dimension to grow: the length does not depend on `rows`."""
     text = BytesIO()
     about = {"descr": np.dtype(tensor.dtype).str, "fortran_order": False, "shape": (rows, *tensor.shape)}
     np.lib.format.write_array_header_1_0(text, about)
@@ -406,7 +406,7 @@ def _header(rows: int, tensor: TensorSpec) -> bytes:
 
 
 def _begin(bucket: _Bucket, old: dict[str, _Rows], tensor: TensorSpec) -> list[_Task]:
-    """Makes the bucket's draft, copies into it what an old bucket holds, and returns what is to be decoded."""
+    """Makes the bucket's draft, copies into it what an old bucket holds, and returns what must be decoded."""
     tasks = []
     header, size = _header(bucket.rows, tensor), tensor.bytes
     with writing(bucket.file), bucket.draft.open("wb") as draft:
@@ -438,7 +438,7 @@ def _copy(source: Path, offset: int, length: int, target: IO[bytes]) -> None:
 
 
 def _store(task: _Task, answer: pool.Answer | VideoError, tensor: TensorSpec) -> tuple[str, ...]:
-    """A video's clips into their place of the draft. Returns their digests."""
+    """Writes a video's clips to their place in the draft. Returns their digests."""
     video = task.video
     if isinstance(answer, pool.Crashed):
         raise ServiceError(
@@ -446,12 +446,12 @@ def _store(task: _Task, answer: pool.Answer | VideoError, tensor: TensorSpec) ->
         )
     if isinstance(answer, VideoError):
         raise ServiceError(
-            f"{video.path} does not decode any more: {answer.message}",
+            f"{video.path} no longer decodes: {answer.message}",
             fix="the file changed since it was checked: restore it, or run again so that it is checked again",
         ) from answer
     if answer.clips != len(video.clips):
         raise ServiceError(
-            f"{video.path} has {answer.clips} clips now, not {len(video.clips)}",
+            f"{video.path} now has {answer.clips} clips, not {len(video.clips)}",
             fix="run again so that it is checked again",
         )
     with writing(task.draft), task.draft.open("r+b") as draft:
@@ -463,7 +463,7 @@ def _store(task: _Task, answer: pool.Answer | VideoError, tensor: TensorSpec) ->
 
 
 def _finish(bucket: _Bucket) -> None:
-    with atomic(bucket.sums) as sums:  # first: a build that resumes later takes no bucket unchecked
+    with atomic(bucket.sums) as sums:  # first: a build that resumes later uses no unchecked bucket
         sums.write(json.dumps([one for video in bucket.videos for one in bucket.digests[video.sha256]]).encode())
     with writing(bucket.file):
         with bucket.draft.open("rb") as draft:
@@ -494,22 +494,22 @@ def _write_index(out: Path, plan: list[_Bucket], spec: ClipSpec, tensor: TensorS
 
 
 def _unnamed(spec: ClipSpec) -> TensorSpec:
-    """The tensor of a set whose index names none."""
+    """The tensor of a set whose index lists none."""
     return MODALITIES["video"].tensors(spec)[VIDEO]
 
 
 def _named(about: dict[str, Any], spec: ClipSpec) -> TensorSpec:
-    """The tensor that an index speaks of.
+    """The tensor that an index lists.
 
     Raises:
-        ValueError, TypeError, KeyError: it names several, or describes none.
+        ValueError, TypeError, KeyError: it lists several, or the entry is invalid.
     """
     if "tensors" not in about:
         return _unnamed(spec)
     tensors = [TensorSpec.from_dict(one) for one in about["tensors"]]
     if len(tensors) != 1:
         raise ValueError(
-            f"it holds {len(tensors)} tensors ({', '.join(one.name for one in tensors)}), this Sora reads one"
+            f"it holds {len(tensors)} tensors ({', '.join(one.name for one in tensors)}), but this Sora reads one"
         )
     return tensors[0]
 
@@ -520,7 +520,7 @@ def _schema(pa: Any) -> Any:
 
 
 def _index_digest(about: dict[str, Any], index: pd.DataFrame) -> str:
-    """Of what an index says, so that a flipped bit in it can't give a clip to another video."""
+    """Digest of an index's content, so that a flipped bit in it can't give a clip to another video."""
     digest = hashlib.sha256(json.dumps([about, list(index.columns)], sort_keys=True).encode())
     for name in index.columns:
         values = index[name].to_numpy()
@@ -534,7 +534,7 @@ class ShardSet:
     Attributes:
         spec: how the clips were made.
         tensors: what a clip consists of, by name.
-        index: DataFrame, a row a clip, in the order of (sha256, clip): sha256, clip, bucket, row (in the bucket's
+        index: DataFrame, one row per clip, in the order of (sha256, clip): sha256, clip, bucket, row (in the bucket's
             file), first, last (index of the video's frames that the clip spans), digest (of its bytes; missing in sets
             that an older Sora made).
         code: name of the code that made the clips.
@@ -562,7 +562,7 @@ class ShardSet:
 
     @classmethod
     def open(cls, folder: Path) -> ShardSet:
-        """Reads the index only. Each clip is compared with its digest when it is read for the first time.
+        """Reads only the index. Each clip is compared with its digest when it is read for the first time.
 
         Raises:
             InputError: there is no complete shard set in `folder`, or its index is damaged.
@@ -608,7 +608,7 @@ class ShardSet:
         rows = np.asarray(rows, np.int64)
         tensor = self.tensors[name]
         out = np.empty((len(rows), *tensor.shape), tensor.dtype)
-        # Clip by clip: one indexing for several would copy each twice.
+        # Clip by clip: indexing several at once would copy each twice.
         for place, (bucket, row) in enumerate(zip(self._bucket[rows], self._row[rows], strict=True)):
             out[place] = self._map(int(bucket))[row]
             if self._digests is not None and not self._checked[rows[place]]:
@@ -616,7 +616,7 @@ class ShardSet:
         return out
 
     def _check(self, place: int, clip: np.ndarray) -> None:
-        """Compares the very bytes that are handed out. Two threads may compare the same clip, which harms nothing."""
+        """Compares exactly the bytes that are returned. Two threads may compare the same clip, which is harmless."""
         assert self._digests is not None
         if _digest(clip.data) != self._digests[place]:
             file = self.folder / self.files[int(self._bucket[place])]
@@ -629,16 +629,16 @@ class ShardSet:
 
     @property
     def has_digests(self) -> bool:
-        """False: an older Sora made the set, and its bytes can't be checked."""
+        """False if an older Sora made the set: its bytes can't be checked."""
         return self._digests is not None
 
     def damage(self) -> list[Damage]:
-        """Reads every bucket and compares it with the index. Empty: all is as it was written."""
+        """Reads every bucket and compares it with the index. Empty: everything is as it was written."""
         verdicts = (self.damage_of(number, content) for number, content in self.contents().items())
         return [damage for damage in verdicts if damage is not None]
 
     def contents(self) -> dict[int, _Content]:
-        """What every bucket's file holds. All cores read."""
+        """What every bucket's file holds, read by all cores."""
         numbers = list(self.files)
         rows = [int((self._bucket == number).sum()) for number in numbers]
         with ThreadPoolExecutor(pool.cores()) as threads:
@@ -650,12 +650,12 @@ class ShardSet:
         places = np.flatnonzero(self._bucket == number)
         if not len(places):
             return {}
-        owners = self._owner[places]  # those of one video lie side by side
+        owners = self._owner[places]  # those of one video are adjacent
         starts = np.flatnonzero(np.concatenate([[True], owners[1:] != owners[:-1]]))
         return dict(zip(owners[starts], np.split(places, starts[1:]), strict=True))
 
     def damage_of(self, number: int, content: _Content) -> Damage | None:
-        """What is wrong with a bucket; without digests only what its length, its header and the disk say."""
+        """What is wrong with a bucket; without digests only its length, its header and the disk can tell."""
         videos = self.places_of(number)
         lost = set()
         for sha256, places in videos.items():
@@ -676,7 +676,7 @@ class ShardSet:
                 tensor = self.tensor
                 shape = (int((self._bucket == bucket).sum()), *tensor.shape)
                 if stored.shape != shape or stored.dtype != tensor.dtype:
-                    raise ValueError(f"it holds {stored.dtype}{stored.shape}, the index says {tensor.dtype}{shape}")
+                    raise ValueError(f"it holds {stored.dtype}{stored.shape}, but the index says {tensor.dtype}{shape}")
                 self._maps[bucket] = stored
             except (OSError, ValueError, EOFError) as error:
                 raise ServiceError(f"{file} can't be read: {error}", fix=_FIX) from error

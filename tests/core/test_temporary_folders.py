@@ -133,6 +133,6 @@ def test_a_temporary_folder_that_can_not_be_written_is_a_clear_error(
         raise AssertionError("it was made")
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "absent")])
-    with pytest.raises(ServiceError, match="no temporary folder") as failed, temporary_folder("uploads"):
+    with pytest.raises(ServiceError, match="no writable temporary folder") as failed, temporary_folder("uploads"):
         raise AssertionError("it was made")
     assert "TMPDIR" in failed.value.fix

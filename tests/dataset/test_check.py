@@ -94,13 +94,13 @@ def test_the_default_place_is_the_working_directory(
 def test_a_report_into_the_checked_folder_is_refused(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(videos)
     before = snapshot(videos)
-    with pytest.raises(InputError, match="into the folder that is checked") as caught:
+    with pytest.raises(InputError, match="inside the folder to check") as caught:
         check(Path("."))
     assert "--out" in caught.value.fix and snapshot(videos) == before
 
 
 def test_no_folder_and_an_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         check(tmp_path / "nothing", out=tmp_path / "out")
     (tmp_path / "empty").mkdir()
     report, out = check(tmp_path / "empty", out=tmp_path / "out")

@@ -110,7 +110,7 @@ def test_accepting_puts_it_where_the_next_run_finds_it(project: Project, inbox: 
 
 def test_accepting_under_another_label(project: Project, inbox: Inbox, clips: list[Path]) -> None:
     entry = inbox.add(clips[0], **SAID)
-    with pytest.raises(InputError, match="none of the classes"):
+    with pytest.raises(InputError, match="not one of the classes"):
         inbox.accept(entry.id, "swim")
     assert inbox.accept(entry.id, "jump").parts[0] == "jump"
 
@@ -137,7 +137,7 @@ def test_accepting_several_labels(project: Project, inbox: Inbox, clips: list[Pa
         inbox.accept(entry.id)
     table = project.data / "labels.csv"
     table.write_text("path,label\njump/old.mp4,jump\nwave/old.mp4,wave\n", encoding="utf-8")
-    with pytest.raises(InputError, match="'swim' is none of the classes"):
+    with pytest.raises(InputError, match="'swim' is not one of the classes"):
         inbox.accept(entry.id, "jump|swim")
     path = inbox.accept(entry.id)
     found = {one.path: one for one in scan(project.data, project.settings())}
@@ -226,7 +226,7 @@ def test_review_at_the_terminal(project: Project, inbox: Inbox, clips: list[Path
     assert json.loads(accepted.stdout)["path"] == f"jump/corrections/{first.id[:12]}.mp4"
     rejected = sora(project.root, "data", "review", "--reject", second.id)
     assert rejected.returncode == 0 and "rejected" in rejected.stdout
-    assert "nothing waits" in sora(project.root, "data", "review").stdout
+    assert "nothing is waiting" in sora(project.root, "data", "review").stdout
     gone = sora(project.root, "data", "review", "--accept", first.id)
     assert gone.returncode == 2 and "fix:" in gone.stderr
     both = sora(project.root, "data", "review", "--accept", first.id, "--reject", first.id)

@@ -34,7 +34,7 @@ DAMAGE: dict[str, bytes | None] = {
     "only the header": ledger.text([]).encode(),
     "git checkout of an older commit": ledger.text(JUDGED.rows[:2]).encode(),
     "another split": ledger.text([row(1, "test"), *JUDGED.rows[1:]]).encode(),
-    "dealt anew": ledger.text([replace(one, split="train") for one in JUDGED.rows]).encode(),
+    "assigned again": ledger.text([replace(one, split="train") for one in JUDGED.rows]).encode(),
     "half a line": ledger.text([*JUDGED.rows, *NEW]).encode()[:-20],
     "noise": bytes(range(256)) * 8,
     "noise in the middle": ledger.text(JUDGED.rows).encode().replace(b",test,", b",\xff\xfe\x00,"),

@@ -108,11 +108,11 @@ def test_labels_csv_meets_either_unicode_form(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("path,label\nx/a.mp4,run\nx/gone.mp4,run\n", "1 files that are not there: 'x/gone.mp4'"),
-        ("path,label\n../../etc/passwd,run\n", "not there"),
+        ("path,label\nx/a.mp4,run\nx/gone.mp4,run\n", "1 files that don't exist: 'x/gone.mp4'"),
+        ("path,label\n../../etc/passwd,run\n", "don't exist"),
         ("file,class\nx/a.mp4,run\n", "columns"),
         ("", "columns"),
-        ("path,label\nx/a.mp4,run\nx/a.mp4,jump\n", "again"),
+        ("path,label\nx/a.mp4,run\nx/a.mp4,jump\n", "twice"),
         (b"path,label\nx/\xff.mp4,run\n", "can't be read"),
     ],
 )
@@ -125,7 +125,7 @@ def test_a_bad_labels_csv_is_an_input_error(tmp_path: Path, text: str | bytes, w
 
 
 def test_a_missing_folder_is_an_input_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no folder"):
+    with pytest.raises(InputError, match="not a folder"):
         scan(tmp_path / "none", SETTINGS)
 
 

@@ -332,7 +332,7 @@ def test_a_torn_last_line_is_noticed(ledger_file: Path) -> None:
         (f"sha256,split,group\n{'a' * 64},train\n", "row 2"),
         (f"sha256,split,group\n{'a' * 64},train,\n{'a' * 64},test,\n", "row 3"),
         (f"sha256,split,group\n<<<<<<< HEAD\n{'a' * 64},train,\n", "row 2"),
-        (f'sha256,split,group\n{"a" * 64},train,"open\n', "no CSV"),
+        (f'sha256,split,group\n{"a" * 64},train,"open\n', "not CSV"),
     ],
 )
 def test_a_damaged_ledger_is_refused(tmp_path: Path, text: str, message: str) -> None:

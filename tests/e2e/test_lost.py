@@ -69,8 +69,8 @@ def test_a_lost_registry_is_said_and_recorded(project: Path) -> None:
     found = check_of(project, "splits")
     assert not found["ok"] and "registry is empty" in found["detail"]
     result = sora_json(project, "run")
-    assert result["version"] == 1 and any("numbers begin anew" in reason for reason in result["reasons"])
+    assert result["version"] == 1 and any("numbers start again" in reason for reason in result["reasons"])
     assert (project / "splits.csv").read_text().startswith(ledger), "a video changed its split"
     (version,) = sora_json(project, "models")
-    assert any("numbers begin anew" in reason for reason in version["reasons"])
+    assert any("numbers start again" in reason for reason in version["reasons"])
     assert check_of(project, "splits")["ok"]

@@ -194,7 +194,7 @@ def test_calibration_within_budget_and_its_noise() -> None:
 
 def test_latency_within_budget() -> None:
     decision = judge(report("ab" * 20, latency_ms=2001.0))
-    assert not decision.promote and decision.reasons[0] == "2001.0 ms a clip, above the 2000 ms allowed"
+    assert not decision.promote and decision.reasons[0] == "2001.0 ms per clip, above the 2000 ms allowed"
 
 
 @pytest.mark.parametrize("forced", [False, True])

@@ -212,7 +212,7 @@ def test_what_the_kernel_lacks_is_said_once(
         for _ in range(3):
             pool.check_ready({"ready": True, "lacks": ["Landlock (none)"]})
     assert [record.getMessage() for record in caplog.records] == [
-        "decoders are confined by limits only in part: this machine lacks Landlock (none); see `sora doctor`"
+        "decoders are only partly confined: this machine lacks Landlock (none); see `sora doctor`"
     ]
     pool._say_lacking.cache_clear()
 

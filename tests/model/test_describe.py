@@ -25,7 +25,7 @@ def test_rows_add_up_to_the_model(name: str) -> None:
     assert found["parameters"] == model.count_params() == sum(row["parameters"] for row in found["layers"])
     assert found["flops"] == cost.flops(model) == sum(row["flops"] for row in found["layers"])
     text = describe.draw(found)
-    assert f"{found['parameters']:,} parameters" in text and "GFLOP a clip" in text
+    assert f"{found['parameters']:,} parameters" in text and "GFLOP per clip" in text
     assert f"2 classes, head {given.model.head}" in text
     for row in found["layers"]:
         assert "x".join(map(str, row["output"])) in text
@@ -48,7 +48,7 @@ def test_a_project_is_described_as_it_is_set(tmp_path: Path, capsys: pytest.Capt
     assert found["classes"] == 3 and found["memory"]["batch"] == 5 and found["clip"] == [8, 32, 32, 3]
     assert found["settings"] == Model(**SMALL).model_dump(mode="json", exclude={"preset"})
     assert run_verb(["model", "describe", "--project", str(tmp_path)]) == 0
-    assert "GFLOP a clip" in capsys.readouterr().out
+    assert "GFLOP per clip" in capsys.readouterr().out
 
 
 def test_preset_and_options_at_the_door(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

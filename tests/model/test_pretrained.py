@@ -153,7 +153,7 @@ def test_a_file_that_was_changed_or_is_missing_is_refused(tmp_path: Path, monkey
     with pytest.raises(ServiceError, match="can't be read"):
         pretrained.lite0_tensors()
     (tmp_path / "weights.pth").write_bytes(b"other")
-    with pytest.raises(ServiceError, match="not the file"):
+    with pytest.raises(ServiceError, match="not the published file"):
         pretrained.lite0_tensors()
 
     def missing(name: str) -> NoReturn:

@@ -298,8 +298,8 @@ def test_an_object_that_is_missing(project: Project, out: Path, tmp_path: Path) 
 def test_where_it_may_not_go(project: Project, out: Path) -> None:
     (out / "there.tar").write_text("mine")
     for target, said in (
-        (project.root / "b.tar", "lies in the project"),
-        (out / "there.tar", "there already"),
+        (project.root / "b.tar", "is inside the project"),
+        (out / "there.tar", "already exists"),
         (out / "none" / "b.tar", "no folder"),
     ):
         with pytest.raises(InputError, match=said):
@@ -396,7 +396,7 @@ def test_torn_altered_and_foreign_files(good: Path, tmp_path: Path) -> None:
     bad = good.with_name("bad.tar")
     for share in (0.02, 0.3, 0.6, 0.9):
         bad.write_bytes(body[: int(len(body) * share)])
-        refuses(bad, tmp_path, "torn|no backup")
+        refuses(bad, tmp_path, "torn|not a Sora backup")
     with tarfile.open(good) as tar:
         infos = tar.getmembers()
     for name in ("db/mlflow.db", "git.bundle", "tree/params.yaml", infos[-2].name):
@@ -406,10 +406,10 @@ def test_torn_altered_and_foreign_files(good: Path, tmp_path: Path) -> None:
         refuses(bad, tmp_path, "altered")
     for foreign in (b"", b"text", b"\0" * 4096, Path(__file__).read_bytes()):
         bad.write_bytes(foreign)
-        refuses(bad, tmp_path, "no backup")
+        refuses(bad, tmp_path, "not a Sora backup")
     with tarfile.open(bad, "w") as tar:
         tar.add(__file__, "x.py")
-    refuses(bad, tmp_path, "no backup")
+    refuses(bad, tmp_path, "not a Sora backup")
     refuses(good.with_name("absent.tar"), tmp_path, "can't read")
 
 
@@ -491,7 +491,7 @@ def test_a_header_that_asks_for_gigabytes(good: Path, tmp_path: Path) -> None:
     with bad.open("wb") as file:
         file.write(header.tobuf(tarfile.GNU_FORMAT))
         file.truncate(1 << 20)
-    refuses(bad, tmp_path, "no backup")
+    refuses(bad, tmp_path, "not a Sora backup")
 
 
 @pytest.mark.parametrize("name", ["data", ".sora", ".dvc", "params.yaml"])

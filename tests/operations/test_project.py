@@ -107,12 +107,12 @@ def test_labels_links_and_no_git_identity(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("missing", "is no folder"),
+        ("missing", "is not a folder"),
         ("empty", "none"),
         ("one class", "only 'jump'"),
         ("unlabelled", "none"),
-        ("inside", "lie in each other"),
-        ("around", "lie in each other"),
+        ("inside", "overlap"),
+        ("around", "overlap"),
         ("file", "is a file"),
         ("not empty", "is not empty"),
         ("broken link", "leads nowhere"),
@@ -203,7 +203,7 @@ def test_a_disk_that_is_too_small_is_told_before_copying(tmp_path: Path) -> None
     [
         ("train: {flip: []}", "train.flip"),
         ("train: {flip: [a, [a, b]]}", "names a class twice"),
-        ("{classes: [a, b], train: {flip: [c]}}", "'c', which is none of the classes"),
+        ("{classes: [a, b], train: {flip: [c]}}", "'c', which is not one of the classes"),
         ("{train: {flip: [a]}, eval: {views: [mirrored]}}", "needs train.flip: true"),
         ("eval: {views: [left, left]}", "names a view twice"),
         ("unsure: {precision: 1.0}", "unsure.precision"),

@@ -183,7 +183,7 @@ class FakeRegistry:
 
     def times_judged(self, test_digest: str) -> int:
         if not test_digest.isalnum():
-            raise InputError(f"{test_digest!r} is no digest")
+            raise InputError(f"{test_digest!r} is not a digest")
         return sum(run.tags.get("test_digest") == test_digest for _, run in self._judged())
 
     def _judged(self) -> list[tuple[str, FakeRun]]:

@@ -235,6 +235,6 @@ def test_credentials_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_something_else_at_the_address(server: SimpleNamespace) -> None:
     rest = Rest(server.uri)
-    with pytest.raises(ServiceError, match="no MLflow server"):
+    with pytest.raises(ServiceError, match="not an MLflow server"):
         rest._call("GET", "/health")
     rest.close()

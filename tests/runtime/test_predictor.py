@@ -95,7 +95,7 @@ def test_files_are_answered_one_by_one_and_bad_ones_say_why(models: list[Made], 
     text.write_text("not a video")
     answers = predict_files([text, video, tmp_path / "absent.mp4"], models[0].file, models[0].recipe, 7)
     assert [answer["path"] for answer in answers] == [str(text), str(video), str(tmp_path / "absent.mp4")]
-    assert "no video format" in answers[0]["error"] and "no file" in answers[2]["error"]
+    assert "no video format" in answers[0]["error"] and "not a file" in answers[2]["error"]
     expected = _by_keras(models[0], prepare_clips(video, SPEC)).mean(axis=0)
     assert answers[1]["version"] == 7 and answers[1]["label"] == CLASSES[int(expected.argmax())]
     np.testing.assert_allclose(list(answers[1]["probabilities"].values()), expected, atol=1e-4)

@@ -175,7 +175,7 @@ def test_a_quarantined_video_is_no_neighbour(project: Project) -> None:
 
 def test_a_file_that_cannot_be_used(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.mp4").write_text("no video")
-    for name, words in (("text.mp4", "no video format"), ("absent.mp4", "no file")):
+    for name, words in (("text.mp4", "no video format"), ("absent.mp4", "not a file")):
         assert run_verb(["similar", str(tmp_path / name), "--project", str(project.root)]) == 2
         assert words in capsys.readouterr().err
 

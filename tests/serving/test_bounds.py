@@ -45,4 +45,4 @@ def test_it_is_too_large_and_said_at_once(name: str, models: list[Made], video: 
 def test_predicting_from_the_command_line_has_the_same_limits(models: list[Made], video: Path, tmp_path: Path) -> None:
     bomb = motion_jpeg(tmp_path / "jpegs.avi")
     found = predict_files([bomb, tmp_path / "none.mp4", video], models[0].file, models[0].recipe, 1)
-    assert "8192x8192 pixels" in found[0]["error"] and "is no file" in found[1]["error"] and found[2]["label"]
+    assert "8192x8192 pixels" in found[0]["error"] and "is not a file" in found[1]["error"] and found[2]["label"]

@@ -229,5 +229,5 @@ def test_serve_and_up_agree_on_what_is_loopback(tmp_path: Path, monkeypatch: pyt
     for host in ("127.0.0.1", "127.0.0.2", "::1", "localhost", "LOCALHOST"):
         assert exposure.client_logins(Project(tmp_path), host) == {}
     for host in ("0.0.0.0", "::", "192.0.2.1"):
-        with pytest.raises(InputError, match="can be reached by others"):
+        with pytest.raises(InputError, match="other machines can reach"):
             exposure.client_logins(Project(tmp_path), host)

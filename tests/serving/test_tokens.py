@@ -66,14 +66,14 @@ def test_only_a_hash_is_kept_and_only_the_owner_reads_it(file: TokenFile) -> Non
 
 @pytest.mark.parametrize("name", ["", "a b", "../x", "-x", "x" * 33, "SORA_API_TOKEN", "ä", "a\n"])
 def test_names_that_are_none(file: TokenFile, name: str) -> None:
-    with pytest.raises(InputError, match="no name"):
+    with pytest.raises(InputError, match="not a name"):
         file.add(name)
     assert not file.path.exists()
 
 
 def test_a_name_is_given_once_and_revoked_once(file: TokenFile) -> None:
     file.add("phone")
-    with pytest.raises(InputError, match="there is a token"):
+    with pytest.raises(InputError, match="already a token"):
         file.add("phone")
     file.revoke("phone")
     with pytest.raises(InputError, match="no token"):
@@ -84,7 +84,7 @@ def test_they_are_bounded(file: TokenFile) -> None:
     file.path.parent.mkdir()
     kept = [{"name": f"n{i}", "sha256": "0" * 64, "created": "now"} for i in range(MAX_TOKENS)]
     file.path.write_text(json.dumps(kept))
-    with pytest.raises(InputError, match="the most"):
+    with pytest.raises(InputError, match="the maximum"):
         file.add("another")
 
 

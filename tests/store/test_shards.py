@@ -212,7 +212,7 @@ def test_a_missing_bucket_is_a_clear_error(whole: Path, tmp_path: Path) -> None:
 def test_a_video_that_no_longer_decodes_is_named(data: Path, table: pd.DataFrame, whole: Path, tmp_path: Path) -> None:
     more = shutil.copytree(data, tmp_path / "data")
     (more / "jump" / "g01_0.mp4").write_bytes(b"text")
-    with pytest.raises(ServiceError, match=r"jump/g01_0\.mp4 does not decode any more"):
+    with pytest.raises(ServiceError, match=r"jump/g01_0\.mp4 no longer decodes"):
         build(table, more, tmp_path / "s")
     assert not (tmp_path / "s" / INDEX).exists()
     assert not list((tmp_path / "s").glob(".*.part"))
@@ -338,7 +338,7 @@ def test_damaged_buckets_are_made_anew_and_said(
     assert stats.decoded == stats.damaged == (9 - stats.reused)
     assert (stats.damaged > 0) == (name != "header")  # behind a spoilt header the clips are whole: nothing is decoded
     said = capsys.readouterr().err
-    assert "bucket-" in said and "are made anew from the videos" in said
+    assert "bucket-" in said and "are made again from the videos" in said
     assert not ShardSet.open(out).damage()
 
 
@@ -414,7 +414,7 @@ def test_a_damaged_index_costs_no_decoding_where_dvc_knows_the_buckets(
         (out / INDEX).unlink() if text is None else (out / INDEX).write_bytes(text)
         assert build(table, data, out, recorded=lambda: known).decoded == 0
         assert tree(out) == tree(whole)
-    assert "is damaged and made anew" in capsys.readouterr().err
+    assert "is damaged and is made again" in capsys.readouterr().err
 
 
 def test_without_index_and_record_nothing_is_trusted(

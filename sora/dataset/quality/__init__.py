@@ -1,4 +1,4 @@
-"""What good data is: rules over the manifest, the quarantine, and the pages that show what validation found."""
+"""What good data is: rules over the manifest, the quarantine, and the pages that show the result."""
 
 from sora.dataset.quality.validation import Finding, Judgement, ValidationReport, judge, validate
 

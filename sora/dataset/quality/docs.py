@@ -1,8 +1,8 @@
-"""Data Docs: what validation found, as pages for people.
+"""Data Docs: the result of validation as web pages.
 
 `index.html` is the summary with every rejected video; `videos.html` and `classes.html` are Great Expectations' own
-pages of the two suites. Those load styles and scripts from half a dozen addresses, trust every name that they print
-and link to pages of a site that is not there; here they get a style of their own, escaped names and a policy that lets
+pages of the two suites. Those load styles and scripts from half a dozen addresses, trust every name that they print,
+and link to pages of a site that does not exist; here they get their own style, escaped names and a policy that lets
 them fetch and run nothing.
 """
 
@@ -21,8 +21,8 @@ from sora.dataset.quality.rules import FIXES
 from sora.dataset.quality.validation import Judgement, ValidationReport
 
 _HERE = Path(__file__).parent
-_MOST_ROWS = 2000  # rejected videos shown a rule
-_MOST_UNEXPECTED = 100  # rows shown an expectation on Great Expectations' pages
+_MOST_ROWS = 2000  # rejected videos shown per rule
+_MOST_UNEXPECTED = 100  # rows shown per expectation on Great Expectations' pages
 _POLICY = (
     '<meta http-equiv="Content-Security-Policy" '
     "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
@@ -74,7 +74,7 @@ def _suite_page(result: Any) -> str:
 
     for one in result.results:
         one.result = _shown({key: value for key, value in one.result.items() if key != "unexpected_index_query"})
-        # The configuration is the suite's, too: only what is printed of it is replaced, on a copy.
+        # The suite shares the configuration: only the printed parts are replaced, on a copy.
         one.expectation_config.kwargs = _shown(one.expectation_config.kwargs)
     view: Any = DefaultJinjaPageView()
     page: str = view.render(ValidationResultsPageRenderer().render(result))
@@ -83,7 +83,7 @@ def _suite_page(result: Any) -> str:
     page = re.sub(r'href="[^"#]*index\.html"', 'href="index.html"', page)
     page = re.sub(r'<a\s+href="[^"#]*expectations/[^"]*"\s*>(.*?)</a>', r"\1", page, flags=re.S)
     page = page.replace("<br> Data asset: None", "")
-    # Foldable parts open through their address, without a script: #name is the element's own id.
+    # Foldable parts open through their address, without a script: #name is the element's id.
     page = re.sub(r'<a data-toggle="collapse"', "<a", page)
     page = re.sub(r"<div id=([^\s\"'>]+) class=", r'<div id="\1" class=', page)
     style = (_HERE / "docs.css").read_text(encoding="utf-8")
@@ -95,7 +95,7 @@ def _suite_page(result: Any) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """A value as Great Expectations' templates can print it: plain numbers, escaped text, lists of bearable length."""
+    """A value as Great Expectations' templates can print it: plain numbers, escaped text, lists of readable length."""
     if isinstance(value, str):
         return html.escape(value).replace("$", "&#36;")  # they substitute $names
     if isinstance(value, np.generic):

@@ -21,9 +21,9 @@ _THEIR_SEVERITY: dict[Severity, str] = {"stop": "critical", "quarantine": "warni
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a table must fulfil. `build` gets Great Expectations' module and the labels that every expectation has.
+    """What a table must satisfy. `build` gets Great Expectations' module and the labels that every expectation has.
 
-    `column` is None where the expectation is about the table as a whole.
+    `column` is None if the expectation is about the table as a whole.
     """
 
     column: str | None
@@ -42,7 +42,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """`broken` holds the keys of the rows that break it; `value` what was observed where it is about the table."""
+    """`broken` holds the keys of the rows that break it; `value` is what was observed if it is about the table."""
 
     success: bool
     broken: tuple[str, ...]
@@ -58,7 +58,7 @@ def none_of(column: str, *values: str) -> Expectation:
 
 
 def one_of(column: str, values: Sequence[str]) -> Expectation:
-    """Every row that holds a value holds one of these."""
+    """Every row with a value holds one of these."""
     return Expectation(
         column, lambda gxe, labels: gxe.ExpectColumnValuesToBeInSet(column=column, value_set=list(values), **labels)
     )
@@ -89,7 +89,7 @@ def total(column: str, *, most: float) -> Expectation:
 
 
 def distinct(column: str, *, least: int) -> Expectation:
-    """The column holds at least so many different values; their number is the value observed."""
+    """The column holds at least this many different values; their number is the value observed."""
     return Expectation(
         column,
         lambda gxe, labels: gxe.ExpectColumnUniqueValueCountToBeBetween(column=column, min_value=least, **labels),
@@ -97,7 +97,7 @@ def distinct(column: str, *, least: int) -> Expectation:
 
 
 def rows(*, least: int) -> Expectation:
-    """The table has at least so many rows; their number is the value observed."""
+    """The table has at least this many rows; their number is the value observed."""
     return Expectation(None, lambda gxe, labels: gxe.ExpectTableRowCountToBeBetween(min_value=least, **labels))
 
 
@@ -107,7 +107,7 @@ def _range(least: float | None, most: float | None) -> dict[str, float]:
 
 
 class Judge:
-    """Great Expectations with a context that keeps nothing, asks nobody and shows no progress bars."""
+    """Great Expectations with a context that keeps nothing, contacts nobody and shows no progress bars."""
 
     def __init__(self) -> None:
         os.environ.setdefault("GX_ANALYTICS_ENABLED", QUIET_ENV["GX_ANALYTICS_ENABLED"])
@@ -120,7 +120,7 @@ class Judge:
     def __call__(
         self, suite: str, table: pd.DataFrame, key: str, questions: Sequence[Question]
     ) -> tuple[list[Answer], Any]:
-        """An answer to each question, in their order, and Great Expectations' own result for the Data Docs.
+        """An answer to each question, in order, and Great Expectations' own result for the Data Docs.
 
         Args:
             suite: the name of this set of questions.
@@ -128,7 +128,7 @@ class Judge:
             key: the column that names a row.
 
         Raises:
-            RuntimeError: Great Expectations could not judge a question. That is a fault of Sora's.
+            RuntimeError: Great Expectations could not judge a question. That is a fault in Sora.
         """
         import great_expectations as gx
         import great_expectations.expectations as gxe

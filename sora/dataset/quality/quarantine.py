@@ -16,7 +16,7 @@ def write(project: Project, rejections: Iterable[Rejection]) -> None:
     """Makes the quarantine hold these videos and no others.
 
     Raises:
-        DiskFull, ServiceError: it can't be written; the old list stands.
+        DiskFull, ServiceError: it can't be written; the old list remains.
     """
     place = project.quarantine
     value = [asdict(rejection) for rejection in rejections]
@@ -30,7 +30,7 @@ def read(project: Project) -> tuple[Rejection, ...]:
     """The videos that the last validation left out, by path.
 
     Raises:
-        OSError: nothing was validated yet (FileNotFoundError), or the list can't be read.
+        OSError: nothing has been validated yet (FileNotFoundError), or the list can't be read.
         InputError: the file is damaged.
     """
     text = project.quarantine.read_text(encoding="utf-8")
@@ -38,7 +38,7 @@ def read(project: Project) -> tuple[Rejection, ...]:
         return tuple(Rejection(**entry) for entry in json.loads(text))
     except (ValueError, TypeError) as error:
         raise InputError(
-            f"{project.quarantine} is not a quarantine list: {error}", fix="`sora run` makes it again"
+            f"{project.quarantine} is not a quarantine list: {error}", fix="`sora run` writes it again"
         ) from error
 
 

@@ -1,11 +1,11 @@
-"""The rules about good data: one record each, and everything that is told about a rule is derived from it.
+"""The rules about good data: one record each, from which everything that is shown about a rule is derived.
 
 To add a rule, write its record into `VIDEO_RULES` or `CLASS_RULES`, with a function that yields its conditions. A
 condition names the column that Great Expectations judges, the values of that column, and the words for a row that
 breaks it. Nothing else needs to know the rule: the fix that `sora check`, the Data Docs and errors print, the order of
 severity and the report come from the record. The README's table is held to it by `tests/test_docs.py`.
 
-Pixels are not looked at: decoding has found the facts already. Rules that reading a file can break have their fix in
+Pixels are not read here: decoding has already found the facts. Rules that reading a file can break have their fix in
 `records.RULES`, since the decoders raise them without this module.
 """
 
@@ -48,13 +48,13 @@ class Condition:
 
     Attributes:
         expectation: what is judged.
-        says: what is asked, in words.
-        values: the values of the column that is judged; None where it is about the table as a whole.
-        explain: of a row of `Subject.facts` with `facts` that breaks it, what it has and what is allowed.
-        observed: of the value observed, the same, where the expectation is about the table.
+        says: what is required, in words.
+        values: the values of the judged column; None if it is about the table as a whole.
+        explain: for a row of `Subject.facts` with `facts` that breaks it, what it has and what is allowed.
+        observed: the same for the value observed, if the expectation is about the table.
         facts: more columns for `explain`.
         aspect: tells several conditions of one rule apart.
-        spared: of the rows that break it, which ones stay all the same.
+        spared: which of the rows that break it stay anyway.
     """
 
     expectation: Expectation
@@ -73,10 +73,10 @@ class Rule(Generic[Subject]):
 
     Attributes:
         name: as reports and the README show it.
-        severity: a video that breaks it is left out (quarantine), training stops (stop), or it is only said (warn).
+        severity: a video that breaks it is left out (quarantine), training stops (stop), or it is only reported (warn).
         fix: what the owner of the data can do.
         conditions: yields those that apply to what is judged; None for a rule that is judged elsewhere.
-        gravity: a video that breaks several rules is listed under the one of the lowest number.
+        gravity: a video that breaks several rules is listed under the one with the lowest number.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Rule(Generic[Subject]):
 
 @dataclass(frozen=True)
 class Scenes:
-    """What near-duplicates have in common, a value a video: see `Videos.scenes`."""
+    """What near-duplicates have in common, one value per video: see `Videos.scenes`."""
 
     groups: Values
     labels: Values
@@ -99,9 +99,9 @@ class Scenes:
 
 
 class Videos:
-    """The manifest, a row a video, with what several rules ask about it.
+    """The manifest, one row per video, with what several rules need.
 
-    `facts` has the columns of `records.VideoRecord`, and `foremost`: the label that the rules about classes look at.
+    `facts` has the columns of `records.VideoRecord`, and `foremost`: the label that the rules about classes use.
     """
 
     def __init__(self, manifest: pd.DataFrame, settings: Settings, classes: list[str]) -> None:
@@ -113,12 +113,12 @@ class Videos:
 
     @cached_property
     def decoded(self) -> Values:
-        """bool: at least a frame decodes."""
+        """bool: at least one frame decodes."""
         return self.facts["frames"] > 0
 
     @cached_property
     def problem(self) -> Values:
-        """The rule that reading the file broke, or None. A name that is no rule counts as `unreadable`."""
+        """The rule that reading the file broke, or None. A name that is not a rule counts as `unreadable`."""
         error = self.facts["error"]
         return error.mask(error.notna() & ~error.isin(FIXES), "unreadable").astype(object)
 
@@ -139,14 +139,14 @@ class Videos:
 
     @cached_property
     def settled(self) -> Values:
-        """`labelled`, and NaN where the same bytes carry several labels, too."""
+        """`labelled`, but NaN also where the same bytes carry several labels."""
         return self.labelled.mask(self.labels_of_bytes > 1)
 
     @cached_property
     def scenes(self) -> Scenes:
         """Groups and labels of a scene, which is a chain of near-duplicates among the first copies of `settled`.
 
-        A video without a group is a group of its own, as it is when splits are assigned. Labels count only in a scene
+        A video without a group is its own group, as when splits are assigned. Labels count only in a scene
         of several groups: one person or camera looks alike in every class.
         """
         from scipy.sparse import coo_array
@@ -180,10 +180,10 @@ class Videos:
 
 
 class Classes:
-    """A row a class, counted over what was not quarantined, and one for each other label that was rejected.
+    """One row per class, counted over what was not quarantined, and one for each other label that was rejected.
 
-    `facts` has the columns `name` ("" for videos without a label), `videos` (NaN where it is no class) and `rejected`.
-    With a `reference` there is a row for each class of it that is gone, too.
+    `facts` has the columns `name` ("" for videos without a label), `videos` (NaN if it is not a class) and `rejected`.
+    With a `reference` there is also a row for each of its classes that is gone.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class Classes:
         self.counts = counts
         self.all_videos = len(manifest)
         self.reference = reference if reference and sum(reference.values()) and sum(counts.values()) else None
-        # Several labels of one video stay one here: each rejected video counts once.
+        # Several labels of one video count as one here: each rejected video counts once.
         label = manifest.set_index("path")["label"].reindex([entry.path for entry in rejected])
         lost = label.fillna("").value_counts()
         names = [*counts, *sorted(set(lost.index) - counts.keys())]
@@ -213,7 +213,7 @@ class Classes:
 
     @cached_property
     def change_of_share(self) -> Values:
-        """Half of the distance of each class's share from the one in `reference`: their sum is the total variation."""
+        """Half the distance of each class's share from the one in `reference`: their sum is the total variation."""
         reference = self.reference or {}
         now = self.facts["videos"].fillna(0) / sum(self.counts.values())
         then = self.facts["name"].map(reference).fillna(0) / sum(reference.values())
@@ -221,7 +221,7 @@ class Classes:
 
 
 def _foremost(label: object, classes: list[str], task: Task) -> str | None:
-    """The label that the rule about classes looks at: of several one that is no class, if there is one."""
+    """The label that the rule about classes uses: among several, one that is not a class, if there is one."""
     if not isinstance(label, str):
         return None
     own = task.names(label)
@@ -232,7 +232,7 @@ def _foremost(label: object, classes: list[str], task: Task) -> str | None:
 
 
 def _read(name: str, gravity: int, says: str) -> Rule[Videos]:
-    """A rule that reading the file broke: its name stands in the manifest."""
+    """A rule that reading the file broke: its name is in the manifest."""
 
     def conditions(videos: Videos) -> Iterator[Condition]:
         yield Condition(
@@ -267,7 +267,7 @@ def _of_a_class(videos: Videos) -> Iterator[Condition]:
         one_of("label", classes),
         "Every label is one of the classes.",
         videos.facts["foremost"],
-        lambda v: f"its label {v.foremost!r} is none of the {len(classes)} classes ({_some(classes)})",
+        lambda v: f"its label {v.foremost!r} is not one of the {len(classes)} classes ({_some(classes)})",
     )
 
 
@@ -416,7 +416,7 @@ VIDEO_RULES: tuple[Rule[Videos], ...] = (
     _read("too_large", 5, "Every video keeps within the limits of bytes, pixels, frames, seconds and memory."),
     _read("too_slow", 6, "Every video decodes in the time that one may take."),
     _read("truncated", 10, "Every video decodes to its end."),
-    # Such a video is not only left out: DVC versions the folder as a whole, and can't with such a name in it.
+    # Leaving such a video out is not enough: DVC versions the folder as a whole, and can't with such a name in it.
     Rule("bad_name", "stop", RULES["bad_name"], _versionable),
     Rule("unlabelled", "quarantine", "move the video into data/<class>/ or add it to data/labels.csv", _labelled, 7),
     Rule(
@@ -462,7 +462,7 @@ VIDEO_RULES: tuple[Rule[Videos], ...] = (
         _one_label_for_near_duplicates,
     ),
 )
-# The only rule about a folder without videos: no other one says anything there.
+# The only rule about a folder without videos: no other rule applies there.
 NO_VIDEOS: Rule[Videos] = Rule("no_videos", "stop", "put videos into data/<class>/", _some_videos)
 CLASS_RULES: tuple[Rule[Classes], ...] = (
     Rule(
@@ -487,7 +487,7 @@ CLASS_RULES: tuple[Rule[Classes], ...] = (
         _steady_balance,
     ),
 )
-# Judged elsewhere: when splits are assigned, and when the ledger is compared with what was recorded.
+# Judged elsewhere: when splits are assigned, and when the ledger is compared with the recorded one.
 SPLIT_CONFLICT: Rule[Videos] = Rule(
     "split_conflict",
     "quarantine",

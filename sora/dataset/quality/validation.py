@@ -1,10 +1,10 @@
 """Validation: the rules of `sora.dataset.quality.rules` over a manifest, judged by Great Expectations.
 
-Two suites. `videos` has one row a video: a row that breaks a rule is quarantined with it, or only reported where the
-rule says "warn". `classes` has one row a class, counted over what was not quarantined: a rule that fails there stops
+Two suites. `videos` has one row per video: a row that breaks a rule is quarantined with it, or only reported if the
+rule says "warn". `classes` has one row per class, counted over what was not quarantined: a rule that fails there stops
 the run or warns.
 
-The report holds no time and no order of its own, so the same manifest gives the same bytes.
+The report holds no time and no arbitrary order, so the same manifest gives the same bytes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SHOWN = 5  # examples in a finding's detail
 
 @dataclass(frozen=True)
 class Finding:
-    """What one condition of a rule came to.
+    """The result of one condition of a rule.
 
     `observed` is the number of rows that break it, or the value that it is about; `detail` says so in words.
     """
@@ -54,7 +54,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """What validation found. `rejected` is sorted by path; `counts` has the accepted videos of each class."""
+    """The result of validation. `rejected` is sorted by path; `counts` has the accepted videos of each class."""
 
     ok: bool
     videos: int
@@ -87,7 +87,7 @@ class ValidationReport:
             )
 
     def stopped(self, rule: Rule[Any], detail: str) -> ValidationReport:
-        """This report with one more rule, which was judged elsewhere, does not hold and stops runs."""
+        """This report with one more rule that was judged elsewhere, does not hold and stops runs."""
         finding = Finding(rule.name, rule.name, False, "stop", says="", observed=1, detail=detail)
         return replace(self, ok=False, expectations=[*self.expectations, finding])
 
@@ -117,7 +117,7 @@ class ValidationReport:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A report with Great Expectations' own result of each suite, which `docs.write` makes pages of."""
+    """A report with Great Expectations' own result of each suite, from which `docs.write` makes pages."""
 
     report: ValidationReport
     results: list[Any]
@@ -134,8 +134,8 @@ def judge(manifest: pd.DataFrame, settings: Settings, *, reference: dict[str, in
     """Judges a manifest.
 
     Args:
-        manifest: one row a file, the columns of `records.VideoRecord`.
-        settings: `validate`, `classes` and `model.head` are used; without classes every label that occurs is one.
+        manifest: one row per file, the columns of `records.VideoRecord`.
+        settings: `validate`, `classes` and `model.head` are used; without classes every label that occurs is a class.
         reference: accepted videos of each class in the last data version; None: no rule about the balance.
     """
     classes = list(settings.classes) or sorted(settings.task.single(manifest["label"].dropna()).unique())
@@ -192,7 +192,7 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """`broken` holds the rows that break the condition, with the columns for its words; none that it spares."""
+    """`broken` holds the rows that break the condition, with the columns for its message, but not the spared ones."""
 
     check: _Check
     success: bool
@@ -227,7 +227,7 @@ def _verdict(table: _Table, check: _Check, answer: Answer) -> _Verdict:
 
 
 def _rejections(verdicts: Iterable[_Verdict]) -> list[Rejection]:
-    """One rejection a video: the gravest of the rules that it breaks; the detail names the others, too."""
+    """One rejection per video: the gravest of the rules that it breaks; the detail also names the others."""
     broken: dict[str, list[tuple[int, str, str]]] = {}
     sha256: dict[str, str] = {}
     for verdict in verdicts:
@@ -258,6 +258,6 @@ def _finding(verdict: _Verdict) -> Finding:
         elif rule.severity == "quarantine":
             detail = f"{counted(count, 'video')}: {rule.fix}"
         else:
-            told = dict.fromkeys(condition.explain(row) for row in verdict.broken.head(_SHOWN).itertuples(index=False))
-            detail = "; ".join(told) + (f" and {count - _SHOWN} more" if count > _SHOWN else "")
+            lines = dict.fromkeys(condition.explain(row) for row in verdict.broken.head(_SHOWN).itertuples(index=False))
+            detail = "; ".join(lines) + (f" and {count - _SHOWN} more" if count > _SHOWN else "")
     return Finding(verdict.check.name, rule.name, verdict.success, rule.severity, condition.says, observed, detail)

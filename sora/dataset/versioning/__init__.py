@@ -1,6 +1,6 @@
 """Data versions and the preprocessing pipeline, by DVC.
 
-What other rooms use is named here; `dvc` (the child process) and `stages` (what dvc.yaml runs) are their own modules.
+Other rooms use what is exported here; `dvc` (the child process) and `stages` (what dvc.yaml runs) are separate modules.
 """
 
 from sora.dataset.versioning.cache import cache_folder, checkout, pull, push, recorded_files

@@ -1,4 +1,4 @@
-"""DVC's cache and remotes: what moves between them, and objects whose bytes are not those of their name."""
+"""DVC's cache and remotes: what moves between them, and objects whose bytes don't match their name."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from sora.media import pool
 
 
 def push(project: Project, targets: list[str] | None = None) -> None:
-    """Uploads what the cache holds of `targets` (stage names, data.dvc; all without) to their remote."""
+    """Uploads what the cache holds of `targets` (stage names, data.dvc; default: all) to their remote."""
     dvc(project.root, "push", *(targets or []))
 
 
 def pull(project: Project, targets: list[str] | None = None) -> None:
-    """Downloads `targets` (stage names, data.dvc; all without) from their remote and puts them in place."""
+    """Downloads `targets` (stage names, data.dvc; default: all) from their remote and puts them in place."""
     dvc(project.root, "pull", *(targets or []))
 
 
 def checkout(project: Project, targets: list[str] | None = None) -> None:
-    """Puts `targets` in place as data.dvc and dvc.lock name them, from the cache alone."""
+    """Puts `targets` in place as data.dvc and dvc.lock name them, only from the cache."""
     dvc(project.root, "checkout", "--force", *(targets or []))
 
 
@@ -39,12 +39,12 @@ def cache_folder(project: Project) -> Path:
 
 
 def object_file(cache: Path, md5: str) -> Path:
-    """Where the cache keeps the bytes of this MD5; that of a folder ends in `.dir`."""
+    """Where the cache keeps the bytes with this MD5; a folder's MD5 ends in `.dir`."""
     return cache / "files" / "md5" / md5[:2] / md5[2:]
 
 
 def recorded_files(project: Project, folder: Path) -> dict[str, str]:
-    """Names of the files of an output's folder → MD5, as dvc.lock and DVC's cache have them; {} where they don't."""
+    """Names of the files in an output's folder → MD5, from dvc.lock and DVC's cache; {} if they don't have them."""
     try:
         lock = yaml.safe_load(project.dvc_lock.read_text(encoding="utf-8"))
         path = folder.relative_to(project.root).as_posix()
@@ -59,9 +59,9 @@ def recorded_files(project: Project, folder: Path) -> dict[str, str]:
 
 
 def set_aside(cache: Path, named: dict[str, str], checked: set[str]) -> dict[str, str]:
-    """Renames objects whose bytes are not those of their name, so that DVC looks for others: MD5 → path of the file.
+    """Renames objects whose bytes don't match their name, so that DVC looks for others: MD5 → path of the file.
 
-    Objects that are missing are passed over. `checked` holds those that are known to be whole, and gets more.
+    Missing objects are skipped. `checked` holds those that are known to be whole, and is extended.
     """
 
     def whole(md5: str) -> bool | None:
@@ -97,7 +97,7 @@ def set_aside(cache: Path, named: dict[str, str], checked: set[str]) -> dict[str
 
 
 def fix_from_files(project: Project, cache: Path, damaged: dict[str, str]) -> None:
-    """Copies what the project's own folder still has whole back into the cache."""
+    """Copies files that are still whole in the project's own folder back into the cache."""
     for md5, path in damaged.items():
         place, source = object_file(cache, md5), project.root / path
         if place.exists() or not source.is_file():

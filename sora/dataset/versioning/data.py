@@ -19,7 +19,7 @@ from sora.dataset.versioning.integrity import read_whole, require_whole
 
 
 def init(root: Path) -> None:
-    """Makes `root`, a git repository already, a DVC repository with the embedded remote as default. Repeatable."""
+    """Makes the git repository `root` a DVC repository with the embedded remote as default. Repeatable."""
     if not (root / ".dvc" / "config").exists():
         dvc(root, "init")
     for name, target in (("dvc_config", ".dvc/config"), ("dvcignore", ".dvcignore")):
@@ -34,7 +34,7 @@ def add(project: Project) -> str:
         InputError: `data/` is no folder, is a link, or holds something that can't be versioned; data.dvc or dvc.lock is
             damaged.
         NotTrainable: a name in it is not UTF-8.
-        ServiceError: DVC recorded another number of files than there are.
+        ServiceError: DVC recorded a different number of files than there are.
     """
     require_whole(project)
     bad = sorted(badly_named(project.data))
@@ -66,7 +66,7 @@ def data_version(project: Project) -> str | None:
 
 
 def ensure_data(project: Project) -> bool:
-    """Gets `data/` from the cache or the remote where a clone has only data.dvc. True when it had to.
+    """Gets `data/` from the cache or the remote if a clone has only data.dvc. True if it had to.
 
     Raises:
         InputError: there is neither `data/` nor data.dvc, or data.dvc is damaged.
@@ -89,7 +89,7 @@ def _data_out(project: Project) -> dict[str, Any]:
 
 
 def _count_files(folder: Path) -> int:
-    """Files below `folder` as DVC should count them: links to files count, links to folders are not followed."""
+    """Counts files below `folder` as DVC should: links to files count, links to folders are not followed."""
     if folder.is_symlink():
         raise InputError(f"{folder} is a link: DVC does not version what a link points to", fix="replace it by a copy")
     if not folder.is_dir():
@@ -110,7 +110,7 @@ def _count_files(folder: Path) -> int:
                     continue
                 elif not stat.S_ISREG(entry.stat().st_mode):
                     raise InputError(
-                        f"{entry.path} is no regular file (a pipe, socket or device)", fix="move it out of data/"
+                        f"{entry.path} is not a regular file (a pipe, socket or device)", fix="move it out of data/"
                     )
                 else:
                     count += 1

@@ -1,4 +1,4 @@
-"""DVC and git as child processes: the one caller of DVC, whose words are translated into Sora's errors."""
+"""DVC and git as child processes: the only caller of DVC; it translates DVC's messages into Sora's errors."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from sora.core.progress import say
 
 
 def environment(**more: str) -> dict[str, str]:
-    """For DVC and git: quiet, this interpreter first in PATH (stages say `python`), no repository from outside.
+    """Environment for DVC and git: quiet, this interpreter first in PATH (stages say `python`), no outer repository.
 
     A git hook exports GIT_DIR and the like, which would lead both away from the project.
     """
-    found = quiet_environment(**more)
-    found["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), found.get("PATH", os.defpath)])
+    env = quiet_environment(**more)
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
     for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "DVC_ROOT"):
-        found.pop(name, None)
-    return found
+        env.pop(name, None)
+    return env
 
 
 def git(root: Path, *arguments: str) -> str | None:
@@ -41,7 +41,7 @@ def dvc(root: Path, *arguments: str, relay: bool = False, env: dict[str, str] | 
     """Standard output of `dvc ARGUMENTS` in `root`. `relay`: what stages write to standard error is shown at once.
 
     Raises:
-        RunActive, DiskFull, InputError, ServiceError: what DVC's words come to.
+        RunActive, DiskFull, InputError, ServiceError: what DVC's messages mean.
     """
     try:
         return _run(root, *arguments, relay=relay, env=env)
@@ -52,10 +52,10 @@ def dvc(root: Path, *arguments: str, relay: bool = False, env: dict[str, str] | 
 
 
 def _forget_dead_holders(lock: Path) -> bool:
-    """Takes processes that were killed, but whose parent has not asked for them yet, out of DVC's lock file.
+    """Removes processes that were killed, but not yet reaped by their parent, from DVC's lock file.
 
-    DVC itself forgets those that are gone. A zombie counts as living for it, and below a container's first process,
-    which seldom asks, it stays one: every later run would be told that DVC is at work. Returns whether any was found.
+    DVC itself forgets those that are gone. It takes a zombie for alive, and below a container's first process,
+    which seldom reaps, it stays one: every later run would hear that DVC is busy. Returns whether any was removed.
     """
     import psutil
 
@@ -111,7 +111,7 @@ def _run(root: Path, *arguments: str, relay: bool, env: dict[str, str] | None) -
         raise
     finally:
         listener.join(5)
-    # A copy into the cache that failed (a full disk) is an ERROR line, and DVC ends with 0 all the same.
+    # When a copy into the cache fails (a full disk), DVC prints an ERROR line but still ends with 0.
     if code != 0 or any(line.startswith("ERROR: ") for line in complaints):
         raise _translate(root, arguments, code, "".join(complaints))
     return output
@@ -119,17 +119,17 @@ def _run(root: Path, *arguments: str, relay: bool, env: dict[str, str] | None) -
 
 def _translate(root: Path, arguments: tuple[str, ...], code: int, complaints: str) -> SoraError:
     errors = [line for line in complaints.splitlines() if line.startswith("ERROR")] or complaints.splitlines()[-5:]
-    said = "\n".join(errors[:5]).replace("ERROR: ", "")
+    text = "\n".join(errors[:5]).replace("ERROR: ", "")
     what = f"dvc {arguments[0]} in {root}"
 
     def complained(*words: str) -> bool:
         return any(word in complaints for word in words)
 
     if complained("Unable to acquire lock", "is busy"):
-        return RunActive(f"{what}: another DVC command works in this project", fix="wait until it has ended")
+        return RunActive(f"{what}: another DVC command is running in this project", fix="wait until it has ended")
     if complained("No space left on device", "[Errno 28]", "Disk quota"):
         return DiskFull(
-            f"{what}: no space left: {said}", fix="make room (`sora gc --dry-run` shows what can go) and run again"
+            f"{what}: no space left: {text}", fix="make room (`sora gc --dry-run` shows what can go) and run again"
         )
     if complained("no remote specified"):
         return InputError(f"{what}: no remote is configured", fix="dvc remote add --default NAME FOLDER-OR-URL")
@@ -139,8 +139,8 @@ def _translate(root: Path, arguments: tuple[str, ...], code: int, complaints: st
             fix="`dvc push` where the files still are, or check the remote's address in .dvc/config",
         )
     if complained("not inside of a DVC repository", "supported SCM tool", "is not a git"):
-        return InputError(f"{what}: no DVC and git repository: {said}", fix="`git init` and `dvc init`, or `sora init`")
+        return InputError(f"{what}: no DVC and git repository: {text}", fix="`git init` and `dvc init`, or `sora init`")
     if complained("Permission denied", "Read-only file system"):
-        return ServiceError(f"{what}: {said}", fix="make the folder writable for this user")
+        return ServiceError(f"{what}: {text}", fix="make the folder writable for this user")
     how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
-    return ServiceError(f"{what} {how}: {said}", fix="run the same command again: it resumes")
+    return ServiceError(f"{what} {how}: {text}", fix="run the same command again: it resumes")

@@ -1,4 +1,4 @@
-"""Whether data.dvc and dvc.lock are what DVC wrote, and the way back where one is torn."""
+"""Whether data.dvc and dvc.lock are what DVC wrote, and how to restore a damaged one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 
 def require_whole(project: Project) -> None:
-    """Checks that data.dvc and dvc.lock, where they are there, are what DVC wrote.
+    """Checks that data.dvc and dvc.lock, if they exist, are what DVC wrote.
 
     Raises:
-        InputError: one is torn or holds the marks of a merge. It says how to get it back; nothing is restored unasked,
+        InputError: one is torn or has merge conflict marks. It says how to get it back; nothing is restored unasked,
             since git's last commit may name other data than the damaged file did.
     """
     for name in ("data.dvc", "dvc.lock"):
@@ -42,7 +42,7 @@ def read_whole(project: Project, name: str) -> dict[str, Any]:
 
 
 def _fault(name: str, text: str) -> str:
-    """What is wrong with the text of a data.dvc or dvc.lock; "" when nothing is."""
+    """What is wrong with the text of a data.dvc or dvc.lock; "" if nothing is."""
     if not text.strip():
         return "is empty"
     if re.search(r"^(<{7}|={7}|>{7})( |$)", text, re.MULTILINE):
@@ -67,11 +67,11 @@ def _how_to_restore(project: Project, name: str) -> str:
     last = git(project.root, "show", f"HEAD:./{name}")
     from_git = f"`git checkout HEAD -- {name}` in {project.root} brings back what git's last commit holds"
     if name == "dvc.lock":
-        anew = f"remove {name}: the next `sora run` writes it anew, and keeps what is prepared and intact"
+        otherwise = f"remove {name}: the next `sora run` writes it again, and keeps what is prepared and intact"
     elif project.data.is_dir():
-        anew = f"remove {name}: the next `sora run` writes it anew from data/"
+        otherwise = f"remove {name}: the next `sora run` writes it again from data/"
     else:
-        anew = f"get {name} from another clone: without data/ nothing else says which data it named"
+        otherwise = f"get {name} from another clone: without data/, nothing else says which data it named"
     if last is None or _fault(name, last):
-        return f"{anew} (git has no whole copy of it)"
-    return f"{from_git}; or {anew}"
+        return f"{otherwise} (git has no whole copy of it)"
+    return f"{from_git}; or {otherwise}"

@@ -1,7 +1,7 @@
 """The stages of dvc.yaml, which make `prepared/`: run by DVC, and run again when data, parameters or code change.
 
-`dvc.lock` says from which bytes, parameters and code `prepared/` was made. A stage that fails hands its error over
-whole.
+`dvc.lock` says from which bytes, parameters and code `prepared/` was made. A stage that fails hands over its whole
+error.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ _CODE_HEADER = "# Hashes of the code behind each stage of dvc.yaml. Sora writes 
 def reproduce(project: Project, *, force: bool = False) -> list[str]:
     """Brings `prepared/` up to date; returns the names of the stages that ran. `force`: all of them, from scratch.
 
-    The clips that training reads next are those that were written: damaged ones are made anew, here or in the stage.
+    The clips that training reads next are those that were written: damaged ones are made again, here or in the stage.
 
     Raises:
         NotTrainable: a rule about the whole set does not hold.
         SettingsError: params.yaml lacks a section that dvc.yaml names.
         SoraError: what a stage raised.
-        RunActive: another DVC command works in this project.
+        RunActive: another DVC command is running in this project.
         InputError: data.dvc or dvc.lock is damaged.
     """
     require_whole(project)
     _check_parameters(project)
     write_code_lock(project)
     ran = _repro(project, *(["--force"] if force else []), fresh=force)
-    # The stage compares what it finds with the digests. But DVC knows files by size and time: where a disk forgot bits,
-    # it sees nothing to do.
+    # The stage compares clips with their digests. But DVC knows files by size and time: if a disk corrupted bits,
+    # DVC sees nothing to do.
     if "shards" not in ran and _shards_are_damaged(project):
         ran += _repro(project, "--force", "--single-item", "shards")
     return ran
@@ -69,7 +69,7 @@ def _repro(project: Project, *options: str, fresh: bool = False) -> list[str]:
         if sys.stderr.isatty():
             more["SORA_STAGE_TTY"] = os.ttyname(sys.stderr.fileno())
         try:
-            # DVC's run cache would bring verdicts back without the Data Docs that belong to them.
+            # DVC's run cache would restore verdicts without their Data Docs.
             output = dvc(project.root, "repro", "--no-run-cache", *options, relay=True, env=more)
         except SoraError as error:
             if error_file.exists():
@@ -79,7 +79,7 @@ def _repro(project: Project, *options: str, fresh: bool = False) -> list[str]:
 
 
 def status(project: Project) -> dict[str, Any]:
-    """What `dvc status` says: {} when data and stages are up to date, else {stage: [what changed]}."""
+    """What `dvc status` says: {} if data and stages are up to date, else {stage: [what changed]}."""
     require_whole(project)
     changed: dict[str, Any] = json.loads(dvc(project.root, "status", "--json"))
     return changed
@@ -91,7 +91,7 @@ def code_hash() -> str:
 
 
 def write_code_lock(project: Project) -> None:
-    """Writes preprocessing.lock where it differs: DVC depends on it, since it can't depend on installed packages."""
+    """Writes preprocessing.lock if it differs: DVC depends on it, since it can't depend on installed packages."""
     settings = project.settings()
     write_if_different(project.root / CODE_LOCK, code_lock_text(settings.task.stage_suffix, bounds_of(settings)))
 
@@ -103,13 +103,13 @@ def code_lock_text(suffix: str = "", bounds: str = "") -> str:
 
 
 def bounds_of(settings: Settings) -> str:
-    """The bounds that the manifest depends on; "" for the default ones. Not in dvc.yaml: they may be left out."""
+    """The bounds that the manifest depends on; "" for the defaults. They are not in dvc.yaml: they may be left out."""
     bounds = settings.validate_.decoding()
     return "" if bounds == parse("").validate_.decoding() else json.dumps(bounds, sort_keys=True)
 
 
 def _check_parameters(project: Project) -> None:
-    """dvc.yaml names keys of params.yaml; DVC needs each to be there, although Sora has defaults for all."""
+    """dvc.yaml names keys of params.yaml; DVC needs each to exist, although Sora has defaults for all."""
     given = yaml.safe_load(project.params_file.read_text(encoding="utf-8")) or {}
     try:
         stages = yaml.safe_load(project.dvc_yaml.read_text(encoding="utf-8"))["stages"]

@@ -1,6 +1,6 @@
 """What the stages of dvc.yaml run: `python -m sora.stages manifest|validate|shards`, in the project's folder.
 
-Each calls one function below and writes what that made. An error goes to `versioning.reproduce` whole, through the file
+Each calls one function below and writes its result. An error goes whole to `versioning.reproduce`, through the file
 that SORA_STAGE_ERROR names; by hand (`dvc repro`) it is printed.
 """
 
@@ -25,11 +25,11 @@ from sora.core.processes import die_with_parent, error_event
 from sora.core.progress import Bar, bar, echo, say
 from sora.core.sandbox import hide_memory
 
-BALANCE = "balance_shifted"  # the expectation against the last judged run: no function of the bytes alone
+BALANCE = "balance_shifted"  # the expectation against the last judged run: not a function of the bytes alone
 
 
 def manifest(project: Project) -> dict[str, int]:
-    """Decodes every video that is new, by its bytes, and writes manifest.parquet."""
+    """Decodes every video whose bytes are new, and writes manifest.parquet."""
     from sora.dataset import manifest as manifests
 
     journal = project.journal
@@ -46,7 +46,7 @@ def manifest(project: Project) -> dict[str, int]:
 
 
 def validate(project: Project) -> dict[str, int]:
-    """Judges the manifest; writes quarantine.json and validation.json, and beside the versioned files the Data Docs.
+    """Judges the manifest; writes quarantine.json, validation.json and, not versioned, the Data Docs.
 
     Raises:
         NotTrainable: a rule about the whole set does not hold.
@@ -58,13 +58,13 @@ def validate(project: Project) -> dict[str, int]:
     judgement = judge(manifests.read(project.manifest), project.settings(), reference=reference)
     docs.write(project.docs, judgement)
     report = judgement.report
-    told = report.to_dict()
-    _write_json(side_file(project), told)
+    contents = report.to_dict()
+    _write_json(side_file(project), contents)
     report.require()
     quarantine.write(project, report.rejected)
-    # The stage must be a pure function of its inputs: what was judged against another run stays outside.
-    told["expectations"] = [one for one in told["expectations"] if one["rule"] != BALANCE]
-    _write_json(project.validation, told)
+    # The stage must be a pure function of its inputs: a verdict against another run is kept outside.
+    contents["expectations"] = [one for one in contents["expectations"] if one["rule"] != BALANCE]
+    _write_json(project.validation, contents)
     return {"accepted": report.accepted, "rejected": len(report.rejected)}
 
 
@@ -101,7 +101,7 @@ def side_file(project: Project) -> Path:
 
 
 def reference_counts(project: Project) -> dict[str, int] | None:
-    """Videos a class of the last judged run, which the nightly leaves in .sora/reference.json."""
+    """Videos per class of the last judged run, which the nightly leaves in .sora/reference.json."""
     try:
         counts: dict[str, int] = json.loads(project.reference.read_text(encoding="utf-8"))
         return counts
@@ -114,7 +114,7 @@ def reference_counts(project: Project) -> dict[str, int] | None:
 
 @contextlib.contextmanager
 def _bar(title: str) -> Iterator[Bar]:
-    """A progress bar on the terminal of the process that called DVC, which keeps our own standard error in a pipe."""
+    """A progress bar on the terminal of the process that called DVC: our own standard error is a pipe."""
     terminal = os.environ.get("SORA_STAGE_TTY")
     if not terminal:
         with bar(title) as update:
@@ -149,7 +149,7 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def _from_scratch() -> bool:
-    """What an earlier run left is not built upon (`versioning.reproduce(force=True)`)."""
+    """Whether to ignore what an earlier run left (`versioning.reproduce(force=True)`)."""
     return bool(os.environ.get("SORA_STAGE_FRESH"))
 
 
@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         project = Project(Path.cwd())
         if name not in STAGES:
-            raise InputError(f"no stage {name}: there are {', '.join(STAGES)}")
+            raise InputError(f"no stage {name}: the stages are {', '.join(STAGES)}")
         counts = STAGES[name](project)
         _write_json(project.stage_counts(name), counts)
     except (SoraError, OSError) as error:

@@ -1,4 +1,4 @@
-"""States of a project: all that is needed to come back to what it was, and coming back."""
+"""States of a project: everything needed to return to an earlier one, and returning to it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from sora.dataset.versioning.dvc import dvc, git
 from sora.dataset.versioning.integrity import require_whole
 from sora.dataset.versioning.pipeline import CODE_LOCK, STAGES, code_hash
 
-# What names a state of a project; a run stores these texts, and `restore` writes them.
+# The files that name a state of a project; a run stores their texts, and `restore` writes them.
 STATE_FILES = ("data.dvc", "dvc.yaml", "dvc.lock", CODE_LOCK, "params.yaml", "splits.csv")
 
 
 def state(project: Project) -> dict[str, Any]:
-    """All that is needed to come back to what this project is now.
+    """Everything needed to return to the project's present state.
 
     The texts of `STATE_FILES` (those that exist) by name, and `git_commit` (None without one), `git_dirty`,
     `data_version`, `code_hash`. params.yaml is without its secrets: the state is stored where others read it.
 
     Raises:
-        InputError: data.dvc or dvc.lock is damaged: nobody could come back to it.
+        InputError: data.dvc or dvc.lock is damaged: nobody could return to it.
     """
     require_whole(project)
     texts = {
@@ -54,11 +54,11 @@ def state(project: Project) -> dict[str, Any]:
 def restore(project: Project, saved: dict[str, Any], target: Path, *, data: bool = True) -> Project:
     """Lays out a saved `state` in the new folder `target`, with the cache and remotes of `project`.
 
-    The project's own files stay as they are. `data=False` leaves `data/` out: manifest, verdicts and shards suffice to
+    The project's own files stay as they are. `data=False` omits `data/`: manifest, verdicts and shards suffice to
     evaluate a model.
 
-    Objects of the cache are compared with their names before they are laid out. A damaged one is set aside, and taken
-    from the project's own files or the remote, whichever has its bytes; that is said.
+    Objects of the cache are compared with their names before they are laid out. A damaged one is set aside and replaced
+    from the project's own files or the remote, whichever has its bytes; a message says so.
 
     Raises:
         InputError: the state names no data, or `target` is not empty.
@@ -86,14 +86,14 @@ def restore(project: Project, saved: dict[str, Any], target: Path, *, data: bool
     while True:
         fix_from_files(project, cache, damaged)
         _lay_out(restored, targets, cache, damaged)
-        # Of what came from the remote nothing was checked yet, nor what a damaged list of files named.
+        # Nothing from the remote has been checked yet, nor what a damaged list of files named.
         more = set_aside(cache, _named(saved, data), checked)
         if not more:
             break
         twice = [md5 for md5 in more if md5 in damaged]
         if twice:
             raise ServiceError(
-                f"the remote's copy of {object_file(cache, twice[0])} ({more[twice[0]]}) is damaged, too",
+                f"the remote's copy of {object_file(cache, twice[0])} ({more[twice[0]]}) is damaged too",
                 fix="remove it from the remote, and `dvc push` from a clone that has it whole",
             )
         damaged |= more
@@ -101,7 +101,7 @@ def restore(project: Project, saved: dict[str, Any], target: Path, *, data: bool
             shutil.rmtree(folder, ignore_errors=True)
     for md5, path in damaged.items():
         place = object_file(cache, md5)
-        say(f"{place}, which DVC's cache keeps of {path}, was damaged: it was replaced by a whole copy")
+        say(f"{place}, which DVC's cache keeps of {path}, was damaged: it was replaced with a whole copy")
     return restored
 
 
@@ -133,14 +133,14 @@ def _named(saved: dict[str, Any], data: bool) -> dict[str, str]:
 
 
 def code_notes(project: Project, saved: dict[str, Any]) -> list[str]:
-    """In words, what of the code differs from when `saved` was stored."""
+    """How the code differs from when `saved` was stored, in words."""
     commit, notes = git(project.root, "rev-parse", "HEAD"), []
     if saved.get("code_hash") not in (None, code_hash()):
         notes.append("the preprocessing code has changed since: the stored clips were used, today's would differ")
     if saved.get("git_commit") != commit:
-        notes.append(f"git stood at {saved.get('git_commit')} then and stands at {commit} now")
+        notes.append(f"git was at {saved.get('git_commit')} then and is at {commit} now")
     if saved.get("git_dirty"):
-        notes.append("files were changed and not committed then")
+        notes.append("there were uncommitted changes then")
     return notes
 
 

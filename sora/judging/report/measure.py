@@ -52,7 +52,7 @@ def _slice(kind: str, value: str, right: np.ndarray) -> dict[str, Any]:
 
 
 def _thirds(kind: str, names: Sequence[str], unit: str, values: np.ndarray, right: np.ndarray) -> list[dict[str, Any]]:
-    """A slice for each third of the videos by value; fewer where values are equal."""
+    """A slice for each third of the videos by value; fewer if values are equal."""
     known = np.isfinite(values)
     if not known.any():
         return []
@@ -70,7 +70,7 @@ def _thirds(kind: str, names: Sequence[str], unit: str, values: np.ndarray, righ
 def slices(facts: dict[str, Sequence[Any]], right: np.ndarray) -> list[dict[str, Any]]:
     """Accuracy with its interval by brightness, duration, codec and group.
 
-    `facts` holds a sequence, one entry a video, under each of those names that is known. Of groups, those with at least
+    `facts` holds a sequence, one entry per video, under each known name. Of groups, those with at least
     3 videos and of these the 10 worst.
     """
     result: list[dict[str, Any]] = []
@@ -81,10 +81,10 @@ def slices(facts: dict[str, Sequence[Any]], right: np.ndarray) -> list[dict[str,
         result += _thirds("duration", ("short", "middle", "long"), " s", np.asarray(facts["duration"], float), right)
     for kind in ("codec", "group"):
         names = np.array([name if isinstance(name, str) else "" for name in facts.get(kind, ())], object)
-        found = [_slice(kind, name, right[names == name]) for name in sorted(set(names) - {""})]
+        parts = [_slice(kind, name, right[names == name]) for name in sorted(set(names) - {""})]
         if kind == "group":
-            found = sorted((s for s in found if s["videos"] >= MIN_GROUP), key=lambda s: (s["accuracy"], -s["videos"]))
-        result += found[:WORST_GROUPS]
+            parts = sorted((s for s in parts if s["videos"] >= MIN_GROUP), key=lambda s: (s["accuracy"], -s["videos"]))
+        result += parts[:WORST_GROUPS]
     return result
 
 
@@ -103,17 +103,17 @@ def report(
 ) -> EvalReport:
     """All measures of one model on one split.
 
-    Of a split without videos only `metrics["videos"]` is known, and of a class without videos only its support (and its
-    precision, when it was answered): what is not known is left out, never 0. `macro_f1` is over the classes that occur
+    Of a split without videos only `metrics["videos"]` is known, of a class without videos only its support (and its
+    precision, if it was answered): what is not known is left out, never 0. `macro_f1` is over the classes that occur
     as truth or answer. `majority` is the accuracy of always answering this split's own most frequent class, the
     strictest reading. `ece_noise` is `calibration_noise`. Intervals are Wilson's at 95 % and take videos as
-    independent; where groups are few and alike, the truth is wider.
+    independent; if groups are few and alike, the true interval is wider.
 
-    Where a video may have several labels, an answer is all classes of at least `multi.THRESHOLD`, and right when it
+    If a video may have several labels, an answer is all classes of at least `multi.THRESHOLD`, and is right when it
     is an exact match: `accuracy`, `majority` (of the most frequent set of labels) and the slices count so. Recall,
     precision and F1 are each class's own, `ece` pools all classes of all videos, and there is
     `mean_average_precision`, over the classes that occur; there is no confusion, since a missed label is not taken for
-    another one.
+    another.
 
     Args:
         labels: the task's targets, indices of `classes` or a column for each of them.
@@ -130,7 +130,7 @@ def report(
     right = (given == answers).all(axis=1)
     support, claimed, hits = given.sum(axis=0), answers.sum(axis=0), (given & answers).sum(axis=0)
 
-    found: dict[str, float] = {"videos": float(len(labels))}
+    measured: dict[str, float] = {"videos": float(len(labels))}
     per_class: dict[str, dict[str, float]] = {
         name: {"support": float(n)} for name, n in zip(classes, support, strict=True)
     }
@@ -144,7 +144,7 @@ def report(
         confidence, so = task.decisions(probabilities, labels)
         occurs = support + claimed > 0
         low, high = wilson(float(right.sum()), len(right))
-        found |= {
+        measured |= {
             "accuracy": float(right.mean()),
             "accuracy_low": low,
             "accuracy_high": high,
@@ -157,7 +157,7 @@ def report(
     result = EvalReport(
         split=split,
         classes=tuple(classes),
-        metrics={**found, **(metrics or {})},
+        metrics={**measured, **(metrics or {})},
         per_class=per_class,
         confusion=(given.T.astype(int) @ answers.astype(int)).tolist() if task.exclusive else [],
         slices=slices(facts, right) if len(labels) else [],

@@ -14,12 +14,12 @@ from sora.core.tensors import VIDEO
 if TYPE_CHECKING:
     import pandas as pd
 
-FRAMES = 4  # of a video in its strip
+FRAMES = 4  # frames of a video in its strip
 MOST = 12  # mistakes shown
 
 
 class Clips(Protocol):
-    """What is used of `sora.store.shards.ShardSet`."""
+    """The part of `sora.store.shards.ShardSet` that is used here."""
 
     @property
     def spec(self) -> ClipSpec: ...
@@ -35,13 +35,13 @@ class Mistake:
     path: str
     label: str
     predicted: str
-    confidence: float  # in what it answered; of a multi-label model in the class that it was most wrong about
+    confidence: float  # in its answer; for a multi-label model in the class that it was most wrong about
     truth: float  # probability that it gave to the true class, or to the truth about that class
     strip: np.ndarray  # see the function `strip`
 
 
 def worst(report: EvalReport, shards: Clips, most: int = MOST) -> list[Mistake]:
-    """Wrong answers by falling confidence. A video that the shards lack is left out."""
+    """Wrong answers, most confident first. A video that is missing in the shards is left out."""
     wrong = [(video, *_confidence(video, report)) for video in report.videos if video["predicted"] != video["label"]]
     wrong.sort(key=lambda entry: (-entry[1], entry[0]["sha256"]))
     if not wrong:
@@ -68,7 +68,7 @@ def _confidence(video: dict[str, Any], report: EvalReport) -> tuple[float, float
 
 
 def strip(shards: Clips, rows: np.ndarray) -> np.ndarray:
-    """Frames of the middle one of a video's clips (its `rows` of the index), evenly spread: `(height, FRAMES * width,
+    """Frames of the middle one of a video's clips (its `rows` in the index), evenly spaced: `(height, FRAMES * width,
     rgb) uint8`.
     """
     clip = shards.read(VIDEO, rows[len(rows) // 2 : len(rows) // 2 + 1])[0]

@@ -1,6 +1,6 @@
-"""The page of an evaluation: one HTML file with everything in it, and the plots as PNG files beside it for other uses.
+"""The page of an evaluation: one self-contained HTML file, and the plots as PNG files beside it for other uses.
 
-Labels, paths and groups come from file names of strangers: the template escapes all of them, the page's policy forbids
+Labels, paths and groups come from strangers' file names: the template escapes all of them, the page's policy forbids
 scripts and every outside address.
 """
 
@@ -38,9 +38,9 @@ def write(
     """Writes index.html, the plots and mistakes.png into `folder`; returns their paths.
 
     Args:
-        reports: of "test" and, if it is there, of "val".
+        reports: of "test" and, if there is one, of "val".
         raw_test: `(videos, classes)` probabilities of the test split before calibration, in the report's order.
-        history: metrics of the training, an epoch each.
+        history: metrics of each epoch of the training.
     """
     test = reports["test"]
     worst = mistakes_.worst(test, shards)
@@ -86,35 +86,35 @@ def render(
 
 
 def _cards(test: EvalReport) -> list[tuple[str, str, str]]:
-    """(name, value, remark) of the figures on top."""
-    found, words = test.metrics, tasks.of(test.multilabel).words
+    """(name, value, remark) of the figures at the top."""
+    known, words = test.metrics, tasks.of(test.multilabel).words
     if not test.videos:
         return [("test videos", "0", "nothing can be said")]
     cards = [
         (
             words.accuracy,
-            f"{found['accuracy']:.1%}",
-            f"95% interval {found['accuracy_low']:.1%} to {found['accuracy_high']:.1%}",
+            f"{known['accuracy']:.1%}",
+            f"95% interval {known['accuracy_low']:.1%} to {known['accuracy_high']:.1%}",
         ),
-        ("macro-F1", f"{found['macro_f1']:.3f}", "mean over classes"),
+        ("macro-F1", f"{known['macro_f1']:.3f}", "mean over classes"),
         (
             words.majority,
-            f"{found['majority']:.1%}",
+            f"{known['majority']:.1%}",
             words.always,
         ),
         (
             "calibration error",
-            f"{found['ece']:.3f}",
-            f"by chance up to {found['ece_noise']:.3f}; temperature {test.temperature:.2f}",
+            f"{known['ece']:.3f}",
+            f"by chance up to {known['ece_noise']:.3f}; temperature {test.temperature:.2f}",
         ),
         ("test videos", f"{len(test.videos)}", f"{len(test.classes)} classes"),
-        ("latency", f"{found['latency_ms']:.1f} ms" if "latency_ms" in found else "–", "one clip, warmed model call"),
+        ("latency", f"{known['latency_ms']:.1f} ms" if "latency_ms" in known else "–", "one clip, warmed model call"),
     ]
-    if "mean_average_precision" in found:
-        cards.append(("mean average precision", f"{found['mean_average_precision']:.3f}", "over the classes"))
-    if "coverage" in found:
-        right = f"{found['sure_precision']:.1%} of them right" if "sure_precision" in found else "none is sure"
-        cards.append(("sure answers", f"{found['coverage']:.1%}", right))
+    if "mean_average_precision" in known:
+        cards.append(("mean average precision", f"{known['mean_average_precision']:.3f}", "over the classes"))
+    if "coverage" in known:
+        right = f"{known['sure_precision']:.1%} of them right" if "sure_precision" in known else "none is sure"
+        cards.append(("sure answers", f"{known['coverage']:.1%}", right))
     return cards
 
 
@@ -127,7 +127,7 @@ def _grouped(slices: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str,
 
 
 def environment() -> jinja2.Environment:
-    """Jinja's, which escapes all that is put into a page; filters `share` and `number`."""
+    """Jinja's environment: it escapes everything that is put into a page, and has the filters `share` and `number`."""
     import jinja2
 
     made = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -137,7 +137,7 @@ def environment() -> jinja2.Environment:
 
 
 def jpeg(pixels: np.ndarray) -> str:
-    """`(height, width, rgb) uint8` as the address of an image that stands in the page itself."""
+    """`(height, width, rgb) uint8` as a data URI for the page."""
     import cv2
 
     encoded = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 85])[1]

@@ -1,6 +1,6 @@
 """The plots of an evaluation, each a PNG in memory. Figures are drawn without pyplot, which would keep them all alive.
 
-Labels and paths come from folder names: `$` starts no formula here, and a script that the font lacks is no warning.
+Labels and paths come from folder names: `$` does not start a formula, and missing glyphs cause no warning.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, FAINT, BLUE, ORANGE, GREEN = "#24292f", "#8b949e", "#2f6fdb", "#d9730d", "#1a8a5f"
-MANY = 12  # classes; beyond, a legend or a number in every cell is no help
+MANY = 12  # classes; beyond this a legend or a number in every cell does not help
 MOST_NAMES = 60
 
 
 def plain(text: object, most: int = 40) -> str:
-    """As matplotlib shows it literally, with its middle left out where it is long."""
+    """The text for matplotlib to show literally; the middle of a long one is left out."""
     shown = "".join(c if c.isprintable() else "�" for c in str(text))
     if len(shown) > most:
         shown = f"{shown[: most // 2 - 1]}…{shown[-(most // 2) :]}"
@@ -72,7 +72,7 @@ def confusion(report: EvalReport) -> bytes:
     picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     names = (
         [plain(name, 18) for name in report.classes] if len(counts) <= MOST_NAMES else []
-    )  # else no one could read them
+    )  # else nobody could read them
     font = 9 if len(counts) <= MANY else 7
     axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=font)
     axis.set_yticks(range(len(names)), names, fontsize=font)
@@ -88,7 +88,7 @@ def confusion(report: EvalReport) -> bytes:
 
 
 def precision_recall(report: EvalReport) -> bytes:
-    """One curve a class, against all others; with many classes the five worst by average precision are named."""
+    """One curve per class, against all others; with many classes the five worst by average precision are named."""
     curves = sorted(measure.precision_recall(report).items(), key=lambda item: item[1][2])
     figure = _figure(6, 4.4)
     axis = figure.add_subplot()
@@ -112,7 +112,7 @@ def precision_recall(report: EvalReport) -> bytes:
 def reliability(report: EvalReport, raw: np.ndarray | None) -> bytes:
     """Accuracy against confidence, with the fitted temperature and (`raw`: `(videos, classes)`) without.
 
-    Of a multi-label model: how often a class is there against its probability, all classes together.
+    For a multi-label model: how often a class is present against its probability, all classes together.
     """
     task, truth = tasks.of(report.multilabel), measure.truth(report)
     served = np.array([video["probabilities"] for video in report.videos], float).reshape(-1, len(report.classes))
@@ -138,7 +138,7 @@ def reliability(report: EvalReport, raw: np.ndarray | None) -> bytes:
 
 
 def recalls(report: EvalReport) -> bytes:
-    """Recall of every class of the split with its 95 % interval, the worst on top."""
+    """Recall of every class of the split with its 95 % interval, the worst at the top."""
     known = [(name, values) for name, values in report.per_class.items() if "recall" in values]
     known = sorted(known, key=lambda item: item[1]["recall"])[:MOST_NAMES][::-1]
     figure = _figure(6, max(2.2, 0.9 + 0.3 * len(known)))
@@ -154,7 +154,7 @@ def recalls(report: EvalReport) -> bytes:
 
 
 def history(epochs: Sequence[dict[str, float]]) -> bytes:
-    """Loss and accuracy of training and validation, an epoch each; a dot marks the best validation loss."""
+    """Loss and accuracy of training and validation per epoch; a dot marks the best validation loss."""
     figure = _figure(9, 3.4)
     for axis, measured in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for name, key, colour in (("training", measured, FAINT), ("validation", f"val_{measured}", BLUE)):
@@ -181,7 +181,7 @@ def history(epochs: Sequence[dict[str, float]]) -> bytes:
 
 
 def contact_sheet(mistakes: Sequence[Mistake]) -> bytes:
-    """The worst mistakes, two a row: a strip of frames each, with what it is, what was answered, and the path."""
+    """The worst mistakes, two per row: a strip of frames each, with the truth, the answer, and the path."""
     if not mistakes:
         figure = _figure(6, 1)
         figure.text(0.5, 0.5, "no mistakes", ha="center", va="center", color=FAINT, fontsize=12)

@@ -6,16 +6,16 @@ from sora.core.records import ClipSpec, ClipWindow
 
 
 def spread(start: int, length: int, count: int) -> tuple[int, ...]:
-    """`count` indices, the middles of equal parts of `[start, start + length)`. Repeats some when `count > length`."""
+    """`count` indices, the middles of equal parts of `[start, start + length)`. Repeats some if `count > length`."""
     return tuple(start + (2 * i + 1) * length // (2 * count) for i in range(count))
 
 
 def windows(frames: int, fps: float, spec: ClipSpec) -> list[ClipWindow]:
-    """The clips of a video of `frames` frames at `fps` frames a second.
+    """The clips of a video with `frames` frames at `fps` frames per second.
 
     `uniform` gives one clip over the whole video. `window` gives as many spans of `spec.window_seconds` as fit side
     by side, at most `spec.max_clips`, evenly spread from the first frame to the last; a video that is shorter than one
-    span gives one clip of all of it.
+    span gives one clip of the whole video.
 
     Returns:
         At least one window of `spec.frames` indices each, in the order of time.

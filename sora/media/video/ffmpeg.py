@@ -1,8 +1,8 @@
-"""The one importer of FFmpeg (PyAV): what a video file is, and its frames, upright.
+"""The only importer of FFmpeg (PyAV): what a video file is, and its frames, upright.
 
 Files are untrusted. FFmpeg sees bytes, never a name; only the demuxers of `DEMUXERS` may read them; no protocol is
-allowed and a demuxer that asks for another file (playlists, references) is refused. So the answer depends on the bytes
-alone, and facts can be reused by digest. A file comes as a path or, to a process that may open nothing, as an open
+allowed and a demuxer that asks for another file (playlists, references) is refused. So the answer depends only on the
+bytes, and facts can be reused by digest. A file comes as a path or, for a process that may open nothing, as an open
 descriptor, which is read from its beginning and stays open.
 
 Conversions use swscale's bit-exact paths: the same bytes on every CPU, since their digests are committed. swscale
@@ -45,14 +45,14 @@ DEMUXERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,live_flv,kux,asf,ogg,mpegts,mpeg,mpegvideo,mxf,nut,nsv,rm,dv,swf,"
     "wtv,dhav,ifv,gif,apng,ivf,obu,av1,h261,h263,h264,hevc,vvc,m4v,vc1,mjpeg,yuv4mpegpipe"
 )
-# First bytes of the usual containers: tells a broken video from a file that is none.
+# First bytes of the usual containers: tell a broken video from a file that is not a video.
 _MAGIC = ((0, b"RIFF"), (0, b"\x1a\x45\xdf\xa3"), (0, b"FLV"), (0, b"OggS"), (0, b"\x30\x26\xb2\x75"), (0, b"GIF8"),
           (4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (0, b"\x00\x00\x01\xba"), (0, b"\x00\x00\x01\xb3"))  # fmt: skip
 _PLANAR = {"yuv420p", "yuv422p", "yuv444p", "yuv440p", "yuv411p", "yuv410p", "yuva420p", "nv12", "nv21"}
 _FULL_RANGE = {"yuvj420p", "yuvj422p", "yuvj444p", "yuvj440p", "yuvj411p"}
 _EXACT = Interpolation.BITEXACT | Interpolation.ACCURATE_RND
-MAX_STREAMS = 128  # of a file, sound and subtitles included: a broadcast's whole multiplex has some dozens
-# What FFmpeg's log says where its error codes do not tell a file beyond a bound from a broken one.
+MAX_STREAMS = 128  # of a file, including sound and subtitles: a broadcast's whole multiplex has some dozens
+# FFmpeg's log tells a file beyond a bound from a broken one where its error codes don't.
 _BEYOND = re.compile(r"Picture size (\S+) exceeds specified max pixel count|exceeds max_streams")
 COVERAGE = 0.9  # of the announced length must decode, or the file is truncated
 
@@ -62,7 +62,7 @@ Choose = Callable[[int, float], Collection[int]]  # (frames, fps) → the indice
 
 
 def import_all() -> None:
-    """Imports what PyAV would import when a file first needs it: for a process that soon may open nothing."""
+    """Imports what PyAV would import when a file first needs it: for a process that soon can't open files."""
     for module in pkgutil.walk_packages(av.__path__, "av."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
@@ -80,7 +80,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What decoding a whole file showed. The fields of `records.VideoRecord`, and what its header claimed."""
+    """The facts from decoding a whole file: the fields of `records.VideoRecord`, and what its header claimed."""
 
     codec: str
     width: int
@@ -92,9 +92,9 @@ class Facts:
     audio: bool
     brightness: float
     signature: str
-    announced: int  # frames, by the header; 0: it says none
-    decode_error: str  # FFmpeg's words where decoding broke after `frames` frames; "" where it did not
-    truncated: str  # why the file counts as truncated; "" where it does not
+    announced: int  # frames, according to the header; 0: it does not say
+    decode_error: str  # FFmpeg's message if decoding broke after `frames` frames; "" if it did not
+    truncated: str  # why the file counts as truncated; "" if it does not
 
 
 def refuse(rule: str, message: str) -> VideoError:
@@ -155,7 +155,7 @@ def _opened(path: Source, limits: Limits) -> Iterator[tuple[InputContainer, Vide
 def _file(path: Source, limits: Limits) -> Iterator[IO[bytes]]:
     """A regular file of an allowed size, at its beginning."""
     try:
-        if not isinstance(path, int) and not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block for ever
+        if not isinstance(path, int) and not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block forever
             raise refuse("not_a_video", "no regular file")
         file = open(path, "rb", buffering=0, closefd=not isinstance(path, int))  # noqa: SIM115
     except OSError as error:
@@ -192,10 +192,10 @@ def _container(file: IO[bytes], options: dict[str, str]) -> InputContainer:
 
 
 def _check_log(file: IO[bytes], limits: Limits) -> None:
-    """Where FFmpeg gave a file up before its first frame: once more, to its first error, with its log.
+    """Repeats, with FFmpeg's log, the decoding of a file that failed before its first frame, up to its first error.
 
     Raises:
-        VideoError: too_large, since it broke off at a bound.
+        VideoError: too_large, if it stopped at a bound.
     """
     level = av.logging.get_level()
     av.logging.set_level(av.logging.ERROR)
@@ -217,7 +217,7 @@ def _check_log(file: IO[bytes], limits: Limits) -> None:
 
 
 def _check_again(path: Source, limits: Limits) -> None:
-    """`_check_log` of a file that did open."""
+    """`_check_log` for a file that did open."""
     with _file(path, limits) as file:
         _check_log(file, limits)
 
@@ -245,7 +245,7 @@ class _Clock:
 
     @property
     def fps(self) -> float:
-        """From the timestamps; from the header where they tell nothing; 0 where neither does."""
+        """From the timestamps, or else from the header; 0 if neither tells."""
         rate = (self.count - 1) / self.span if self.span > 0 else self.rate
         return round(float(rate), 3)
 
@@ -258,7 +258,7 @@ class _Clock:
 
 
 def _frames(container: InputContainer, stream: VideoStream, clock: _Clock, limits: Limits) -> Iterator[VideoFrame]:
-    """Decoded frames in the order of showing. FFmpeg's errors pass; limits are checked on what really comes."""
+    """Decoded frames in display order. FFmpeg's errors pass through; limits are checked on the real frames."""
     for frame in container.decode(stream):
         clock.tick(frame)
         if limits.max_frames is not None and clock.count > limits.max_frames:
@@ -276,7 +276,7 @@ def _rotation(frame: VideoFrame) -> int:
 
 
 def _announced_seconds(container: InputContainer, stream: VideoStream) -> float:
-    """How long the header says that the video is; 0 where it does not."""
+    """The video's length according to the header; 0 if it does not say."""
     if container.format.name == "avi" and stream.frames and stream.average_rate:
         return float(stream.frames / stream.average_rate)  # FFmpeg cuts an AVI's duration to what its index reaches
     if stream.duration:
@@ -286,7 +286,7 @@ def _announced_seconds(container: InputContainer, stream: VideoStream) -> float:
 
 
 def _cells(frame: VideoFrame, reformat: VideoReformatter, turn: int) -> np.ndarray:
-    """The frame's `signature.grid`, upright: from the luma plane as it lies there, where there is one of 8 bits."""
+    """The frame's `signature.grid`, upright: directly from the luma plane if there is one with 8 bits."""
     full = frame.format.name in _FULL_RANGE or frame.color_range == ColorRange.JPEG
     if frame.format.name in _PLANAR or frame.format.name in _FULL_RANGE:
         plane: Any = frame.planes[0]
@@ -375,12 +375,12 @@ def read_chosen(
 ) -> tuple[dict[int, np.ndarray], int, float]:
     """The frames that `choose(frames, fps)` names, each once, resized by `fit`, upright.
 
-    With `known` = (frames, fps) no more is decoded than the frames chosen need (see `seek`), or with `in_order` at
-    least nothing after the last of them. Without, the header's claim is tried first; where it turns out wrong, so that
-    other frames are to be chosen, the file is decoded once more.
+    With `known` = (frames, fps) no more is decoded than the chosen frames need (see `seek`), or with `in_order` at
+    least nothing after the last of them. Without it, the header's claim is tried first; if it turns out wrong, so that
+    other frames must be chosen, the file is decoded again.
 
     Returns:
-        {index: (height, width, 3) uint8 rgb}, frames and fps (`known` where given, else as found).
+        {index: (height, width, 3) uint8 rgb}, frames and fps (`known` if given, else as decoded).
 
     Raises:
         VideoError: not_a_video, unreadable (a frame chosen does not decode), too_large.
@@ -431,7 +431,7 @@ def read_chosen(
 
 
 def _sought(path: Source, wanted: set[int], count: int, fit: Fit | None, limits: Limits) -> dict[int, np.ndarray]:
-    """`read_chosen`'s pictures by the shortest way.
+    """`read_chosen`'s pictures with the least decoding.
 
     Raises:
         seek.Unsure: only decoding in order gives them.

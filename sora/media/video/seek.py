@@ -1,12 +1,12 @@
-"""Chosen frames of a file without decoding what does not matter to them.
+"""Chosen frames of a file without decoding what they don't need.
 
 Two ways to decode less, both with the very frames of decoding everything in order:
 
-- From one wanted frame to the next by the last key frame before it, where that lies behind the frames done already.
-- Of H.264, frames that no other frame refers to (`nal_ref_idc` 0; half of what x264 makes) are decoded only if wanted.
+- Jump from one wanted frame to the last key frame before the next, if that is after the frames done already.
+- In H.264, frames that no other frame refers to (`nal_ref_idc` 0; half of what x264 makes) are decoded only if wanted.
 
-What can be proven wrong is not used: the packets' timestamps must name as many frames as decoding the whole file had
-found, each once, and every wanted frame must come out. Otherwise `Unsure`, and the caller decodes in order.
+What can be proven wrong is not used: the packets' timestamps must name as many frames as decoding the whole file
+found, each once, and every wanted frame must be decoded. Otherwise `Unsure`, and the caller decodes in order.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Unsure(Exception):
 
 
 def frames(container: Any, stream: Any, wanted: Collection[int], count: int) -> Iterator[tuple[int, Any]]:
-    """(index, frame) of the frames wanted, in the order of showing.
+    """(index, frame) of the wanted frames, in display order.
 
     Arguments:
         container, stream: of PyAV, just opened.
-        wanted: indices among the frames of the whole file, in the order of showing.
-        count: frames of the whole file, as decoding all of it found.
+        wanted: indices among the frames of the whole file, in display order.
+        count: frames of the whole file, counted by decoding all of it.
 
     Raises:
-        Unsure: see the module. Frames that came before are right all the same.
+        Unsure: see the module. Frames yielded before it are right anyway.
     """
     context = stream.codec_context
     if container.format.name not in _CONTAINERS or context.name not in _CODECS:
@@ -69,7 +69,7 @@ def frames(container: Any, stream: Any, wanted: Collection[int], count: int) -> 
 
 
 def _packets(container: Any, stream: Any, count: int) -> tuple[list[int], list[int]]:
-    """All frames' timestamps in the order of showing, and the indices of the key frames."""
+    """All frames' timestamps in display order, and the indices of the key frames."""
     shown, keys = [], []
     for packet in container.demux(stream):
         if not packet.size:
@@ -90,7 +90,7 @@ def _packets(container: Any, stream: Any, count: int) -> tuple[list[int], list[i
 
 
 def _runs(wanted: list[int], keys: list[int]) -> Iterator[tuple[int, list[int]]]:
-    """(key frame to begin at, wanted frames) of each stretch that is decoded without a jump."""
+    """(key frame to start at, wanted frames) of each stretch that is decoded without a jump."""
     run: list[int] = []
     begin = 0
     for index in wanted:

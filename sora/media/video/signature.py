@@ -1,7 +1,7 @@
 """A perceptual signature of a video, and its brightness, from tiny luma grids collected while it is decoded.
 
 The signature is three 64-bit difference hashes (dHash: is a cell brighter than its left neighbour?) of the frames at
-1/6, 1/2 and 5/6 of the video. A re-encode at another bitrate or size changes a few of the 192 bits, another scene about
+1/6, 1/2 and 5/6 of the video. Re-encoding at another bitrate or size changes a few of the 192 bits, another scene about
 half. All sums are whole numbers, so that the facts are the same on every CPU.
 """
 
@@ -13,8 +13,8 @@ ROWS, COLUMNS = 8, 9
 SCALE = 16  # a grid cell is the mean luma times this
 KEPT = 64  # grids at most: bounds memory however long the video is
 BIAS = SCALE  # neighbours must differ by one level: bits of even areas stay 0 instead of following noise
-MIN_BITS_TEXTURE = 12  # cells of 64 that differ clearly from their neighbour, for a frame to be told from others
-SAMPLES = 16  # pixels a cell and axis that the mean is taken of
+MIN_BITS_TEXTURE = 12  # cells of 64 that must differ clearly from their neighbour to tell a frame from others
+SAMPLES = 16  # pixels per cell and axis that the mean is taken over
 
 
 def grid(luma: np.ndarray, *, full_range: bool = True) -> np.ndarray:
@@ -36,7 +36,7 @@ def grid(luma: np.ndarray, *, full_range: bool = True) -> np.ndarray:
 class Reservoir:
     """Every k-th frame's grid of a stream of unknown length; k doubles when `KEPT` are held.
 
-    Which frames are held depends on their indices alone, so that the same video gives the same signature.
+    Which frames are held depends only on their indices, so that the same video gives the same signature.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Reservoir:
         self.grids: list[np.ndarray] = []
 
     def wants(self, index: int) -> bool:
-        """Whether `add` is to be called for the frame of this index. Ask for 0, 1, 2, … in turn."""
+        """Whether `add` must be called for the frame of this index. Call it for 0, 1, 2, … in turn."""
         return index % self.stride == 0
 
     def add(self, cells: np.ndarray) -> None:
@@ -54,14 +54,14 @@ class Reservoir:
             self.stride *= 2
 
     def brightness(self) -> float:
-        """Mean luma, 0 to 255, of the frames held; 0 without any."""
+        """Mean luma, 0 to 255, of the held frames; 0 without any."""
         if not self.grids:
             return 0.0
         total = sum(int(cells.sum()) for cells in self.grids)
         return round(total / (len(self.grids) * ROWS * COLUMNS * SCALE), 2)
 
     def signature(self, frames: int) -> str:
-        """48 hex digits for a video of `frames` frames; "" where two of the three frames have too little texture."""
+        """48 hex digits for a video of `frames` frames; "" if two of the three frames have too little texture."""
         if not self.grids:
             return ""
         text, plain = "", 0

@@ -15,13 +15,13 @@ from sora.media.video.transform import clips_and_rate
 
 
 def spans(frames: int, fps: float, spec: ClipSpec) -> Spans | None:
-    """The stretches that `clips.windows` takes its frames from; None where no frame rate is known.
+    """The stretches that `clips.windows` takes its frames from; None if no frame rate is known.
 
     Frames count as evenly spaced: with a variable frame rate the seconds are those of its mean.
     """
     if fps <= 0:
         return None
-    # Asked for at least as many frames as a window holds, `windows` names its first and its last one.
+    # With at least as many frames as a window holds, `windows` names its first and its last frame.
     every = frames if spec.sampling == "uniform" else min(frames, math.ceil(spec.window_seconds * fps) + 1)
     dense = windows(frames, fps, replace(spec, frames=every))
     return [(round(w.indices[0] / fps, 3), round((w.indices[-1] + 1) / fps, 3)) for w in dense]
@@ -30,7 +30,7 @@ def spans(frames: int, fps: float, spec: ClipSpec) -> Spans | None:
 def prepare_with_spans(
     path: Source, spec: ClipSpec, *, known: tuple[int, float] | None = None, limits: Limits | None = None
 ) -> tuple[np.ndarray, Spans | None]:
-    """`transform.prepare_clips`, and the span of each clip, of one decoding.
+    """`transform.prepare_clips`, and the span of each clip, from one decoding.
 
     Returns:
         (clips, spec.frames, spec.height, spec.width, 3) uint8 rgb, and `spans`.

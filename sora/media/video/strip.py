@@ -16,7 +16,7 @@ _GREY = 128  # of a bar's empty part
 
 
 def chosen_frames(weights: np.ndarray, most: int = MOST_FRAMES) -> list[int]:
-    """Indices of at most `most` frames in the order of time: the heaviest of each of as many equal parts."""
+    """Indices of at most `most` frames in order of time: the heaviest of each of as many equal parts."""
     count = min(most, len(weights))
     edges = [part * len(weights) // count for part in range(count + 1)]
     return [start + int(weights[start:end].argmax()) for start, end in pairwise(edges)]
@@ -49,7 +49,7 @@ def strip(clip: np.ndarray, heat: np.ndarray, weights: np.ndarray) -> tuple[byte
         colours = cv2.cvtColor(
             cv2.applyColorMap(np.rint(255 * level).astype(np.uint8), cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB
         )
-        # The square root lifts faint heat to where it can be seen; nothing is drawn where there is none.
+        # The square root makes faint heat visible; nothing is drawn where there is none.
         opacity = _OPAQUE * np.sqrt(level)[..., None]
         grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
         over = np.rint((1 - opacity) * grey + opacity * colours).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""From a video file to the clips that a model sees. The one way, for training and for serving: no skew.
+"""From a video file to the clips that a model sees. The only way, for training and for serving: no skew.
 
 A frame is resized while it is converted (see `ffmpeg`), then cropped, colour-normalised and padded, in this order, so
 that every step works on as few pixels as possible and black bars stay out of the histogram.
@@ -60,8 +60,8 @@ def prepare_clips(
     """All clips of a video.
 
     Args:
-        frames, fps: from the manifest, which spares decoding what the clips do not need. Without them the same clips
-            come out: the header's claim is tried first, and decoding repeated where it was wrong.
+        frames, fps: from the manifest, which avoids decoding what the clips do not need. Without them the same clips
+            result: the header's claim is tried first, and decoding is repeated if it was wrong.
         in_order: see `ffmpeg.read_chosen`.
 
     Returns:

@@ -1,1 +1,1 @@
-"""What `sora doctor` looks at: a function a check, each returning one `Check`."""
+"""What `sora doctor` checks: one function per check, each returning one `Check`."""

@@ -1,4 +1,4 @@
-"""The answer of one check."""
+"""The result of one check."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What one check saw. `fix` says what to do; it is empty where `ok`."""
+    """The result of one check. `fix` says what to do; it is empty if `ok`."""
 
     name: str
     ok: bool

@@ -55,7 +55,7 @@ def dvc() -> Check:
 
 
 def ffmpeg() -> Check:
-    # The wheel carries FFmpeg's libraries; whether they load is seen where they are loaded, beside this process.
+    # The wheel carries FFmpeg's libraries; a separate process shows whether they load.
     code = "import av; print(av.__version__, '.'.join(map(str, av.library_versions['libavcodec'])))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
@@ -95,8 +95,8 @@ def gpu() -> Check:
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
     if done.returncode:
-        said = (done.stdout + done.stderr).strip().splitlines() or ["no message"]
-        return Check("gpu", False, f"nvidia-smi fails: {said[0]}", "fix the NVIDIA driver")
+        lines = (done.stdout + done.stderr).strip().splitlines() or ["no message"]
+        return Check("gpu", False, f"nvidia-smi fails: {lines[0]}", "fix the NVIDIA driver")
     return Check("gpu", True, "; ".join(done.stdout.strip().splitlines()))
 
 

@@ -1,4 +1,4 @@
-"""Checks of the project's own files: settings, disk, data, databases, nightlies and backups. No server is asked."""
+"""Checks of the project's own files: settings, disk, data, databases, nightlies and backups; no server is asked."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def disk(project: Project) -> Check:
 def writable(project: Project) -> Check:
     folder = project.state if project.state.exists() else project.root
     ok = os.access(folder, os.W_OK)
-    fix = "" if ok else f"give yourself the right to write: chmod u+w {folder}"
+    fix = "" if ok else f"give yourself write permission: chmod u+w {folder}"
     if os.statvfs(folder).f_flag & os.ST_RDONLY:
         fix = "the file system is read-only: mount it for writing, or move the project to another disk"
     return Check("writable", ok, str(folder), fix)
@@ -80,7 +80,7 @@ def _database(project: Project, name: str) -> Check:
         return Check(check, True, "none yet")
     if state.damage:
         return Check(check, False, f"{state.file} is damaged: {state.damage}", state.fix)
-    seen = "" if state.whole else "; it is busy or large, so only a part of it was read"
+    seen = "" if state.whole else "; it is busy or large, so only part of it was read"
     return Check(check, True, f"{state.size / 1e6:.1f} MB{seen}")
 
 
@@ -88,10 +88,10 @@ def nightly(project: Project) -> Check:
     from sora.operations import nightly_log
 
     schedule = project.settings().schedule
-    said = f"{schedule.cron} ({schedule.timezone})"
+    planned = f"{schedule.cron} ({schedule.timezone})"
     last = nightly_log.read(project)
     if last is None:
-        return Check("nightly", True, f"{said}; none ran yet, `sora up` starts the schedule")
+        return Check("nightly", True, f"{planned}; none has run yet, `sora up` starts the schedule")
     overdue = nightly_log.missed(last, datetime.now(UTC), schedule)
     when = f"{last.finished:%Y-%m-%d %H:%M} UTC"
     good = (
@@ -103,10 +103,10 @@ def nightly(project: Project) -> Check:
         return Check(
             "nightly",
             False,
-            f"{said}; {good}; that of {overdue:%Y-%m-%d %H:%M %Z} did not happen",
-            "see that `sora up` runs, and .sora/logs/worker.log; `sora run` makes up for it",
+            f"{planned}; {good}; the one of {overdue:%Y-%m-%d %H:%M %Z} did not happen",
+            "check that `sora up` is running, and read .sora/logs/worker.log; `sora run` makes up for it",
         )
-    return Check("nightly", True, f"{said}; {good}")
+    return Check("nightly", True, f"{planned}; {good}")
 
 
 def backup(project: Project) -> Check:
@@ -126,25 +126,25 @@ def backup(project: Project) -> Check:
             "the next nightly makes the first" if wanted.keep else "none was made (`sora backup FILE`, backup.keep)"
         )
         return Check("backup", True, detail)
-    said = f"{_last_backup(last.finished)}: {last.file}"
+    detail = f"{_last_backup(last.finished)}: {last.file}"
     if last.damaged:
         return Check(
-            "backup", False, f"{said}; {'; '.join(last.damaged)}", "fix that in the project, then back up again"
+            "backup", False, f"{detail}; {'; '.join(last.damaged)}", "repair that in the project, then back up again"
         )
     made = nightly_log.Nightly(last.finished, "backup")
     overdue = nightly_log.missed(made, datetime.now(UTC), settings.schedule) if wanted.keep else None
     if overdue is not None:
-        fix = "see that `sora up` runs, and .sora/logs/worker.log; `sora backup FILE` makes one now"
-        return Check("backup", False, f"{said}; none since the nightly of {overdue:%Y-%m-%d %H:%M %Z}", fix)
+        fix = "check that `sora up` is running, and read .sora/logs/worker.log; `sora backup FILE` makes one now"
+        return Check("backup", False, f"{detail}; none since the nightly of {overdue:%Y-%m-%d %H:%M %Z}", fix)
     folder = project.root / Path(wanted.folder or "").expanduser()
     if wanted.keep and folder.is_dir() and folder.stat().st_dev == project.root.stat().st_dev:
-        said += "; backup.folder is on the project's own disk, whose failure takes both"
-    return Check("backup", True, said)
+        detail += "; backup.folder is on the project's own disk, whose failure takes both"
+    return Check("backup", True, detail)
 
 
 def _last_backup(finished: datetime | None) -> str:
     if finished is None:
-        return "there is no good one"
+        return "there is no good backup"
     hours = (datetime.now(UTC) - finished).total_seconds() / 3600
     age = f"{hours:.0f} h" if hours < 48 else f"{hours / 24:.0f} days"
-    return f"the last good one is {age} old"
+    return f"the last good backup is {age} old"

@@ -1,4 +1,4 @@
-"""Checks that ask the project's servers where they run, and what they know. No server is started."""
+"""Checks that ask the project's servers, if they run. No server is started."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sora.operations.checks.check import Check
 if TYPE_CHECKING:
     from sora.registry import Registry
 
-# Path below the recorded address → the answer tells whether strangers get one.
+# Path below the recorded address → its answer shows whether strangers get in.
 _ASKED = {"prefect": "/admin/version", "mlflow": "/api/2.0/mlflow/experiments/get?experiment_id=0"}
 
 
@@ -49,7 +49,7 @@ def _server(project: Project, name: str, configured: str | None) -> Check:
 
 
 def splits(project: Project) -> Check:
-    """The ledger against what the last judged run recorded, which MLflow knows, or else the copy on this machine."""
+    """The ledger against what the last judged run recorded, according to MLflow or else the copy on this machine."""
     with _open_registry(project) as registry:
         recorded = registry.judged_ledger() if registry else ledger.remembered(project)
         known = recorded is not None or _registry_has_runs(project, registry)
@@ -58,11 +58,11 @@ def splits(project: Project) -> Check:
         return Check(
             "splits",
             False,
-            f"splits.csv holds the splits of {len(rows)} videos, but the registry is empty: nothing here was judged on "
+            f"splits.csv holds the splits of {len(rows)} videos, but the registry is empty: no model was judged on "
             "them",
             "in a new clone: `sora run`; otherwise .sora/ or its mlflow.db was lost: `sora restore` a backup",
         )
-    detail = f"{len(rows)} videos" if rows else "none are dealt yet"
+    detail = f"{len(rows)} videos" if rows else "none are assigned yet"
     return Check("splits", True, f"{detail}, all that {recorded.name} recorded among them" if recorded else detail)
 
 
@@ -73,7 +73,7 @@ def _registry_has_runs(project: Project, registry: Registry | None) -> bool:
 
 
 def secrets(project: Project) -> Check:
-    """Whether only the owner reads `.sora`, and whether the servers ask who is there."""
+    """Whether only the owner can read `.sora`, and whether the servers ask for a login."""
     import httpx
 
     for place, wanted in ((project.state, 0o700), (secret_file(project), 0o600)):
@@ -89,7 +89,7 @@ def secrets(project: Project) -> Check:
         try:
             status = httpx.get(entry.url + _ASKED[name], timeout=5, trust_env=False).status_code
         except httpx.HTTPError:
-            continue  # its own check says that it does not answer
+            continue  # another check reports that it does not answer
         if status not in (401, 403):
             return Check(
                 "secrets",
@@ -99,7 +99,7 @@ def secrets(project: Project) -> Check:
             )
         asked.append(name)
     servers = f"; {' and '.join(asked)} ask{'s' if len(asked) == 1 else ''} for a login" if asked else ""
-    return Check("secrets", True, f"{project.state} is its owner's alone{servers}")
+    return Check("secrets", True, f"only its owner can read {project.state}{servers}")
 
 
 def champion(project: Project) -> Check:
@@ -116,7 +116,7 @@ def champion(project: Project) -> Check:
 
 @contextmanager
 def _open_registry(project: Project) -> Iterator[Registry | None]:
-    """The registry where a server of it is known; no server is started."""
+    """The registry if its server is known; no server is started."""
     from sora.registry import Registry
 
     settings = project.settings()
@@ -133,12 +133,12 @@ def _open_registry(project: Project) -> Iterator[Registry | None]:
 
 
 def _cached_champion(project: Project) -> Check:
-    """Without a server, what was served last is known all the same."""
+    """Without a server, the version served last is still known."""
     try:
         kept = json.loads(project.cache.champion.read_text(encoding="utf-8"))
         return Check("champion", True, f"version {kept['version']} was served last (MLflow is not running)")
     except (OSError, ValueError, KeyError, TypeError):
         pass
     if project.database("mlflow").exists():
-        return Check("champion", True, "not known while MLflow is not running; `sora models` starts it and tells")
-    return Check("champion", False, "none yet: nothing was trained", "sora run")
+        return Check("champion", True, "not known while MLflow is not running; `sora models` starts it and shows it")
+    return Check("champion", False, "none yet: no model was trained", "sora run")

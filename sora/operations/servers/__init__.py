@@ -1,4 +1,4 @@
-"""The project's Prefect and MLflow servers: found if they are up, started if not, ended with who started them.
+"""The project's Prefect and MLflow servers: used if they are up, started if not, ended with their starter.
 
 State (databases, artifacts, ports, logs) lies below `.sora/`. Both ask for the project's secret, on loopback too
 (`sora.config.credentials`), and answer neither foreign pages nor foreign names (`sora.core.doorkeeper`).

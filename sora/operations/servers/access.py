@@ -14,7 +14,7 @@ from sora.operations.servers.recorded import running
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where the servers answer; None for one that was not asked for."""
+    """Where the servers answer; None for a server that was not asked for."""
 
     prefect_api_url: str | None = None
     mlflow_tracking_uri: str | None = None
@@ -36,9 +36,9 @@ def environment(project: Project, addresses: Addresses) -> dict[str, str]:
 
 
 def login(project: Project, name: str) -> Login | None:
-    """What to tell the server `name` ("prefect", "mlflow") of the project.
+    """The login for the project's server `name` ("prefect", "mlflow").
 
-    None where the environment says it (PREFECT_API_AUTH_STRING, MLFLOW_TRACKING_USERNAME and _PASSWORD): for servers
+    None if the environment has it (PREFECT_API_AUTH_STRING, MLFLOW_TRACKING_USERNAME and _PASSWORD): for servers
     that params.yaml names, those with accounts of their own (`sora up --host`), and while none runs here.
     """
     services = project.settings().services
@@ -48,13 +48,13 @@ def login(project: Project, name: str) -> Login | None:
 
 
 def own_login(project: Project, name: str) -> Login | None:
-    """`login` where params.yaml names no server."""
+    """`login` if params.yaml names no server."""
     entry = running(project).get(name)
     return None if entry is None or entry.login == "account" else secret(project)
 
 
 def mlflow_address(project: Project) -> str:
-    """MLflow's address for a process that starts no servers: a flow run, a worker.
+    """MLflow's address for a process that starts no servers: a flow run or a worker.
 
     Raises:
         ServiceError: params.yaml names none, none runs here, and MLFLOW_TRACKING_URI is not set.
@@ -64,7 +64,7 @@ def mlflow_address(project: Project) -> str:
     address = configured or (entry.url if entry else None) or os.environ.get("MLFLOW_TRACKING_URI")
     if not address:
         raise ServiceError(
-            f"no MLflow server runs for {project.root}",
+            f"no MLflow server is running for {project.root}",
             fix="start one with `sora up`, or set services.mlflow_tracking_uri in params.yaml",
         )
     return address

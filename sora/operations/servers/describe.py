@@ -1,6 +1,6 @@
 """How the project's Prefect and MLflow servers are started: their commands and environments.
 
-Each server is one process: the vendors' own start commands put a second process under the first, which would outlive a
+Each server is one process: the vendors' start commands run a second process under the first, and that would outlive a
 kill. Nothing of the user's own Prefect or MLflow set-up is read or written.
 """
 
@@ -26,10 +26,10 @@ class Server:
     name: str
     app: tuple[str, ...]  # uvicorn's application arguments
     probe: str
-    url_path: str = ""  # of what clients are told
+    url_path: str = ""  # at the end of the clients' address
     env: Mapping[str, str] = field(default_factory=dict)
-    database: Path | None = None  # Prefect's, where it is a file
-    login: Login | None = None  # that it asks for; None: accounts of its own
+    database: Path | None = None  # Prefect's, if it is a file
+    login: Login | None = None  # the login it asks for; None: accounts of its own
 
     def environment(self, host: str, port: int) -> dict[str, str]:
         # Prefect's page asks this address, from the reader's browser; it would guess port 4200.
@@ -43,7 +43,7 @@ class Server:
 
     def command(self, host: str, port: int) -> list[str]:
         options = ["--host", host, "--port", str(port), "--log-level", "warning", "--no-access-log"]
-        # Open pages keep connections; they must not hold the end up.
+        # Open pages keep connections; they must not delay the shutdown.
         return [sys.executable, "-m", "uvicorn", *self.app, *options, "--timeout-graceful-shutdown", "2"]
 
 
@@ -53,8 +53,8 @@ def prefect_server(
     """Prefect's API and pages.
 
     Args:
-        schedules: it also makes runs from schedules and marks late ones (`sora up` only).
-        login: that it asks for; the project's secret where none is given.
+        schedules: it also creates scheduled runs and marks late ones (`sora up` only).
+        login: what it asks for; by default the project's secret.
     """
     home = project.server_home("prefect")
     asked = login or secret(project)
@@ -69,9 +69,9 @@ def prefect_server(
             "PREFECT_SERVER_API_AUTH_STRING": asked.auth_string,
             "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{project.database('prefect')}",
-            # The default keeps leases in memory: a slot that is held when server and holder die stays taken for good.
+            # The default keeps leases in memory: a slot held when server and holder die would stay taken forever.
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-            "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(home / "ui"),  # or it writes into the installed package
+            "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(home / "ui"),  # else it writes into the installed package
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
             "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": on,
             "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": on,
@@ -87,7 +87,7 @@ def mlflow_server(project: Project, *, app: Sequence[str] = (), env: Mapping[str
     """MLflow's API and pages, artifacts through the server. The variables are those that `mlflow server` sets.
 
     Args:
-        app: uvicorn's arguments for an application with accounts of its own; without, all is behind the project's
+        app: uvicorn's arguments for an application with accounts of its own; by default all is behind the project's
             secret.
     """
     login = None if app else secret(project)
@@ -95,7 +95,7 @@ def mlflow_server(project: Project, *, app: Sequence[str] = (), env: Mapping[str
     return Server(
         name="mlflow",
         app=tuple(app) or ("--factory", "sora.registry.server:create_app"),
-        probe="/api/2.0/mlflow/experiments/get?experiment_id=0",  # makes the database; /health does not
+        probe="/api/2.0/mlflow/experiments/get?experiment_id=0",  # creates the database; /health does not
         env={
             "_MLFLOW_SERVER_FILE_STORE": database,
             "_MLFLOW_SERVER_REGISTRY_STORE": database,

@@ -20,14 +20,14 @@ from sora.operations import databases, empty_database
 from sora.operations.servers.describe import LOOPBACK, Server
 from sora.operations.servers.recorded import asked_by, forget, record
 
-START_SECONDS = 180.0  # 17 s measured for a first start on a cold disk, two minutes on a machine that was busy
+START_SECONDS = 180.0  # a first start took 17 s on a cold disk, and two minutes on a busy machine
 STOP_SECONDS = 8.0
 _FAILING_SECONDS = 5.0  # a server that answers, but only with 5xx, will not get better: a damaged database
 
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """A server that this process started and has to end."""
+    """A server that this process started and must end."""
 
     server: Server
     host: str
@@ -44,7 +44,7 @@ class RunningServer:
 
     @property
     def url(self) -> str:
-        """What clients are told."""
+        """The address for clients."""
         return f"http://{reachable(self.host)}:{self.port}{self.server.url_path}"
 
     @property
@@ -63,7 +63,7 @@ def started(
     ports: Mapping[str, int] | None = None,
     seconds: float = START_SECONDS,
 ) -> Iterator[list[RunningServer]]:
-    """`start` for the length of a block: at its end the servers are ended and taken out of the record."""
+    """`start` for the length of a block: at its end the servers are ended and removed from the record."""
     servers = start(project, wanted, owner=owner, host=host, ports=ports, seconds=seconds)
     try:
         yield servers
@@ -81,10 +81,10 @@ def start(
     ports: Mapping[str, int] | None = None,
     seconds: float = START_SECONDS,
 ) -> list[RunningServer]:
-    """Starts servers side by side, waits until each is ready, and records them. Where one fails, all are ended.
+    """Starts servers in parallel, waits until each is ready, and records them. If one fails, all are ended.
 
     Args:
-        ports: preferred ones; a free one is taken where there is none or where it is taken.
+        ports: preferred ports; a free one is used if none is given or it is taken.
 
     Raises:
         DatabaseDamaged: a server's database is damaged. Nothing was started.
@@ -95,7 +95,7 @@ def start(
     servers: list[RunningServer] = []
     recorded: list[str] = []
     try:
-        for server in sorted(wanted, key=lambda one: one.database is not None):  # the other starts while it is made
+        for server in sorted(wanted, key=lambda one: one.database is not None):  # the other starts meanwhile
             port = free_port(host, (ports or {}).get(server.name, 0))
             servers.append(spawn(project, server, host, port))
         deadline = time.monotonic() + seconds
@@ -112,7 +112,7 @@ def start(
 
 
 def spawn(project: Project, server: Server, host: str, port: int, *, again: bool = False) -> RunningServer:
-    """Starts one server and waits for nothing. `again`: its log goes on where the one before ended."""
+    """Starts one server and waits for nothing. `again`: it appends to the previous process's log."""
     with writing(project.state):
         project.server_home(server.name).mkdir(parents=True, exist_ok=True)
         if server.database is not None:
@@ -143,7 +143,7 @@ def run_logged(
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,
-                start_new_session=True,  # Ctrl-C at the terminal is for us; we end them when what uses them has ended
+                start_new_session=True,  # Ctrl-C at the terminal is for us; we end servers after their users
             )
 
 
@@ -160,7 +160,7 @@ def wait_ready(
     base = url.removesuffix(server.url_path)
     auth = server.login.pair if server.login else None
     deadline = time.monotonic() + max(seconds, 0.1)
-    said = "no answer"
+    status = "no answer"
     failing_since: float | None = None
     with httpx.Client(trust_env=False) as client:
         while True:
@@ -170,32 +170,32 @@ def wait_ready(
             left = deadline - time.monotonic()
             try:
                 answer = client.get(base + server.probe, auth=auth, timeout=max(min(left, 10.0), 0.1))
-                # 401 is an answer too: it is up and asks who we are.
+                # 401 is an answer too: the server is up and asks for a login.
                 if answer.status_code < 500:
                     return
-                said = f"status {answer.status_code}"
+                status = f"status {answer.status_code}"
                 failing_since = failing_since or time.monotonic()
             except httpx.HTTPError as error:
-                said = str(error) or type(error).__name__
+                status = str(error) or type(error).__name__
             failing = failing_since is not None and time.monotonic() - failing_since > _FAILING_SECONDS
             if left <= 0 or failing:
-                raise _failed(project, server, f"the {server.name} server at {url} does not answer ({said})")
+                raise _failed(project, server, f"the {server.name} server at {url} does not answer ({status})")
             time.sleep(0.05)
 
 
 def _failed(project: Project, server: Server, what: str) -> ServiceError:
-    """What happened, with the end of the server's log; the disk as the reason where it is one."""
+    """The error, with the end of the server's log; it names the disk if the disk is the reason."""
     tail = log_tail(project, server.name)
     disk = disk_failure(project.state, tail)
     if disk is not None:
         disk.message = f"{what}: {disk.message}"
         return disk
-    see = f"see {log_file(project, server.name)}; `sora doctor` names its process while it lives"
+    see = f"see {log_file(project, server.name)}; `sora doctor` names its process while it runs"
     return ServiceError(f"{what}\n{tail}", fix=see)
 
 
 def stop(children: Iterable[subprocess.Popen[bytes]]) -> None:
-    """Asks processes to end, all at once, and kills those that have not after `STOP_SECONDS`."""
+    """Asks all processes to end at once, and kills those still running after `STOP_SECONDS`."""
     children = list(children)
     for child in children:
         if child.poll() is None:
@@ -210,7 +210,7 @@ def stop(children: Iterable[subprocess.Popen[bytes]]) -> None:
 
 
 def free_port(host: str, preferred: int = 0) -> int:
-    """`preferred` if nothing listens there, else one that the system gives."""
+    """`preferred` if nothing listens there, else a port that the system chooses."""
     for port in (preferred, 0):
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -220,7 +220,7 @@ def free_port(host: str, preferred: int = 0) -> int:
                 if port:
                     continue
                 raise ServiceError(
-                    f"can't listen on {host}: {error}", fix="use an address of this machine, as --host 127.0.0.1"
+                    f"can't listen on {host}: {error}", fix="use an address of this machine, such as --host 127.0.0.1"
                 ) from error
             return int(probe.getsockname()[1])
     raise AssertionError("port 0 binds or raises")

@@ -24,11 +24,11 @@ class Running:
     """One entry of services.json."""
 
     pid: int
-    created: float  # when the process began, seconds since the boot (`_created`): numbers are used again, times are not
+    created: float  # when the process began, seconds since boot (`_created`): process numbers are reused, times are not
     url: str
     started: str  # ISO 8601, UTC
     owner: str  # the command that started it: "run", "up"
-    login: str = "none"  # what it asks for: the project's "secret", an "account" of its own; "none": an older Sora's
+    login: str = "none"  # what it asks for: the project's "secret", an "account" of its own; "none": an older Sora
 
 
 def running(project: Project) -> dict[str, Running]:
@@ -37,7 +37,7 @@ def running(project: Project) -> dict[str, Running]:
         text = _record(project).read_text(encoding="utf-8")
         entries = {name: Running(**entry) for name, entry in json.loads(text).items()}
     except (OSError, ValueError, TypeError, AttributeError):
-        return {}  # none yet, or not ours: starting anew writes it again
+        return {}  # none yet, or not ours: the next start writes it again
     return {name: entry for name, entry in entries.items() if _lives(entry)}
 
 
@@ -53,7 +53,7 @@ def record(project: Project, name: str, pid: int, url: str, *, owner: str, login
 
 
 def forget(project: Project, names: Iterable[str]) -> None:
-    """Takes servers out of services.json."""
+    """Removes servers from services.json."""
     gone = set(names)
     if gone:
         _write(project, {name: entry for name, entry in running(project).items() if name not in gone})
@@ -72,10 +72,10 @@ def _lives(entry: Running) -> bool:
 
 
 def _created(pid: int) -> float | None:
-    """When a living process began, by a clock that nobody sets; None if there is none with this number.
+    """When a running process began, by a clock that nobody can set; None if no process has this number.
 
-    What psutil gives moves with the calendar: a server would count as dead once the clock was set by a second, and a
-    second one be started on the same database.
+    psutil's times move with the calendar: a server would count as dead once the clock was set by a second, and a
+    second server would be started on the same database.
     """
     import psutil
 
@@ -86,7 +86,7 @@ def _created(pid: int) -> float | None:
         try:
             after_name = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2]
             return int(after_name.split()[19]) / os.sysconf("SC_CLK_TCK")
-        except OSError:  # no Linux
+        except OSError:  # not Linux
             return float(process.create_time())
     except psutil.Error:
         return None

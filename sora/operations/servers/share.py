@@ -1,4 +1,4 @@
-"""The project's servers for the length of a block: those that are up are used, the others are started."""
+"""The project's servers for the length of a block: servers that are up are used, the others are started."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from sora.operations.servers.process import START_SECONDS, started, wait_ready
 from sora.operations.servers.recorded import running
 
 _ANSWER_SECONDS = 15.0  # for a server that is up but busy
-_OTHERS_SECONDS = 10.0  # that the owner waits for other processes which use its servers
+_OTHERS_SECONDS = 10.0  # that the owner waits for other processes that use its servers
 
 
 @contextmanager
 def servers(
     project: Project, *, prefect: bool = True, mlflow: bool = True, owner: str = "run", standing: bool = False
 ) -> Iterator[Addresses]:
-    """The addresses of the servers asked for, for as long as it is open.
+    """The addresses of the wanted servers, valid until the block ends.
 
-    Those that params.yaml names (`services`) and those that are up are used; the others are started, side by side, and
-    ended at the end, also on Ctrl-C; when this process is killed, they die with it. Call it from a thread that lives
-    as long as the servers are to live: Linux ends such children with the *thread* that started them.
+    Servers that params.yaml names (`services`) and servers that are up are used; the others are started in parallel and
+    ended with the block, also on Ctrl-C; if this process is killed, they die with it. Call it from a thread that lives
+    as long as the servers should: Linux ends such children with the *thread* that started them.
 
     Args:
-        standing: for a process that stays (`sora serve`): it copes with a server that goes away, so whoever ends one
+        standing: for a long-lived process (`sora serve`): it copes with a server that goes away, so whoever ends one
             does not wait for it.
 
     Raises:
@@ -49,7 +49,7 @@ def servers(
             _answers_elsewhere(name, str(configured[name]))
     local = [name for name in wanted if not configured[name]]
     with (
-        ExitStack() as children,  # it ends them last, when nobody here uses them any more
+        ExitStack() as children,  # it ends them last, when nobody here uses them
         databases.explained(project, local),
         _in_use(project, counts=not standing) as wait_for_others,
     ):
@@ -91,7 +91,7 @@ def _answers_elsewhere(name: str, url: str) -> None:
 
 @contextmanager
 def _exclusive(project: Project) -> Iterator[None]:
-    """One process at a time looks what is up and starts the rest."""
+    """One process at a time checks which servers are up and starts the rest."""
     from filelock import FileLock, Timeout
 
     try:
@@ -105,9 +105,9 @@ def _exclusive(project: Project) -> Iterator[None]:
 
 @contextmanager
 def _in_use(project: Project, *, counts: bool) -> Iterator[Callable[[], None]]:
-    """Marks the servers as used by this process. Gives a function that waits, for a while, until nobody else does.
+    """Marks the servers as used by this process. Yields a function that waits a while until nobody else uses them.
 
-    Without it, a `sora models` beside a `sora run` would lose its server in the middle when the run ends.
+    Without it, a `sora models` beside a `sora run` would lose its server midway when the run ends.
     """
     use = project.services_use
     with writing(use):

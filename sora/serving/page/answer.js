@@ -13,7 +13,7 @@ export function update() {
   $("send").disabled = busy || !video.file;
 }
 
-// XMLHttpRequest, since fetch tells nothing of an upload's progress.
+// XMLHttpRequest, since fetch does not report an upload's progress.
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
   const file = video.file;
@@ -29,12 +29,12 @@ $("form").addEventListener("submit", (event) => {
   request.responseType = "json";
   request.upload.addEventListener("progress", (sent) => {
     if (sent.lengthComputable && sent.loaded < sent.total) $("progress").value = sent.loaded / sent.total;
-    else $("progress").removeAttribute("value"); // decoding now: nobody knows how long
+    else $("progress").removeAttribute("value"); // decoding now: for an unknown time
   });
   request.addEventListener("loadend", () => {
     working(false);
     if (request.status === 401) needToken();
-    const answer = request.response; // read once: each reading makes another object
+    const answer = request.response; // read once: each access makes another object
     if (request.status === 200 && answer) {
       files.set(answer, file);
       remember(answer);
@@ -64,7 +64,7 @@ function showProblem(problem) {
   say($("said"), `${problem.title}. ${problem.detail}`);
 }
 
-// What an answer is in words. A multi-label model answers with all likely classes, or with none of them.
+// An answer in words. A multi-label model answers with all likely classes, or with none of them.
 function named(answer) {
   if (!answer.labels) return answer.label;
   return answer.labels.length ? answer.labels.join(", ") : "None of the classes";
@@ -87,8 +87,8 @@ function show(answer) {
   const seconds = Object.values(answer.seconds).reduce((sum, value) => sum + value, 0);
   const clips = `${answer.clips} ${answer.clips === 1 ? "clip" : "clips"}`;
   const parts = [make("p", "label", named(answer))];
-  if (answer.labels) parts.push(make("p", "quiet", "Each class has a probability of its own; from 50% on it is a label."));
-  if (answer.unsure) parts.push(make("p", "unsure", "Unsure: less confident than this model has to be. Look at it yourself."));
+  if (answer.labels) parts.push(make("p", "quiet", "Each class has its own probability; from 50% on it is a label."));
+  if (answer.unsure) parts.push(make("p", "unsure", "Unsure: this model's confidence is too low. Check the video yourself."));
   parts.push(make("p", "quiet", answer.filename), bars);
   const times = Array.isArray(answer.timeline) && answer.timeline.length > 1 ? timeline(answer) : null;
   if (times) parts.push(times);
@@ -104,7 +104,7 @@ function show(answer) {
   requestAnimationFrame(() => fills.forEach(([fill, share]) => { fill.style.width = `${share * 100}%`; }));
 }
 
-// One stretch a clip, as wide as it lasts; those of the answer's own class stand out.
+// One segment per clip, as wide as it lasts; those of the answer's class stand out.
 function timeline(answer) {
   const list = make("ol", "timeline");
   list.setAttribute("aria-label", "Answers over time");
@@ -161,7 +161,7 @@ function explanation(found) {
   const image = make("img");
   image.src = `data:image/png;base64,${found.strip}`;
   const frames = found.strip_frames.map((frame) => frame + 1).join(", ");
-  image.alt = `Frames ${frames} of the clip, and below each the places that speak for ${found.label}`;
+  image.alt = `Frames ${frames} of the clip, and below each the regions that speak for ${found.label}`;
   scroller.append(image);
   const weights = make("ol", "weights");
   weights.setAttribute("aria-label", "Share of each frame");
@@ -195,10 +195,10 @@ function correction(answer, file, place, opener) {
     opener.focus();
   });
   line.append(make("span", "", "It is"), label, send, cancel);
-  box.append(line, make("p", "quiet", "The clip is kept for review. Nothing is learned from it before somebody accepts it."));
+  box.append(line, make("p", "quiet", "The clip is kept for review. The model learns nothing from it until somebody accepts it."));
   box.addEventListener("submit", async (event) => {
     event.preventDefault();
-    const right = [...label.selectedOptions].map((option) => option.value).join("|"); // one, where one is to be chosen
+    const right = [...label.selectedOptions].map((option) => option.value).join("|"); // one, if only one can be chosen
     if (!right) return label.focus();
     send.disabled = true;
     const predicted = several ? answer.labels.join("|") || answer.label : answer.label;
@@ -208,7 +208,7 @@ function correction(answer, file, place, opener) {
       const done = make("p", "done", `Thank you: kept as ${right}, for review.`);
       done.tabIndex = -1;
       place.replaceChildren(done);
-      done.focus(); // it would fall to the page's top with the form
+      done.focus(); // with the form it would jump to the top of the page
       say($("said"), done.textContent);
       document.dispatchEvent(new CustomEvent("corrected"));
     } catch (problem) {

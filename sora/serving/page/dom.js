@@ -1,4 +1,4 @@
-// What all parts of the page use. Everything that comes from outside (labels, file names, messages) enters the page as
+// What all parts of the page use. Everything from outside (labels, file names, messages) enters the page as
 // text, never as markup.
 
 export const $ = (id) => document.getElementById(id);
@@ -34,7 +34,7 @@ export function choice(names, chosen, label) {
   return element;
 }
 
-// The same of several: any of the names, the given ones chosen.
+// A choice of several names, with the given ones chosen.
 export function choices(names, chosen, label) {
   const element = choice(names, null, label);
   element.multiple = true;
@@ -56,9 +56,9 @@ export function authorization() {
   return token ? { Authorization: `Bearer ${token}` } : {};
 }
 
-export const UNREACHABLE = { status: 0, title: "No answer", detail: "The connection broke.", fix: "Try again." };
+export const UNREACHABLE = { status: 0, title: "No answer", detail: "The connection was lost.", fix: "Try again." };
 
-// A request to this server. Returns the response; throws the problem document where it is none of 2xx.
+// A request to this server. Returns the response; throws the problem document if the status is not 2xx.
 export async function ask(path, options = {}) {
   let response;
   try {

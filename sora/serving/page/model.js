@@ -1,4 +1,4 @@
-// The model: asked every few seconds while the page is looked at, so that a new champion shows by itself.
+// The model: requested every few seconds while the page is visible, so that a new champion shows by itself.
 
 import { $, ask, bytes, make, say } from "./dom.js";
 
@@ -32,7 +32,7 @@ async function askForCard() {
   try {
     return await (await ask("v1/card")).json();
   } catch {
-    return null; // asked again with the next refresh
+    return null; // the next refresh asks again
   }
 }
 

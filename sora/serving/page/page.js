@@ -1,4 +1,4 @@
-// The page of one Sora server: its parts, and when they look again.
+// The page of one Sora server: its parts, and when they refresh.
 
 import { $ } from "./dom.js";
 import { refresh } from "./model.js";

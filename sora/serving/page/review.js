@@ -1,4 +1,4 @@
-// The inbox of corrections: seen, played, accepted into data/ or rejected.
+// The inbox of corrections: listed, played, accepted into data/ or rejected.
 
 import { $, ask, button, bytes, choice, make, say } from "./dom.js";
 import { model } from "./model.js";
@@ -8,7 +8,7 @@ export async function refreshInbox() {
   try {
     found = await (await ask("v1/corrections")).json();
   } catch {
-    $("inbox-card").hidden = true; // this server takes no corrections, or whoever looks may not review them
+    $("inbox-card").hidden = true; // this server takes no corrections, or this caller may not review them
     return;
   }
   $("inbox-card").hidden = false;
@@ -19,14 +19,14 @@ export async function refreshInbox() {
 function row(entry) {
   const item = make("li");
   const player = make("div", "player");
-  // Several labels that were said of one clip are one choice beside the single ones.
+  // Several labels that were sent for one clip are one choice besides the single ones.
   const names = model.classes.includes(entry.label) ? model.classes : [entry.label, ...model.classes];
   const label = choice(names, entry.label, `The right class of ${entry.filename}`);
   const facts = make("div", "facts");
   const others = Object.keys(entry.said).filter((name) => name !== entry.label);
   facts.append(
     make("strong", "", entry.label),
-    make("span", "quiet", ` said of ${entry.filename}; version ${entry.version} answered ${entry.predicted}`),
+    make("span", "quiet", ` reported for ${entry.filename}; version ${entry.version} answered ${entry.predicted}`),
     make("p", "quiet", `${new Date(entry.received).toLocaleString()}, ${bytes(entry.bytes)}, ${entry.id.slice(0, 12)}`),
   );
   if (others.length) facts.append(make("p", "quiet", `Others said: ${others.join(", ")}`));
@@ -44,7 +44,7 @@ function row(entry) {
       say($("inbox-said"), `${problem.detail} ${problem.fix}`);
     }
     await refreshInbox();
-    const next = $("inbox").querySelector("button"); // the focus would fall to the page's top
+    const next = $("inbox").querySelector("button"); // else the focus would jump to the top of the page
     if (next) next.focus();
     else $("inbox-card").focus();
   };
@@ -54,7 +54,7 @@ function row(entry) {
     label,
     button("Accept", () => act("accept", `?label=${encodeURIComponent(label.value)}`,
       (answer) => `Accepted as data/${answer.path}: ${answer.next}.`), ""),
-    button("Reject", () => act("reject", "", () => `Rejected: ${entry.filename} is removed.`)),
+    button("Reject", () => act("reject", "", () => `Rejected: ${entry.filename} was removed.`)),
   );
   item.append(facts, line, player);
   return item;

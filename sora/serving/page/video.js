@@ -3,7 +3,7 @@
 import { $, bytes, make, say } from "./dom.js";
 
 const RECORD_MS = 3000;
-// What this browser can record and the server can read: the first that both know.
+// What this browser can record and the server can read: the first that both support.
 const RECORDINGS = ["video/webm;codecs=vp8", "video/webm", "video/mp4"];
 export const video = { file: null };
 let preview = null;
@@ -43,7 +43,7 @@ $("drop").addEventListener("drop", (event) => {
   if (event.dataTransfer.files.length) choose(event.dataTransfer.files[0]);
 });
 
-// The camera. Browsers offer it to pages of this machine and to https only; without it there is no button.
+// The camera. Browsers offer it only to pages of this machine and over https; without it there is no button.
 
 const kind = globalThis.MediaRecorder && RECORDINGS.find((name) => MediaRecorder.isTypeSupported(name));
 $("camera").hidden = !(kind && navigator.mediaDevices && navigator.mediaDevices.getUserMedia);

@@ -73,7 +73,7 @@ SAYS = {
     "unreadable": "no frame decodes",
     "truncated": "1.2 s decode of 3 s",
     "unlabelled": "no class folder",
-    "unknown_label": "'dance' is none of the 2 classes (jump, wave)",
+    "unknown_label": "'dance' is not one of the 2 classes (jump, wave)",
     "too_short": "5 decodable frames, at least 8 are needed",
     "too_small": "320x24 pixels, the shorter side must have at least 32",
     "odd_frame_rate": "1000 frames a second, allowed are 4 to 240",
