@@ -8,7 +8,7 @@ from typing import Any
 from sora.config import Project
 from sora.core.errors import RunActive, ServiceError, SoraError
 from sora.core.processes import QUIET_ENV
-from sora.operations.lock import holder
+from sora.operations.lock import require_free
 
 
 def run_here(project: Project, *, force: bool = False) -> dict[str, Any]:
@@ -21,12 +21,7 @@ def run_here(project: Project, *, force: bool = False) -> dict[str, Any]:
     from sora.operations.servers import environment, running, servers
 
     project.settings()  # report a wrong params.yaml before servers start
-    active = holder(project)
-    if active is not None:
-        raise RunActive(
-            f"a run is already active in {project.root} (process {active['pid']}, since {active['since']})",
-            fix="wait until it ends, or stop that process",
-        )
+    require_free(project)
     for name, value in QUIET_ENV.items():
         os.environ.setdefault(name, value)
     # Prefect's own lines, including tracebacks of failed tasks, go to its server; the terminal shows Sora's.

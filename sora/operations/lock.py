@@ -35,6 +35,16 @@ def holder(project: Project) -> dict[str, Any] | None:
             return {"pid": None, "since": "unknown"}
 
 
+def require_free(project: Project) -> None:
+    """Early, before servers start: that no run holds the project.
+
+    Raises:
+        RunActive: as `run_lock`.
+    """
+    if (who := holder(project)) is not None:
+        raise _held(project, who)
+
+
 @contextmanager
 def run_lock(project: Project) -> Iterator[None]:
     """Holds the project while a run is active.
@@ -51,10 +61,7 @@ def run_lock(project: Project) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         who = holder(project) or {"pid": None, "since": "just now"}
-        raise RunActive(
-            f"a run is already active in {project.root} (process {who['pid']}, since {who['since']})",
-            fix="wait until it ends, or stop that process",
-        ) from error
+        raise _held(project, who) from error
     try:
         note = {"pid": os.getpid(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
         with suppress(OSError):  # the disk may be full: only the lock counts, and `sora gc` must get it
@@ -84,3 +91,10 @@ def backup_lock(project: Project, *, seconds: float = 0.0) -> Iterator[None]:
         raise RunActive(
             f"a backup or `sora gc` is running in {project.root}", fix="wait until it has ended, then try again"
         ) from error
+
+
+def _held(project: Project, who: dict[str, Any]) -> RunActive:
+    return RunActive(
+        f"a run is already active in {project.root} (process {who['pid']}, since {who['since']})",
+        fix="wait until it ends, or stop that process",
+    )
