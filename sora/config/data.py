@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from sora.config.section import Section
+from sora.config.section import FileBounds, Section
 from sora.core.records import ClipSpec
 
 
-class Validate(Section):
+class Validate(FileBounds, Section):
     """Rules about good data. Per-video rules quarantine; four stop or warn about the whole set.
 
     The last ones limit what a file may cost. A day at 30 frames a second, 8K, and five hours of 1080p are within them.
@@ -53,10 +53,6 @@ class Validate(Section):
         ge=100_000_000,
         description="bytes, of each process that decodes; a video that needs more is `too_large`",
     )
-
-    def file_limits(self) -> dict[str, Any]:
-        """The fields of `sora.media.video.ffmpeg.Limits`."""
-        return {name: getattr(self, name) for name in ("max_bytes", "max_seconds", "max_pixels", "max_frames")}
 
     def decoding(self) -> dict[str, Any]:
         """Everything that limits the decoding of a file."""

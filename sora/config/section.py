@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -13,3 +15,11 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileBounds:
+    """A section that bounds what a file may have, each with limits and defaults of its own."""
+
+    def file_limits(self) -> dict[str, Any]:
+        """The fields of `sora.media.video.ffmpeg.Limits`."""
+        return {name: getattr(self, name) for name in ("max_bytes", "max_seconds", "max_pixels", "max_frames")}

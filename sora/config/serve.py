@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from pydantic import Field, field_validator
 
-from sora.config.section import Section
+from sora.config.section import FileBounds, Section
 
 
-class Serve(Section):
+class Serve(FileBounds, Section):
     """Where the server listens, and what a call may cost."""
 
     host: str = Field("127.0.0.1", description="address to listen on; callers on any but loopback need a token")
@@ -61,7 +60,3 @@ class Serve(Section):
                     f"{origin!r} is not an origin; write it as https://sora.example or http://10.0.0.5:8080"
                 )
         return value
-
-    def file_limits(self) -> dict[str, Any]:
-        """The fields of `sora.media.video.ffmpeg.Limits`."""
-        return {name: getattr(self, name) for name in ("max_bytes", "max_seconds", "max_pixels", "max_frames")}
