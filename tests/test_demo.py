@@ -6,6 +6,7 @@ import importlib
 import re
 import shutil
 import subprocess
+from functools import reduce
 from pathlib import Path
 from types import ModuleType
 
@@ -61,6 +62,10 @@ def test_the_lock_is_of_this_code(repository: Path) -> None:
     stages = yaml.safe_load((repository / "dvc.lock").read_text())["stages"]
     for stage, code in provenance.stages().items():
         assert stages[stage]["params"][versioning.CODE_LOCK][stage] == code
+    settings = yaml.safe_load((repository / "params.yaml").read_text())
+    for stage in stages.values():
+        for key, value in stage["params"].get("params.yaml", {}).items():
+            assert reduce(lambda section, name: section[name], key.split("."), settings) == value, key
     assert stages["manifest"]["deps"][0]["md5"] == f"{versioning.data_version(Project(repository))}.dir"
 
 

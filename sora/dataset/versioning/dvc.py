@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -142,5 +143,11 @@ def _translate(root: Path, arguments: tuple[str, ...], code: int, complaints: st
         return InputError(f"{what}: no DVC and git repository: {text}", fix="`git init` and `dvc init`, or `sora init`")
     if complained("Permission denied", "Read-only file system"):
         return ServiceError(f"{what}: {text}", fix="make the folder writable for this user")
+    if missing := re.search(r"requires '(dvc-([a-z0-9]+))' to be installed", complaints):
+        package, kind = missing.groups()
+        return InputError(
+            f"{what}: remotes of the kind {kind} need the package {package}, which is not installed",
+            fix="pip install 'sora-video[s3]'" if kind == "s3" else f"pip install {package}",
+        )
     how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
     return ServiceError(f"{what} {how}: {text}", fix="run the same command again: it resumes")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -291,6 +292,16 @@ def test_no_repository_and_no_remote(fresh_project: Project) -> None:
     shutil.rmtree(fresh_project.root / ".dvc")
     with pytest.raises(InputError, match="no DVC and git repository"):
         versioning.add(fresh_project)
+
+
+def test_a_remote_whose_package_is_missing_names_it(fresh_project: Project) -> None:
+    if find_spec("dvc_s3"):
+        pytest.skip("dvc-s3 is installed")
+    versioning.add(fresh_project)
+    dvc(fresh_project.root, "remote", "add", "--default", "team", "s3://bucket/sora")
+    with pytest.raises(InputError, match="dvc-s3") as refused:
+        versioning.push(fresh_project, ["data.dvc"])
+    assert refused.value.fix == "pip install 'sora-video[s3]'"
 
 
 @pytest.mark.skipif(os.getuid() != 0 or sys.platform != "linux", reason="needs to mount a small disk")
