@@ -244,7 +244,7 @@ def _check_space(copies: list[_Source], project: Project) -> None:
 
 
 def _commit(root: Path) -> None:
-    """The first commit. Sora never commits after it."""
+    """The only commit that Sora makes."""
     if _git(root, "rev-parse", "--verify", "--quiet", "HEAD", check=False):
         return
     names = [".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore", "data.dvc", "dvc.yaml", "params.yaml"]
