@@ -1,8 +1,8 @@
 """`make bench` of an earlier commit and of this tree by turns: `python -m benchmarks.throughput.since COMMIT`.
 
 Each figure of `preprocessing`, and training of the preset `small`, runs in the tree of that commit and in this one, one
-after the other, as often as --rounds says; who begins changes. The ratio is ours / before of each pair: machines differ,
-pairs on one machine less. One JSON file a pair in benchmarks/results/since; a pair that has one is not repeated.
+after the other, as often as --rounds says; the first one changes. The ratio is that of each pair. One JSON file a pair
+in benchmarks/results/since; a pair that has one is not repeated.
 """
 
 from __future__ import annotations
