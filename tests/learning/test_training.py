@@ -275,7 +275,7 @@ def test_a_folder_that_can_not_be_made(job: Callable[..., TrainJob], tmp_path: P
         (lambda t: t[t["split"] == "val"], "split `train` is empty"),
         (lambda t: t.iloc[:0], "split `train` is empty"),
         (lambda t: t[(t["split"] == "val") | (t["label"] == "left")], "no clip to train on of class 'right'"),
-        (lambda t: t.replace({"label": {"left": "sideways"}}), "no class: 'sideways'"),
+        (lambda t: t.replace({"label": {"left": "sideways"}}), "not a class: 'sideways'"),
         (lambda t: pd.concat([t, t.tail(1).assign(sha256="f" * 64)]), "lack 1 of 13 videos, among them ffff"),
     ],
 )

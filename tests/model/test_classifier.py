@@ -151,5 +151,5 @@ def test_inputs_ask_for_tensors_by_name_and_models_of_earlier_versions_called_th
         fed = classifier.fed(loaded, {"audio": None, "video": clips})
         assert fed is clips
         np.testing.assert_array_equal(loaded.predict_on_batch(fed), model.predict_on_batch(clips))
-    with pytest.raises(ValueError, match="asks for the tensor 'video', the clips have audio"):
+    with pytest.raises(ValueError, match="asks for the tensor 'video', but the clips have audio"):
         classifier.fed(loaded, {"audio": clips})
