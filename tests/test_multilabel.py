@@ -161,7 +161,7 @@ def test_labels_that_a_champion_never_heard_of_are_left_out(world: SimpleNamespa
 
 
 @pytest.mark.parametrize(
-    ("label", "words"), [("dark|up", "no class: 'up'"), ("bright|left", "of class 'dark', 'right'")]
+    ("label", "words"), [("dark|up", "not a class: 'up'"), ("bright|left", "of class 'dark', 'right'")]
 )
 def test_a_table_that_can_not_be_trained_on(world: SimpleNamespace, tmp_path: Path, label: str, words: str) -> None:
     world.table.assign(label=label).to_parquet(tmp_path / "table.parquet", index=False)
