@@ -82,7 +82,7 @@ def spoken(verb: Verb) -> Finding:
         return Finding(what, False, f"not ended after {verb.seconds:.0f} s")
     if code <= 0 or code == 130:
         return Finding(what, "Traceback" not in said, f"ended with {code}")
-    helps = re.search(r"^\s*(fix|fix): \S", said, re.MULTILINE) is not None
+    helps = re.search(r"^\s*fix: \S", said, re.MULTILINE) is not None
     fine = helps and "Traceback" not in said and code in (1, 2, 3)
     lines = [line for line in said.strip().splitlines() if line.strip()]
     return Finding(what, fine, f"ended with {code}: " + " | ".join(lines[-6:])[-600:])
