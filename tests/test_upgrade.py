@@ -281,7 +281,7 @@ def test_nothing_changed_is_unchanged(served: Old) -> None:
     for _ in range(2):
         now = served.sora("run")
         assert now["outcome"] == "unchanged"
-        assert {name: now[name] for name in then} == then
+        assert {**now, "reasons": []} == {**then, "reasons": []}  # their words may have changed
 
 
 def test_versions_are_listed_as_before(served: Old) -> None:
