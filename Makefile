@@ -16,7 +16,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --no-deps --no-compile
 # Some packages carry templates that are no Python; what does not compile does not matter.
 COMPILE = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 
-.PHONY: setup setup-dev run test test-fast coverage lint up clean bench bench-accuracy bench-soak faults release audit
+.PHONY: setup setup-dev run test test-fast test-faults coverage lint up clean bench bench-accuracy bench-soak faults release audit
 
 setup: $(RUNS)
 
@@ -58,6 +58,10 @@ test: setup-dev
 # No server, no training, no TensorFlow.
 test-fast: setup-dev
 	$(PYTEST) -m "not slow"
+
+# Runs and servers under one fault each (kills, full disks, servers away, clocks); the rest of tests/faults is in `test`.
+test-faults: setup-dev
+	SORA_FAULTS=1 $(PYTEST) tests/faults
 
 # All tests, and which lines of sora and flows they ran, in every process: a table, and pages in .coverage-html.
 coverage: setup-dev

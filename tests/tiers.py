@@ -2,11 +2,15 @@
 
 A module's tier follows from what it imports and which fixtures its tests ask for, so that nobody has to mark tests by
 hand. The mark `slow` puts a test into the full tier that the rule does not see: it starts such a process as a command.
+
+The tests of `tests/faults` that put a run or servers under a fault are a tier of their own, `make test-faults`: each
+takes a run or two.
 """
 
 from __future__ import annotations
 
 import ast
+import os
 from functools import cache
 from pathlib import Path
 
@@ -43,11 +47,19 @@ def is_heavy(item: pytest.Item) -> bool:
     if item.get_closest_marker("slow") is not None:
         return True
     folder = _folder(item.path)
-    fixtures = set(getattr(item, "fixturenames", ()))
-    return folder in HEAVY_FOLDERS or bool(fixtures & HEAVY_FIXTURES) or _imports_heavy(item.path)
+    return folder in HEAVY_FOLDERS or bool(fixtures_of(item) & HEAVY_FIXTURES) or _imports_heavy(item.path)
+
+
+def fixtures_of(item: pytest.Item) -> frozenset[str]:
+    """Names of all fixtures that a test asks for."""
+    return frozenset(getattr(item, "fixturenames", ()))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not os.environ.get("SORA_FAULTS"):
+        for item in items:
+            if _folder(item.path) == "faults" and (item.get_closest_marker("slow") or "case" in fixtures_of(item)):
+                item.add_marker(pytest.mark.skip(reason="a run or servers under a fault: `make test-faults`"))
     heavy = {id(item): is_heavy(item) for item in items}
     for item in items:
         if heavy[id(item)]:
