@@ -265,7 +265,7 @@ def running(project: Project) -> dict[str, Running]:
         entries = {name: Running(**entry) for name, entry in json.loads(text).items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}  # none yet, or not ours: starting anew writes it again
-    return {name: entry for name, entry in entries.items() if _created(entry.pid) == entry.created}
+    return {name: entry for name, entry in entries.items() if _lives(entry)}
 
 
 def start(
@@ -463,6 +463,18 @@ def _answers_elsewhere(name: str, url: str) -> None:
             fix="correct or remove its address under `services` in params.yaml"
             + (" (Prefect's ends with /api)" if name == "prefect" else ""),
         )
+
+
+def _lives(entry: Running) -> bool:
+    """Whether the process that an entry names is still that process."""
+    if _created(entry.pid) == entry.created:
+        return True
+    import psutil
+
+    try:  # an older Sora wrote the time of day at which the process began
+        return bool(psutil.Process(entry.pid).create_time() == entry.created)
+    except psutil.Error:
+        return False
 
 
 def _created(pid: int) -> float | None:

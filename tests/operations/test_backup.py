@@ -610,9 +610,9 @@ def test_doctor_knows_the_age(project: Project, out: Path) -> None:
 
 
 def test_the_setting() -> None:
-    from flows.nightly import ELSEWHERE
+    from sora.config.settings import NOT_OF_LEARNING
 
     with pytest.raises(SettingsError, match=r"backup\.folder"):
         parse("backup: {keep: 3}")
     assert parse("").backup.keep == 0 and parse("backup: {keep: 3, folder: /mnt/x}").backup.folder == "/mnt/x"
-    assert "backup" in ELSEWHERE  # it makes no model another one
+    assert "backup" in NOT_OF_LEARNING  # it makes no model another one

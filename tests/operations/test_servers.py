@@ -26,7 +26,7 @@ from tests.servers import make_project
 OWNER = """
 import json, sys
 from pathlib import Path
-from sora.operations import services
+from sora.operations import servers as services
 from sora.config import Project
 project = Project(Path(sys.argv[1]))
 with services.servers(project, prefect=sys.argv[2] == "both") as found:
