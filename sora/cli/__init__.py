@@ -489,8 +489,10 @@ def review(accept: str | None, reject: str | None, label: str | None, as_json: b
             f"{entry.id[:12]}  {entry.label}  (version {entry.version}: {entry.predicted})  {one_line(entry.filename)}"
         )
         for source in inbox.sent_by(entry, known):
-            often = click.style("refused often: ", fg="yellow") if source.often_refused else "sent by "
-            echo(f"              {often}{one_line(str(source))}")
+            often = "refused often:" if source.often_refused else "sent by"
+            echo(
+                one_line(str(source)), mark=f"              {often}", colour="yellow" if source.often_refused else None
+            )
         echo(f"              {inbox.file(entry)}", err=True)
     if not entries:
         echo("nothing waits for review")

@@ -64,6 +64,7 @@ def answers(
     """
     result_file = folder / FOLD_FILE
     if result_file.exists():
+        _remove_work(folder)  # a kill between the result and the end leaves it
         return json.loads(result_file.read_text(encoding="utf-8"))
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,6 +111,10 @@ def answers(
     }
     with atomic(result_file) as file:
         file.write(json.dumps(result, allow_nan=False).encode())
+    _remove_work(folder)
+    return result
+
+
+def _remove_work(folder: Path) -> None:
     for left in ("fit", "evaluation"):
         shutil.rmtree(folder / left, ignore_errors=True)
-    return result
