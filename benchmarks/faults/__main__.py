@@ -189,6 +189,7 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--minutes", type=float, default=10, help="begin no case after so many [default: 10]")
     options.add_argument("--next", type=int, metavar="N", help="so many cases at most")
+    options.add_argument("--every", default="0/1", metavar="K/N", help="only the cases K, K+N, K+2N …: several at once")
     options.add_argument("--case", type=int, metavar="NUMBER", help="this one only, again, and keep no result")
     options.add_argument("--seed", type=int, default=12)
     options.add_argument("--scenes", type=Path, help="keep the built projects here for the next piece")
@@ -198,7 +199,8 @@ def main() -> int:
     if given.summary:
         return summary(given.results)
     end = time.monotonic() + given.minutes * 60
-    missing = [n for n in range(CASES) if not (given.results / f"{n:03d}.json").exists()]
+    first, step = (int(part) for part in given.every.split("/"))
+    missing = [n for n in range(first, CASES, step) if not (given.results / f"{n:03d}.json").exists()]
     numbers = [given.case] if given.case is not None else missing[: given.next]
     if not numbers:
         print("all cases have a result")
