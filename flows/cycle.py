@@ -13,7 +13,7 @@ from pathlib import Path
 
 from flows import steps as plain
 from flows.records import Case, Evaluation, Night, NightResult, Past, RunKey, SplitFacts
-from flows.work import DOUBTS, FIT, JUDGE, REGISTER, RUN, SPLITS, Work
+from flows.work import DOUBTS, JUDGE, REGISTER, RUN, SPLITS, Work
 from sora.config import Project
 from sora.core.errors import ServiceError
 from sora.core.ledger import Recorded
@@ -146,7 +146,7 @@ def _candidate(
     night: Night, steps: Steps, case: Case, work: Work, run_id: str, doubts: tuple[str, ...]
 ) -> tuple[NightResult, Evaluation]:
     """Trains, evaluates, registers and judges the candidate, and promotes it if the gate says so."""
-    fitted = work.once(FIT, lambda: steps.fit(night, run_id, work))
+    fitted = work.fitted(lambda: steps.fit(night, run_id, work))
     with steps.smoke() as smoke:  # its child imports while the candidate is evaluated
         evaluation = steps.evaluate(night, work, fitted)
         version = work.once(REGISTER, lambda: steps.register(night, case, run_id, fitted, evaluation))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -102,6 +102,13 @@ class Work:
         """The result of `body`, which runs only if no earlier try of this run finished it."""
         done = self.get(step)
         return done if done is not None else self.note(step, body())
+
+    def fitted(self, body: Callable[[], TrainResult]) -> TrainResult:
+        """`once` of the training. The model is in this folder, even if the project has moved since."""
+        done = self.get(FIT)
+        if done is None:
+            return self.note(FIT, body())
+        return replace(done, model=str(self.fit / Path(done.model).name))
 
     def note(self, step: Step[T], result: T) -> T:
         """Stores a result and returns it."""

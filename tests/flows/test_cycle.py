@@ -60,7 +60,8 @@ class Played:
 
     def fit(self, night: Night, run_id: str, work: Work) -> TrainResult:
         self._call("fit")
-        model = self.folder / "model.keras"
+        model = work.fit / "model.keras"
+        model.parent.mkdir(exist_ok=True)
         model.write_bytes(run_id.encode())
         return replace(FITTED, model=str(model))
 
@@ -185,6 +186,16 @@ def test_the_notes_of_earlier_code_are_read(tmp_path: Path) -> None:
     assert decision == Decision(True, ("because",), {"p": 0.5})
     work.note(JUDGE, decision)
     assert json.loads((tmp_path / "steps.json").read_text()) == OLD
+
+
+def test_the_model_is_found_where_the_project_is_now(tmp_path: Path) -> None:
+    """An interrupted run continues in a project that was moved or copied."""
+    (tmp_path / "before").mkdir()
+    work = Work(tmp_path / "before")
+    noted = replace(FITTED, model=str(work.fit / "model.keras"))
+    assert work.fitted(lambda: noted) == noted
+    moved = Work((tmp_path / "before").rename(tmp_path / "after"))
+    assert moved.fitted(pytest.fail) == replace(noted, model=str(tmp_path / "after" / "fit" / "model.keras"))
 
 
 def test_an_evaluation_that_had_not_ended_is_not_done(tmp_path: Path) -> None:
