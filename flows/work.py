@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from sora.core.files import atomic
 from sora.core.progress import say
 from sora.core.records import Decision
 from sora.learning.training import TrainResult
@@ -113,9 +114,8 @@ class Work:
     def note(self, step: Step[T], result: T) -> T:
         """Stores a result and returns it."""
         self._results[step.name] = step.write(result)
-        draft = self._file.with_suffix(".partial")
-        draft.write_text(json.dumps(self._results), encoding="utf-8")
-        draft.replace(self._file)
+        with atomic(self._file) as file:
+            file.write(json.dumps(self._results).encode())
         return result
 
     def remove(self) -> None:

@@ -17,6 +17,7 @@ from sora.cli import exposure
 from sora.config import Project, Settings
 from sora.config.credentials import private_state, secret, secret_file
 from sora.core.errors import RunActive, ServiceError
+from sora.core.files import temporary_folder
 from sora.core.processes import quiet_environment, start_child
 from sora.core.progress import echo
 from sora.core.redaction import without_login
@@ -206,15 +207,17 @@ def up(
         _only_one(project),
         _terminable(),
         _servers(project, settings, host, ports, exposed=bool(logins), on_line=on_line) as servers,
+        temporary_folder("worker") as scratch,
         Supervisor(project, on_line) as supervisor,
     ):
         for one in servers:
             supervisor.adopt(ServerPart(project, one), one.process)
         addresses = _addresses(settings, servers)
         env = quiet_environment(**{**services.environment(project, addresses), **logins})
-        # The worker registers the schedule and then works, so a restart registers it again.
+        # The worker registers the schedule and then works, so a restart registers it again. What its flow runs leave
+        # in the temporary folder when they are killed (Prefect's `runner_storage`) goes with ours.
         worker = (sys.executable, "-m", "flows.worker", str(project.root))
-        supervisor.start(ProgramPart(project, "worker", worker, env))
+        supervisor.start(ProgramPart(project, "worker", worker, {**env, "TMPDIR": str(scratch)}))
         port = _api_port(settings, host, api_port, on_line)
         api = f"http://{services.reachable(host)}:{port}"
         serve = ("serve", "--project", str(project.root), "--host", host, "--port", str(port))

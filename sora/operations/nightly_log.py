@@ -7,12 +7,12 @@ schedule writes it too (outcome "registered"), so that a project whose very firs
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from sora.config import Project, Schedule
+from sora.core.files import atomic
 
 REGISTERED = "registered"
 
@@ -35,9 +35,8 @@ def write(project: Project, outcome: str, run_id: str = "", *, finished: datetim
     entry = Nightly((finished or datetime.now(UTC)).astimezone(UTC), outcome, run_id)
     target = path(project)
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f"{target.name}.{os.getpid()}")
-    draft.write_text(json.dumps({**asdict(entry), "finished": entry.finished.isoformat()}), encoding="utf-8")
-    os.replace(draft, target)
+    with atomic(target, shared=True) as file:
+        file.write(json.dumps({**asdict(entry), "finished": entry.finished.isoformat()}).encode())
     return entry
 
 

@@ -14,6 +14,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -171,7 +172,8 @@ def main(arguments: list[str] | None = None) -> int:
         say(f"{name}: {error}")
         place = os.environ.get("SORA_STAGE_ERROR")
         if place:
-            Path(place).write_text(json.dumps(error_event(error)), encoding="utf-8")
+            with suppress(OSError):  # on a full disk the caller reads the line above
+                Path(place).write_text(json.dumps(error_event(error)), encoding="utf-8")
         return error.exit_code if isinstance(error, SoraError) else 3
     echo(", ".join(f"{what} {number}" for what, number in counts.items()))
     return 0

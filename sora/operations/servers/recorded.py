@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sora.config import Project
 from sora.config.credentials import secret
-from sora.core.files import writing
+from sora.core.files import atomic
 from sora.operations.servers.describe import Server
 
 
@@ -97,8 +97,5 @@ def _record(project: Project) -> Path:
 
 
 def _write(project: Project, entries: Mapping[str, Running]) -> None:
-    target = _record(project)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    with writing(target):
-        draft.write_text(json.dumps({name: asdict(entry) for name, entry in entries.items()}, indent=1))
-        os.replace(draft, target)
+    with atomic(_record(project), shared=True) as file:
+        file.write(json.dumps({name: asdict(entry) for name, entry in entries.items()}, indent=1).encode())

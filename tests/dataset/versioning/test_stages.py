@@ -24,6 +24,16 @@ def test_an_error_is_handed_over_whole(tmp_path: Path, monkeypatch: pytest.Monke
     assert isinstance(error, InputError) and "paint" in error.message
 
 
+def test_an_error_that_can_not_be_handed_over_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a full disk the file of the error has no room either."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SORA_STAGE_ERROR", str(tmp_path / "gone" / "error.json"))
+    assert stages.main(["paint"]) == 2
+    assert "no stage paint" in capsys.readouterr().err
+
+
 def test_a_stage_whose_caller_is_gone_does_nothing(fresh_project: Project) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
