@@ -82,7 +82,11 @@ def _kill_of_up(case: Case, moment: float, pick: Callable[[list[psutil.Process]]
         kill(victims)
         time.sleep(1.0)
         if verb.running:
-            wait_until_whole(verb)
+            try:
+                wait_until_whole(verb)
+            except RuntimeError as error:
+                living = ", ".join(sorted(role_of(one) for one in case.processes()))
+                return Struck(roles, Finding("struck", False, f"alive: {living}; {error}"[:900]))
             verb.process.terminate()
         verb.wait(60)
     return Struck(roles, spoken(verb))
