@@ -25,7 +25,7 @@ from sora.registry import JudgedRun, RegistryPort, Smoke
 NO_HISTORY = "no_history"  # tag of a run that found assigned splits, but no run that assigned them
 NO_HISTORY_WORDS = (
     "splits.csv held {rows} videos' splits before this run, but MLflow knows no run that was judged on them: version "
-    "numbers start again, and how often this test split judged is not known; fine in a new clone, otherwise .sora/ "
+    "numbers start again, and how often this test split has judged is not known; fine in a new clone, otherwise .sora/ "
     "or its mlflow.db was lost (`sora restore` restores a backup)"
 )
 _RUNS = 1000  # most runs whose tags are read
