@@ -114,6 +114,14 @@ def write(name: str, value: Any, folder: Path = RESULTS) -> None:
     (folder / f"{name}.json").write_text(json.dumps({"machine": machine, "result": value}, indent=1) + "\n")
 
 
+def tree_of(earlier: str, target: Path, *paths: str) -> Path:
+    """The files of an earlier commit of this repository (below `paths`; all without) in the new folder `target`."""
+    target.mkdir()
+    packed = subprocess.run(["git", "-C", str(REPOSITORY), "archive", earlier, *paths], check=True, capture_output=True)
+    subprocess.run(["tar", "-x", "-C", str(target)], input=packed.stdout, check=True)
+    return target
+
+
 def commit(repository: Path) -> str:
     """HEAD; with `+` and a digest of the package's code where that differs from HEAD's, or where there is no git."""
     git = ["git", "-C", str(repository)]

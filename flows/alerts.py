@@ -128,7 +128,7 @@ def _leads_inside(webhook: str) -> bool:
         ipaddress.ip_address(name)
         return False  # an address that is written out
     except ValueError:
-        pass
+        pass  # a name, which is looked up below
     if name == "localhost":
         return False
     try:

@@ -16,6 +16,7 @@ from flows.records import Case, Evaluation, Night, NightResult, Past, RunKey, Sp
 from flows.work import DOUBTS, JUDGE, REGISTER, RUN, SPLITS, Work
 from sora.config import Project
 from sora.core.errors import ServiceError
+from sora.core.files import atomic
 from sora.core.ledger import Recorded
 from sora.core.progress import say
 from sora.core.records import Decision
@@ -117,7 +118,8 @@ def _learn(night: Night, steps: Steps, key: RunKey, past: Past, force: bool) -> 
     except Exception:
         registry.runs.finish(run_id, "FAILED")
         raise
-    project.reference.write_text(json.dumps(dict(facts.counts)), encoding="utf-8")
+    with atomic(project.reference) as file:  # the next validation reads it
+        file.write(json.dumps(dict(facts.counts)).encode())
     with suppress(ServiceError):  # a copy for `sora check` and `sora doctor`; the decision does not need it
         if (recorded := registry.judged_ledger()) is not None:
             ledger.remember(project, recorded)

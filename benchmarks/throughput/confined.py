@@ -131,12 +131,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="sora-bench-") as name:
         work = Path(name)
-        old = work / "before"
-        old.mkdir()
-        tree = subprocess.run(
-            ["git", "-C", str(REPOSITORY), "archive", given.before, "sora"], check=True, capture_output=True
-        )
-        subprocess.run(["tar", "-x", "-C", str(old)], input=tree.stdout, check=True)
+        old = common.tree_of(given.before, work / "before", "sora")
         one = copies(work / "data", given.files)
         for what in given.only:
             pairs = []

@@ -38,16 +38,6 @@ def figures_of(tree: Path, figure: str) -> dict[str, float]:
     return {row["figure"]: row["ours"] for row in rows}
 
 
-def tree_of(commit: str, place: Path) -> Path:
-    """The commit's files, beside a link to the footage, which benchmarks look for there."""
-    tree = place / "before"
-    tree.mkdir()
-    packed = subprocess.run(["git", "-C", str(REPOSITORY), "archive", commit], check=True, capture_output=True)
-    subprocess.run(["tar", "-x", "-C", str(tree)], input=packed.stdout, check=True)
-    (place / "shared").symlink_to(SHARED.parent)
-    return tree
-
-
 def summary(folder: Path) -> None:
     """Prints the table of medians."""
     pairs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
@@ -84,7 +74,8 @@ def main() -> None:
     ]
     RESULTS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="sora-since-") as name:
-        trees = {"before": tree_of(given.commit, Path(name)), "now": REPOSITORY}
+        trees = {"before": common.tree_of(given.commit, Path(name) / "before"), "now": REPOSITORY}
+        (Path(name) / "shared").symlink_to(SHARED.parent)  # benchmarks look for the footage beside their tree
         for number in range(given.rounds):
             for figure in given.only:
                 file = RESULTS / f"{figure}-{number}.json"

@@ -374,6 +374,6 @@ def _terminable() -> Iterator[None]:
     try:
         yield
     except _Terminated:
-        pass
+        pass  # asked for: the block has ended in order
     finally:
         signal.signal(signal.SIGTERM, before)

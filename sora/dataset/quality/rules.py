@@ -339,24 +339,22 @@ def _no_copies(videos: Videos) -> Iterator[Condition]:
 
 def _one_group_for_near_duplicates(videos: Videos) -> Iterator[Condition]:
     if videos.limits.duplicates:
-        yield Condition(
-            between("groups of this scene", most=1),
-            "Near-duplicates belong to one group.",
-            videos.scenes.groups,
-            lambda v: str(v.pair),
-            facts={"pair": videos.scenes.pair},
-        )
+        yield _one_of_a_scene(videos, "groups", "Near-duplicates belong to one group.", videos.scenes.groups)
 
 
 def _one_label_for_near_duplicates(videos: Videos) -> Iterator[Condition]:
     if videos.limits.duplicates:
-        yield Condition(
-            between("labels of this scene", most=1),
-            "Near-duplicates across groups carry one label.",
-            videos.scenes.labels,
-            lambda v: str(v.pair),
-            facts={"pair": videos.scenes.pair},
-        )
+        yield _one_of_a_scene(videos, "labels", "Near-duplicates across groups carry one label.", videos.scenes.labels)
+
+
+def _one_of_a_scene(videos: Videos, what: str, says: str, values: Values) -> Condition:
+    return Condition(
+        between(f"{what} of this scene", most=1),
+        says,
+        values,
+        lambda v: str(v.pair),
+        facts={"pair": videos.scenes.pair},
+    )
 
 
 def _some_videos(_: Videos) -> Iterator[Condition]:

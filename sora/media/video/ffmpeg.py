@@ -223,7 +223,7 @@ def _check_again(path: Source, limits: Limits) -> None:
 
 
 class _Clock:
-    """Counts decoded frames and keeps their first and last timestamp."""
+    """Counts decoded frames, and keeps their first and last timestamp and what broke the decoding off."""
 
     def __init__(self, stream: VideoStream) -> None:
         self.rate: Fraction = stream.average_rate or stream.guessed_rate or Fraction(0)
@@ -231,6 +231,7 @@ class _Clock:
         self.count = 0
         self.first: int | None = None
         self.last = 0
+        self.broke = ""  # in FFmpeg's words; "" if nothing did
 
     def tick(self, frame: VideoFrame) -> None:
         self.count += 1
@@ -268,6 +269,19 @@ def _frames(container: InputContainer, stream: VideoStream, clock: _Clock, limit
         if limits.max_pixels is not None and frame.width * frame.height > limits.max_pixels:
             raise refuse("too_large", f"{frame.width}x{frame.height} pixels, allowed are {limits.max_pixels:,}")
         yield frame
+
+
+@contextmanager
+def _noting(clock: _Clock) -> Iterator[None]:
+    """Where a frame can't be decoded, the block ends and `clock.broke` says why. Limits and lack of memory pass."""
+    try:
+        yield
+    except VideoError:
+        raise
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        if isinstance(error, MemoryError):
+            raise
+        clock.broke = _words(error)
 
 
 def _rotation(frame: VideoFrame) -> int:
@@ -326,26 +340,19 @@ def inspect(path: Source, limits: Limits | None = None) -> Facts:
         grids = signature.Reservoir()
         reformat = VideoReformatter()
         width = height = turn = 0
-        broke = ""
-        try:
+        with _noting(clock):
             for frame in _frames(container, stream, clock, limits):
                 if clock.count == 1:
                     turn = _rotation(frame)
                     width, height = (frame.height, frame.width) if turn in (90, 270) else (frame.width, frame.height)
                 if grids.wants(clock.count - 1):
                     grids.add(_cells(frame, reformat, turn))
-        except VideoError:
-            raise
-        except (av.error.FFmpegError, OSError, ValueError) as error:
-            if isinstance(error, MemoryError):
-                raise
-            broke = _words(error)
         if clock.count == 0:
             _check_again(path, limits)
-            raise refuse("unreadable", f"no frame decodes: {broke or 'the stream is empty'}")
-        truncated = f"decoding broke after {clock.count} frames: {broke}" if broke else ""
+            raise refuse("unreadable", f"no frame decodes: {clock.broke or 'the stream is empty'}")
+        truncated = f"decoding broke after {clock.count} frames: {clock.broke}" if clock.broke else ""
         expected = _announced_seconds(container, stream)
-        if not broke and clock.span and clock.duration < COVERAGE * expected:
+        if not clock.broke and clock.span and clock.duration < COVERAGE * expected:
             truncated = f"{clock.duration:g} s decode of {expected:g} s announced"
         return Facts(
             codec=stream.codec_context.codec.canonical_name,
@@ -359,7 +366,7 @@ def inspect(path: Source, limits: Limits | None = None) -> Facts:
             brightness=grids.brightness(),
             signature=grids.signature(clock.count),
             announced=stream.frames,
-            decode_error=broke,
+            decode_error=clock.broke,
             truncated=truncated,
         )
 
@@ -390,7 +397,7 @@ def read_chosen(
         try:
             return _sought(path, set(choose(*known)), known[0], fit, limits), *known
         except seek.Unsure:
-            pass
+            pass  # then everything is decoded in order
     with _opened(path, limits) as (container, stream):
         clock = _Clock(stream)
         claim = stream.frames or round(_announced_seconds(container, stream) * clock.rate)
@@ -398,24 +405,17 @@ def read_chosen(
         last = max(wanted, default=-1) if known else None
         reformat = VideoReformatter()
         pictures: dict[int, np.ndarray] = {}
-        broke = ""
-        try:
+        with _noting(clock):
             for frame in _frames(container, stream, clock, limits):
                 index = clock.count - 1
                 if index in wanted:
                     pictures[index] = _rgb(frame, reformat, fit, _rotation(frame))
                 if index == last:
                     break
-        except VideoError:
-            raise
-        except (av.error.FFmpegError, OSError, ValueError) as error:
-            if isinstance(error, MemoryError):
-                raise
-            broke = _words(error)
     if known is None:
         if clock.count == 0:
             _check_again(path, limits)
-            raise refuse("unreadable", f"no frame decodes: {broke or 'the stream is empty'}")
+            raise refuse("unreadable", f"no frame decodes: {clock.broke or 'the stream is empty'}")
         counted = (clock.count, clock.fps)
         if wanted.issuperset(choose(*counted)):
             return pictures, *counted
@@ -424,9 +424,8 @@ def read_chosen(
     if missing:
         if clock.count == 0:
             _check_again(path, limits)
-        raise refuse(
-            "unreadable", f"frame {min(missing)} is missing, {clock.count} decode{': ' + broke if broke else ''}"
-        )
+        why = f": {clock.broke}" if clock.broke else ""
+        raise refuse("unreadable", f"frame {min(missing)} is missing, {clock.count} decode{why}")
     return pictures, *known
 
 

@@ -138,7 +138,7 @@ def _cached_champion(project: Project) -> Check:
         kept = json.loads(project.cache.champion.read_text(encoding="utf-8"))
         return Check("champion", True, f"version {kept['version']} was served last (MLflow is not running)")
     except (OSError, ValueError, KeyError, TypeError):
-        pass
+        pass  # nothing was served yet, or the file is damaged: the database says more
     if project.database("mlflow").exists():
         return Check("champion", True, "not known while MLflow is not running; `sora models` starts it and shows it")
     return Check("champion", False, "none yet: no model was trained", "sora run")
