@@ -80,7 +80,7 @@ def assign(night: Night, target: Path, recorded: Recorded | None) -> SplitFacts:
     assignment = splits.assign(accepted, splits.read(project.splits_file), settings)
     splits.append(project.splits_file, assignment)
     rejected |= {item.path for item in assignment.rejections}
-    joined = table.join(rows, rejected, assignment.ledger)
+    joined = table.join(rows, rejected, assignment.ledger, settings.validate_.near_duplicate_bits)
     joined.to_parquet(target, index=False)
     for note in assignment.notes:
         say(note)
@@ -116,11 +116,12 @@ def open_run(night: Night, case: Case) -> str:
     return run_id
 
 
-def job_for(shards: Path, table: Path, settings: Settings, out: Path) -> TrainJob:
-    """The training job for a project's shards and table; `out` keeps what a resumed training continues from."""
+def job_for(prepared: Project, table: Path, settings: Settings, out: Path) -> TrainJob:
+    """The training job for a project's clips and table; `out` keeps what a resumed training continues from."""
     values = settings.to_dict()
     return TrainJob(
-        shards=str(shards),
+        shards=str(prepared.shards),
+        features=str(prepared.features) if settings.model.bank else "",
         table=str(table),
         classes=list(settings.classes),
         model=values["model"],
@@ -137,7 +138,7 @@ def fit(night: Night, run_id: str, work: Work, environment: Mapping[str, str] | 
     """
     from sora.learning import training
 
-    job = job_for(night.project.shards, work.table, night.settings, work.fit)
+    job = job_for(night.project, work.table, night.settings, work.fit)
     log = night.project.log("training")
     with bar("Training") as update, night.registry.runs.system_metrics(run_id):
         return training.run(job, live(night.registry.runs, run_id, update), log=log, env=dict(environment or {}))
@@ -177,7 +178,7 @@ def _evaluation_job(night: Night, work: Work, fitted: TrainResult, champion: int
     from sora.runtime.lifecycle import model_cache
 
     project, settings = night.project, night.settings
-    models = [EvalModel("candidate", fitted.model, history=fitted.history)]
+    models = [EvalModel("candidate", fitted.model, history=fitted.history, held_out=fitted.held_out)]
     if champion is not None:
         file, recipe = night.registry.fetch(champion, model_cache(project))
         models.append(EvalModel("champion", str(file), recipe))

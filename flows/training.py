@@ -135,7 +135,7 @@ def _fit(
 ) -> TrainResult:
     from sora.learning import training
 
-    job = job_for(prepared.shards, work / "table.parquet", settings, work / "fit")
+    job = job_for(prepared, work / "table.parquet", settings, work / "fit")
     return training.run(job, on_event, log=work / "training.log", env=environment)
 
 
@@ -209,7 +209,7 @@ def request_training(night: Night, run_id: str, work: Path, progress: Bar | None
     project, settings, runs = night.project, night.settings, night.registry.runs
     pool = settings.train.work_pool
     assert pool is not None
-    versioning.push(project, list(versioning.STAGES))
+    versioning.push(project, versioning.stages_of(project))
     table = work / "table.parquet"
     runs.log_path(run_id, table, HANDOVER.parent.as_posix())
     texts = versioning.state(project)

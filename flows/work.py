@@ -109,7 +109,8 @@ class Work:
         done = self.get(FIT)
         if done is None:
             return self.note(FIT, body())
-        return replace(done, model=str(self.fit / Path(done.model).name))
+        held_out = done.held_out and str(self.fit / Path(done.held_out).name)
+        return replace(done, model=str(self.fit / Path(done.model).name), held_out=held_out)
 
     def note(self, step: Step[T], result: T) -> T:
         """Stores a result and returns it."""

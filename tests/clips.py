@@ -12,7 +12,7 @@ import pandas as pd
 from sora.config import Settings
 from sora.core.records import ClipSpec
 from sora.dataset import manifest
-from sora.store import shards
+from sora.store import building
 
 CLASSES = ("left", "right")
 SPEC = ClipSpec(frames=8, height=32, width=32)
@@ -80,7 +80,7 @@ def make_shards(folder: Path, each: int = 8) -> tuple[Path, pd.DataFrame]:
         for number in range(each):
             write_video(folder / "data" / label / f"{number:02}.mp4", moving_square(label, seed=100 * which + number))
     found = manifest.build(folder / "data", Settings(classes=CLASSES), workers=1)
-    shards.build(found, (), folder / "data", folder / "shards", SPEC, buckets=4, workers=1)
+    building.build(found, (), folder / "data", folder / "shards", SPEC, buckets=4, workers=1)
     table = found.sort_values("path")[["sha256", "label", "path"]]
     number = table["path"].str.extract(r"(\d+)\.mp4")[0].astype(int)
     table["split"] = np.where(number < each // 4, "val", "train")

@@ -45,7 +45,7 @@ def test_paths_in_documents_exist(repository: Path, document: Path) -> None:
 
 
 def test_modules_and_names_in_documents_exist(repository: Path, document: Path) -> None:
-    """`sora.store.shards.build` in backticks, or <i>in a picture</i>, is a module or stands in one."""
+    """`sora.store.building.build` in backticks, or <i>in a picture</i>, is a module or stands in one."""
     text = document.read_text(encoding="utf-8")
     for dotted in re.findall(rf"(?:`|<i>)(?:python -m )?((?:{FOLDERS})(?:\.\w+)+)", text):
         parts = dotted.split(".")

@@ -17,6 +17,7 @@ import pytest
 from sora.config import Project, parse
 from sora.core.errors import InputError
 from sora.core.records import ClipSpec
+from sora.core.tensors import VIDEO, Clips
 from sora.dataset import manifest, splits
 from sora.dataset import table as tables
 from sora.dataset.quality import validate
@@ -27,7 +28,7 @@ from sora.learning.training import TrainJob
 from sora.registry import ChampionRef
 from sora.runtime.predictor import ModelRefused, Predictor, Smoke, predict_files
 from sora.serving.source import ModelCache
-from sora.store import shards
+from sora.store import building
 from sora.tasks import MULTI
 from tests.clips import SEVERAL, SMALL, make_several
 from tests.serving.inside import ready, running, send, until
@@ -55,7 +56,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     assignment = splits.assign(rows, splits.read(folder / "none.csv"), SETTINGS)
     table = tables.join(rows, (), assignment.ledger)
     table.to_parquet(folder / "table.parquet", index=False)
-    shards.build(rows, (), data, folder / "shards", SPEC, buckets=2, workers=1)
+    building.build(rows, (), data, folder / "shards", SPEC, buckets=2, workers=1)
     values = SETTINGS.to_dict()
     job = TrainJob(
         shards=str(folder / "shards"),
@@ -181,7 +182,7 @@ def test_the_gate_promotes_the_first_and_finds_itself_no_worse(world: SimpleName
 
 
 def test_answers_are_sigmoids_and_golden_ones_hold(world: SimpleNamespace, predictor: Predictor) -> None:
-    clips = np.random.default_rng(0).integers(0, 256, (5, 8, 32, 32, 3), np.uint8)
+    clips = Clips({VIDEO: np.random.default_rng(0).integers(0, 256, (5, 8, 32, 32, 3), np.uint8)})
     expected = 1 / (1 + np.exp(-predictor._call(clips) / world.recipe.temperature))
     np.testing.assert_allclose(predictor.probabilities(clips), expected, atol=1e-5)
     assert predictor.check_golden() < 1e-4
@@ -216,8 +217,8 @@ def test_files_are_answered_as_evaluated(world: SimpleNamespace) -> None:
 def test_an_explanation_is_of_one_class_alone(world: SimpleNamespace, predictor: Predictor) -> None:
     from sora.media.video.transform import prepare_clips
 
-    clip = prepare_clips(world.data / videos(world)["path"].iloc[0], SPEC)
-    odds = [predictor.attribution()(clip[0], label)[1] for label in range(4)]
+    clip = Clips({VIDEO: prepare_clips(world.data / videos(world)["path"].iloc[0], SPEC)})
+    odds = [predictor.attribution()(clip, label)[1] for label in range(4)]
     share = predictor.probabilities(clip)[0]
     np.testing.assert_allclose(odds, np.log(share / (1 - share)), atol=1e-3)
 

@@ -24,7 +24,8 @@ from sora.core import provenance
 from sora.core.records import ClipSpec
 from sora.dataset import manifest, splits, table
 from sora.dataset.quality import validate
-from sora.store import shards
+from sora.store import building
+from sora.store.shards import ShardSet
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDEN = REPOSITORY / "tests" / "golden" / "provenance.json"
@@ -76,8 +77,8 @@ def _computed() -> dict[str, Any]:
         rows = manifest.build(data, settings, workers=1)
         report = validate(rows, settings)
         rejected = {one.path for one in report.rejected}
-        shards.build(rows, rejected, data, out, SPEC, buckets=2, workers=1)
-        opened = shards.ShardSet.open(out)
+        building.build(rows, rejected, data, out, SPEC, buckets=2, workers=1)
+        opened = ShardSet.open(out)
         accepted = rows[~rows["path"].isin(rejected)]
         ledger = splits.assign(accepted, splits.read(work / "splits.csv"), settings).ledger
         joined = table.join(rows, rejected, ledger)

@@ -33,8 +33,9 @@ from sora.dataset import versioning
 from sora.dataset.corrections import Inbox
 from sora.media import pool
 from sora.operations.servers import mlflow_server, prefect_server, started
-from sora.store import shards
-from sora.store.shards import BuildStats, ShardSet
+from sora.store import building
+from sora.store.building import BuildStats
+from sora.store.shards import ShardSet
 from tests.serving.standing import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -94,7 +95,7 @@ def accepted(project: Project) -> int:
 def rebuilt(project: Project) -> BuildStats:
     """Builds the shard set as the stage does; says what that took."""
     settings = project.settings()
-    return shards.build(
+    return building.build(
         manifests.read(project.manifest),
         {entry["path"] for entry in json.loads(project.quarantine.read_text())},
         project.data,

@@ -32,7 +32,7 @@ from sora.core.progress import bar, say
 from sora.core.records import Split
 from sora.dataset import folds, manifest, splits
 from sora.learning import crossval
-from sora.store import shards
+from sora.store import building
 
 CACHE = REPOSITORY / ".sora" / "accuracy"
 
@@ -118,7 +118,7 @@ def prepare(protocol: Protocol, settings: Settings, cache: Path) -> Prepared:
     settings = parse(yaml.safe_dump(values))
     place = home / f"clips-{crossval.digest(settings.clip.spec().to_dict())}"
     with bar("Clips") as update:
-        shards.build(usable, (), protocol.data, place, settings.clip.spec(), progress=update)
+        building.build(usable, (), protocol.data, place, settings.clip.spec(), progress=update)
     return Prepared(protocol, settings, usable.assign(unit=_units(protocol, settings, usable)), place)
 
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from sora.core.records import Recipe
-from sora.media.video.transform import prepare_clips
+from sora.media.video.transform import clips_and_rate
 from sora.runtime.predictor import Predictor
 
 
@@ -24,7 +24,7 @@ def main() -> None:
 
     def turn() -> float:
         start = time.perf_counter()
-        predictor.probabilities(prepare_clips(video, recipe.clip))
+        predictor.probabilities(clips_and_rate(video, recipe.clip)[0])
         return time.perf_counter() - start
 
     for _ in range(20):

@@ -15,6 +15,7 @@ import litserve
 import numpy as np
 
 from sora.core.records import Recipe
+from sora.core.tensors import VIDEO, Clips
 
 
 class Api(litserve.LitAPI):  # type: ignore[misc]  # LitServe has no types
@@ -35,7 +36,7 @@ class Api(litserve.LitAPI):  # type: ignore[misc]  # LitServe has no types
             return clip
 
     def predict(self, clips: np.ndarray) -> list[Any]:
-        return list(self.predictor.probabilities(np.asarray(clips)))
+        return list(self.predictor.probabilities(Clips({VIDEO: np.asarray(clips)})))
 
     def encode_response(self, probabilities: np.ndarray) -> dict[str, Any]:
         answer = self.predictor.answer(probabilities[None])

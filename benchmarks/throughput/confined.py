@@ -54,12 +54,12 @@ if __name__ == "__main__":
     manifest.write(found, Path(sys.argv[3]))
 """,
     "shards": """
-from sora.dataset import manifest; from sora.store import shards
+from sora.dataset import manifest; from sora.store import building
 from sora.core.records import ClipSpec
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as out:
         rows = manifest.read(Path(sys.argv[3]))
-        shards.build(rows, (), Path(sys.argv[1]), Path(out), ClipSpec(), progress=progress)
+        building.build(rows, (), Path(sys.argv[1]), Path(out), ClipSpec(), progress=progress)
     told()
 """,
     "served": """

@@ -27,7 +27,7 @@ from sora.config import Settings
 from sora.core.records import ClipSpec
 from sora.core.tensors import VIDEO
 from sora.dataset import manifest
-from sora.store import shards
+from sora.store import building
 from sora.store.shards import ShardSet
 
 REPEATS = 300  # of one clip, for the digests by themselves
@@ -61,7 +61,7 @@ def stored(footage: Path, rounds: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="sora-digests-") as folder:
         out = Path(folder) / "shards"
         rows = manifest.build(footage, settings)
-        made = spent(lambda: shards.build(rows, (), footage, out, settings.clip.spec()))
+        made = spent(lambda: building.build(rows, (), footage, out, settings.clip.spec()))
         size = sum(file.stat().st_size for file in out.iterdir())
         one_pass(ShardSet.open(out))  # into the page cache
         seconds: dict[str, list[float]] = {"damage": [], "first": [], "later": []}

@@ -42,7 +42,7 @@ from sora.core.tensors import VIDEO
 from sora.dataset import manifest, splits, versioning
 from sora.media import pool
 from sora.media.video.transform import prepare_clips
-from sora.store import shards
+from sora.store import building
 from sora.store.batches import Batches
 from sora.store.shards import ShardSet
 
@@ -90,7 +90,7 @@ def decode(rounds: int) -> list[dict[str, Any]]:
         paths = [str(FIGHTS / path) for path in rows["path"]]
         for number in range(rounds):
             out = Path(name) / str(number)
-            ours = spent(partial(shards.build, rows, (), FIGHTS, out, ClipSpec()))
+            ours = spent(partial(building.build, rows, (), FIGHTS, out, ClipSpec()))
             ways = {way.__name__: spent(partial(way, paths)) for way in (in_processes, in_threads, frame_threads)}
             best = min(ways, key=ways.__getitem__)
             found.append({"ours": ours, "limit": ways[best], "ratio": ways[best] / ours, "ways": ways})
@@ -185,7 +185,7 @@ def batches(rounds: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="sora-bench-") as name:
         place = Path(name)
         rows = manifest.build(FIGHTS, Settings())
-        shards.build(rows, (), FIGHTS, place / "shards", ClipSpec())
+        building.build(rows, (), FIGHTS, place / "shards", ClipSpec())
         labelled = rows[["sha256"]].assign(label_index=pd.factorize(rows["label"])[0]).drop_duplicates("sha256")
         loader = Batches(ShardSet.open(place / "shards"), labelled, batch=BATCH, shuffle_seed=0)
 

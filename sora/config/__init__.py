@@ -8,7 +8,7 @@ from sora.config.presets import PRESETS, Preset
 from sora.config.project import CacheFolder, Project, find_project
 from sora.config.render import params_yaml, settings_page
 from sora.config.serve import Serve
-from sora.config.settings import ADDED, NOT_OF_LEARNING, Settings, parse
+from sora.config.settings import ADDED, NOT_OF_LEARNING, Settings, of_new_project, parse
 from sora.config.train import Train
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Unsure",
     "Validate",
     "find_project",
+    "of_new_project",
     "params_yaml",
     "parse",
     "settings_page",

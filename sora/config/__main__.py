@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sora.config.project import Project
 from sora.config.render import params_yaml, settings_page
-from sora.config.settings import Settings
+from sora.config.settings import of_new_project
 
 
 def generated(repository: Path) -> dict[Path, str]:
@@ -18,7 +18,7 @@ def generated(repository: Path) -> dict[Path, str]:
     own = Project(repository)
     return {
         own.params_file: params_yaml(own.settings()),
-        repository / "sora" / "templates" / "params.yaml": params_yaml(Settings()),
+        repository / "sora" / "templates" / "params.yaml": params_yaml(of_new_project()),
         repository / "docs" / "settings.md": settings_page(),
     }
 

@@ -103,6 +103,13 @@ class Clip(Section):
     equalise: Literal["none", "histogram", "clahe"] = Field(
         "none", description="`histogram` or `clahe` for dark or flat footage"
     )
+    flow: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="moments of a clip at which its motion is measured (optical flow between two neighbouring frames), "
+        "for models that read it; 0: none",
+    )
 
     def spec(self) -> ClipSpec:
         return ClipSpec(**self.model_dump())

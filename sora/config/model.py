@@ -14,15 +14,22 @@ if TYPE_CHECKING:
 
 
 class Model(Section):
-    """The two-branch residual fusion model (see `sora/model/classifier.py`).
+    """The two-branch residual fusion model (`sora/model/classifier.py`), a probe, or the choice among them (`auto`).
 
     An omitted field comes from the preset, and what the preset does not name has the default shown here.
     """
 
-    preset: Literal["demo", "small", "base", "pretrained", "article"] = Field(
+    preset: Literal["auto", "appearance", "motion", "probes", "demo", "small", "base", "pretrained", "article"] = Field(
         "small",
-        description="demo, small, base, pretrained or article: `sora model describe base` shows its layers, FLOPs and "
-        "memory",
+        description="`auto` tries several by cross-validation and keeps the best; `sora model describe base` shows the "
+        "layers, FLOPs and memory of `base`",
+    )
+    # See `sora/model/probes.py`.
+    probe: Literal["none", "appearance", "motion", "both"] = Field(
+        "none",
+        description="`none`: networks are trained. Otherwise logistic regression reads features that are computed "
+        "once: what a frozen backbone sees (`appearance`), histograms of optical flow (`motion`, needs clip.flow), or "
+        "`both`.",
     )
     streams: Literal["both", "low", "high"] = Field("both", description="`low`: motion alone; `high`: appearance alone")
     low_filters: tuple[int, ...] = Field(
@@ -70,6 +77,11 @@ class Model(Section):
     )
 
     @property
+    def bank(self) -> bool:
+        """Whether the features of the frozen backbone are kept for every clip."""
+        return self.backbone != "residual" and (self.preset == "auto" or self.probe in ("appearance", "both"))
+
+    @property
     def task(self) -> Task:
         """What the head's answers mean."""
         from sora import tasks  # here, since it loads NumPy, which not every command needs
@@ -101,3 +113,9 @@ class Model(Section):
         if value and info.data.get("backbone") != "residual":
             raise ValueError(f"joins residual networks, but model.backbone is {info.data.get('backbone')}")
         return value
+
+    @model_validator(mode="after")
+    def _probe_reads_a_backbone(self) -> Model:
+        if self.probe in ("appearance", "both") and self.backbone == "residual":
+            raise ValueError(f"probe {self.probe} reads a backbone, but model.backbone is residual")
+        return self

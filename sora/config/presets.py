@@ -21,7 +21,30 @@ class Preset:
     clip: ClipSpec = field(default_factory=ClipSpec)
 
 
+# What a backbone was trained on, and enough moments to tell what moves.
+_SEEN = ClipSpec(frames=16, height=224, width=224, flow=16)
+
 PRESETS: dict[str, Preset] = {
+    "auto": Preset(
+        "the choice by evidence: what follows is tried by cross-validation, the best is trained",
+        {"backbone": "efficientnet-lite0"},
+        _SEEN,
+    ),
+    "appearance": Preset(
+        "little data, classes that look different: logistic regression on frozen features",
+        {"probe": "appearance", "backbone": "efficientnet-lite0"},
+        _SEEN,
+    ),
+    "motion": Preset(
+        "little data, classes that move differently: a kernel on histograms of optical flow",
+        {"probe": "motion"},
+        _SEEN,
+    ),
+    "probes": Preset(
+        "both of these, weighed against each other",
+        {"probe": "both", "backbone": "efficientnet-lite0"},
+        _SEEN,
+    ),
     "demo": Preset(
         "two CPU cores, seconds an epoch",
         {"high_filters": (16, 32)},

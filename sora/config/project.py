@@ -99,6 +99,11 @@ class Project:
         return self.prepared / "validation.json"
 
     @property
+    def features(self) -> Path:
+        """What a frozen backbone sees in the clips, where the model reads that."""
+        return self.prepared / "features"
+
+    @property
     def shards(self) -> Path:
         return self.prepared / "shards"
 

@@ -6,6 +6,7 @@ allowed. `sora.config.render` writes params.yaml from these models.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -15,6 +16,7 @@ from sora.config.data import Clip, Shards, Split, Validate
 from sora.config.evaluation import Eval, Gate, Unsure
 from sora.config.model import Model
 from sora.config.operations import Alert, Backup, Schedule, Services
+from sora.config.presets import PRESETS
 from sora.config.section import Section
 from sora.config.serve import Serve
 from sora.config.train import Train
@@ -29,8 +31,15 @@ NOT_OF_LEARNING = ("serve", "schedule", "alert", "backup", "services")
 # Settings (`section.name`) that came after the first release. Add every new one of the other sections here, with a
 # default that changes nothing that Sora computes (else give `sora.core.provenance.LEARNING` a new name as well).
 ADDED = frozenset(
-    f"validate.{name}"
-    for name in ("max_bytes", "max_pixels", "max_frames", "max_seconds", "max_decode_seconds", "decode_memory")
+    (
+        *(
+            f"validate.{name}"
+            for name in ("max_bytes", "max_pixels", "max_frames", "max_seconds", "max_decode_seconds", "decode_memory")
+        ),
+        "clip.flow",
+        "model.probe",
+        "train.minutes",
+    )
 )
 
 
@@ -139,6 +148,18 @@ class Settings(Section):
             for section, value in values.items()
             if section not in NOT_OF_LEARNING
         }
+
+
+def of_new_project(values: Mapping[str, Any] | None = None) -> Settings:
+    """What `sora init` writes: `values`, and for the rest the preset `auto` with the clips that it was made for.
+
+    They are not the defaults of omitted settings, which keep their meaning for older projects.
+    """
+    given = dict(values or {})
+    preset = "auto"
+    given["model"] = {"preset": preset, **given.get("model", {})}
+    given["clip"] = {**PRESETS[preset].clip.to_dict(), **given.get("clip", {})}
+    return Settings.model_validate(given)
 
 
 def parse(text: str, source: str = "params.yaml") -> Settings:

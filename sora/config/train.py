@@ -49,6 +49,9 @@ class Train(Section):
         0, ge=0, lt=1, description="weights are averaged over epochs; the average keeps this share of itself; 0: off"
     )
     seed: int = Field(0, description="of initial weights, order and augmentation")
+    minutes: float = Field(
+        10, gt=0, le=10_000, description="with model.preset `auto`: time for trying candidates, cheapest first"
+    )
     mixed_precision: Literal["auto", "on", "off"] = Field(
         "auto", description="16-bit arithmetic; auto: on an accelerator"
     )

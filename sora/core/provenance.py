@@ -16,7 +16,7 @@ import hashlib
 from importlib import metadata
 from typing import Literal
 
-Stage = Literal["manifest", "validate", "shards"]
+Stage = Literal["manifest", "validate", "shards", "features"]
 
 # A video's facts: one row of the manifest, less its path and label (`sora.media.video.ffmpeg.inspect`).
 FACTS = "af61f5b0f8efdbea"
@@ -27,6 +27,7 @@ STAGES: dict[Stage, str] = {
     "manifest": "manifest-2",  # it remembers the limits under which a file was refused
     "validate": "validate-2",  # too_large, too_slow, bad_name
     "shards": "shards-2",  # the index holds digests
+    "features": "features-1",
 }
 # Which video is in which split (`sora.dataset.splits`), what training makes of them, and how the result is judged.
 LEARNING = "a968980f0982c29a"
@@ -45,7 +46,7 @@ def clips() -> str:
     return _with_decoders(CLIPS)
 
 
-def stages(suffix: str = "", bounds: str = "") -> dict[Stage, str]:
+def stages(suffix: str = "", bounds: str = "", backbone: str | None = None) -> dict[Stage, str]:
     """Stage of dvc.yaml → the name of what it computes; this is what preprocessing.lock holds.
 
     Args:
@@ -53,8 +54,13 @@ def stages(suffix: str = "", bounds: str = "") -> dict[Stage, str]:
             older projects can't depend on `model.head`, which they do not have.
         bounds: what a video may cost, if that differs from the default. It is in the name for the same
             reason.
+        backbone: whose features are kept; "": none are; None: the project has no such stage.
     """
     names = dict(STAGES)
+    if backbone is None:
+        del names["features"]
+    else:
+        names["features"] = features(backbone) if backbone else "none"
     names["manifest"] = _with_decoders(names["manifest"])
     names["shards"] = _with_decoders(names["shards"])
     for stage in ("manifest", "validate"):
@@ -62,6 +68,11 @@ def stages(suffix: str = "", bounds: str = "") -> dict[Stage, str]:
     if bounds:
         names["manifest"] += f"-{hashlib.sha256(bounds.encode()).hexdigest()[:8]}"
     return names
+
+
+def features(backbone: str) -> str:
+    """The name of what computes a bank of this backbone's features."""
+    return f"{STAGES['features']}-{backbone}"
 
 
 def _with_decoders(name: str) -> str:

@@ -70,7 +70,10 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True)
 class ClipSpec:
-    """How a video becomes clips of `(frames, height, width, 3) uint8`. It is part of every registered model."""
+    """How a video becomes clips: `(frames, height, width, 3) uint8`, and with `flow` a vector of their motion.
+
+    It is part of every registered model.
+    """
 
     frames: int = 16
     height: int = 112
@@ -81,9 +84,14 @@ class ClipSpec:
     aspect: Aspect = "crop"
     gamma: float = 1.0  # below 1 brightens dark footage; 1 leaves it
     equalise: Equalise = "none"
+    flow: int = 0  # moments at which the tensor `flow` measures motion; 0: clips have no such tensor
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without `flow` if it is 0, so that what earlier versions of Sora stored keeps its name."""
+        value = asdict(self)
+        if not self.flow:
+            del value["flow"]
+        return value
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> ClipSpec:
@@ -96,6 +104,7 @@ class ClipWindow:
 
     clip: int  # 0, 1, … within the video
     indices: tuple[int, ...]
+    pairs: tuple[tuple[int, int], ...] = ()  # a frame and the next one, at each moment at which motion is measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +138,28 @@ class Recipe:
             unsure_below=value.get("unsure_below"),
             multilabel=value.get("multilabel", False),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What a search found out about one candidate, by answers for videos that its training had not seen."""
+
+    name: str
+    accuracy: float
+    low: float  # 95 % interval of the accuracy
+    high: float
+    log_loss: float  # nats a video
+    videos: int
+    seconds: float  # that it took
+    settings: dict[str, float] = field(default_factory=dict)  # what was chosen for it
+    chosen: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Tried:
+        return cls(**value)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Shape = tuple[Any, ...]  # of a batch, as Keras hands it to layers: numbers, None for a side that is open
 VIDEO = "video"  # the name of a clip's frames
+FLOW = "flow"  # the name of its motion (`sora.media.video.flow`)
 _BYTES = {"uint8": 1, "int16": 2, "float16": 2, "float32": 4}  # dtype → bytes of an element
 
 
@@ -45,3 +49,49 @@ class TensorSpec:
             ValueError, TypeError, KeyError: `value` does not describe a tensor.
         """
         return cls(str(value["name"]), str(value["dtype"]), tuple(value["shape"]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Clips:
+    """Some clips: their tensors by name, each with the clips as its first dimension."""
+
+    tensors: Mapping[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, rows: slice | np.ndarray) -> Clips:
+        """Some of them; a slice copies nothing."""
+        return Clips({name: tensor[rows] for name, tensor in self.tensors.items()})
+
+    def __iter__(self) -> Iterator[Clips]:
+        """One clip after the other, each as `Clips` of length 1."""
+        return (self[row : row + 1] for row in range(len(self)))
+
+    @property
+    def video(self) -> np.ndarray:
+        """`(clips, frames, height, width, rgb) uint8`."""
+        return self.tensors[VIDEO]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Clips]) -> Clips:
+        """All clips of `parts`, which have the same tensors."""
+        import numpy as np
+
+        if len(parts) == 1:
+            return parts[0]
+        return cls({name: np.concatenate([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+    def padded(self, count: int) -> Clips:
+        """`count` clips: those here, then zeros."""
+        import numpy as np
+
+        more = count - len(self)
+        if more <= 0:
+            return self
+        return Clips(
+            {
+                name: np.concatenate([tensor, np.zeros((more, *tensor.shape[1:]), tensor.dtype)])
+                for name, tensor in self.tensors.items()
+            }
+        )

@@ -7,17 +7,25 @@ from collections.abc import Collection
 
 import pandas as pd
 
+from sora.dataset import splits
 from sora.tasks import SINGLE, Task
 
-COLUMNS = ("sha256", "path", "label", "split", "group", "brightness", "duration", "codec")
+# `unit`: videos with the same number must not be divided between folds, see `splits.units`.
+COLUMNS = ("sha256", "path", "label", "split", "group", "brightness", "duration", "codec", "unit")
 
 
-def join(manifest: pd.DataFrame, rejected: Collection[str], ledger: pd.DataFrame) -> pd.DataFrame:
+def join(
+    manifest: pd.DataFrame, rejected: Collection[str], ledger: pd.DataFrame, bits: int | None = None
+) -> pd.DataFrame:
     """Manifest rows that no rule rejected (`rejected` holds paths), with their splits from the ledger.
+
+    Args:
+        bits: `validate.near_duplicate_bits`, or None: near-duplicates are not in one unit.
 
     Returns a DataFrame with `COLUMNS`, one row per sha256, sorted by it.
     """
     usable = manifest[~manifest["path"].isin(set(rejected))]
+    usable = usable.assign(unit=splits.units(usable, bits))
     joined = usable.merge(ledger[["sha256", "split"]], on="sha256", how="inner", validate="many_to_one")
     return joined[list(COLUMNS)].drop_duplicates("sha256").sort_values("sha256", ignore_index=True)
 

@@ -23,9 +23,9 @@ from sora.core.errors import InputError, ServiceError, VideoError
 from sora.core.files import atomic
 from sora.core.processes import Emit, child_main, run_child
 from sora.core.records import ClipSpec, EvalReport, Recipe, Split
-from sora.core.tensors import VIDEO
+from sora.core.tensors import Clips
 from sora.judging.report import measure
-from sora.media import pool
+from sora.media import MODALITY, pool
 from sora.store import augment
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class EvalModel:
     file: str
     recipe: Recipe | None = None
     history: Sequence[dict[str, float]] = ()  # the metrics of each epoch of its training; for the page
+    held_out: str = ""  # of a fresh model that learned from validation too: its answers there, see `TrainResult`
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,16 @@ def read(folder: Path) -> EvalOutcome:
     return EvalOutcome(Recipe.from_dict(stored["recipe"]), reports, folder)
 
 
-def golden_clip(spec: ClipSpec, seed: int) -> np.ndarray:
-    """A made-up clip `(T, H, W, 3) uint8`: whoever loads the model repeats it and compares with the recipe."""
-    return np.random.default_rng(seed).integers(0, 256, (spec.frames, spec.height, spec.width, 3), np.uint8)
+def golden_clip(spec: ClipSpec, seed: int) -> Clips:
+    """A made-up clip: whoever loads the model repeats it and compares with the recipe."""
+    chance = np.random.default_rng(seed)
+    made = {}
+    for name, tensor in MODALITY.tensors(spec).items():
+        if tensor.dtype == "uint8":
+            made[name] = chance.integers(0, 256, (1, *tensor.shape), np.uint8)
+        else:
+            made[name] = chance.random((1, *tensor.shape), np.float32).astype(tensor.dtype)
+    return Clips(made)
 
 
 def file_digest(path: Path) -> str:
@@ -139,7 +147,7 @@ def evaluate(value: dict[str, Any], emit: Emit) -> dict[str, Any]:
 
     job = _job(value)
     table = pd.read_parquet(job.table) if job.table.endswith(".parquet") else pd.read_csv(job.table)
-    table = table[table["split"].isin(JUDGED)].sort_values("sha256", ignore_index=True)
+    table = table.sort_values("sha256", ignore_index=True)
     shards = ShardSet.open(Path(job.shards))
     for model in job.models:
         folder = Path(job.out) / model.name
@@ -209,20 +217,22 @@ def _evaluate_one(job: EvalJob, model: EvalModel, table: pd.DataFrame, shards: S
     task = tasks.of(recipe.multilabel)
     network = _load(Path(model.file), recipe)
     # The model can't be right about a class that it does not know; the gate reports such classes separately.
-    known, truths = _known(table, recipe)
+    kept = _HeldOut.read(Path(model.held_out), table, recipe) if model.held_out and model.recipe is None else None
+    asked: Sequence[Split] = JUDGED if kept is None else ("test",)
+    known, truths = _known(table[table["split"].isin(asked)], recipe)
     logits, owner = _logits(network, _clips(known, shards, recipe, job), len(known), job.batch, model.name, emit)
     if not np.isfinite(logits).all():
         raise ServiceError(
             f"the model {model.name} answers with NaN: its training diverged", fix="lower train.learning_rate"
         )
 
-    parts: dict[Split, _Part] = {}
-    for split in JUDGED:
+    parts: dict[Split, _Part] = {} if kept is None else {"val": kept.val}
+    for split in asked:
         chosen = np.flatnonzero((known["split"] == split).to_numpy())
         clips = np.isin(owner, chosen)
         parts[split] = _Part(logits[clips], np.searchsorted(chosen, owner[clips]), truths[chosen], known.iloc[chosen])
     if model.recipe is None:
-        val = parts["val"]
+        val = parts["val"] if kept is None else kept.all
         recipe = replace(recipe, temperature=task.fit_temperature(val.logits, val.owner, val.truth))
         if job.unsure_precision is not None:
             recipe = replace(recipe, unsure_below=_unsure_below(val, recipe, job.unsure_precision))
@@ -254,6 +264,28 @@ def _evaluate_one(job: EvalJob, model: EvalModel, table: pd.DataFrame, shards: S
     return _Judged(recipe, reports, raw_test=_probabilities(parts["test"], replace(recipe, temperature=1.0)))
 
 
+@dataclass(frozen=True)
+class _HeldOut:
+    """Answers of a search's folds for videos that they had not seen: of validation, and of training as well."""
+
+    val: _Part
+    all: _Part
+
+    @classmethod
+    def read(cls, file: Path, table: pd.DataFrame, recipe: Recipe) -> _HeldOut:
+        with np.load(file, allow_pickle=False) as kept:
+            sha256, logits = kept["sha256"], kept["logits"]
+
+        def part(rows: pd.DataFrame) -> _Part:
+            known, truth = _known(rows, recipe)
+            number = {one: place for place, one in enumerate(known["sha256"])}
+            owner = np.array([number.get(str(one), -1) for one in sha256], int)
+            answered, places = np.unique(owner[owner >= 0], return_inverse=True)
+            return _Part(logits[owner >= 0], places, truth[answered], known.iloc[answered])
+
+        return cls(part(table[table["split"] == "val"]), part(table[table["split"] != "test"]))
+
+
 def _known(table: pd.DataFrame, recipe: Recipe) -> tuple[pd.DataFrame, np.ndarray]:
     """The videos with a class of the recipe, and their targets."""
     task = tasks.of(recipe.multilabel)
@@ -275,7 +307,7 @@ def _unsure_below(part: _Part, recipe: Recipe, precision: float) -> float:
 def _load(path: Path, recipe: Recipe) -> keras.Model:
     import keras
 
-    import sora.model.classifier  # noqa: F401  (registers the layers that the file names)
+    from sora.model import classifier  # also registers the layers that the file names
 
     try:
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
@@ -283,18 +315,16 @@ def _load(path: Path, recipe: Recipe) -> keras.Model:
         raise InputError(
             f"can't load the model {path}: {error}", fix="train again, or fetch the version again"
         ) from error
-    spec = recipe.clip
-    shape = (None, spec.frames, spec.height, spec.width, 3)
-    if model.input_shape != shape or model.output_shape != (None, len(recipe.classes)):
+    wrong = classifier.misfit(model, recipe.clip, len(recipe.classes))
+    if wrong:
         raise InputError(
-            f"the model {path} turns {model.input_shape} into {model.output_shape}, but its recipe needs {shape} into "
-            f"(None, {len(recipe.classes)})",
+            f"the model {path} does not fit its recipe: {wrong}",
             fix="evaluate the model with the parameters that it was trained with",
         )
     return model
 
 
-def _clips(table: pd.DataFrame, shards: ShardSet, recipe: Recipe, job: EvalJob) -> Iterator[np.ndarray]:
+def _clips(table: pd.DataFrame, shards: ShardSet, recipe: Recipe, job: EvalJob) -> Iterator[Clips]:
     """The clips of one video after the other, in all views: from the shards, or prepared again for another spec."""
     if recipe.clip != shards.spec:
         bounds = pool.Bounds.of_data(Validate.model_validate(job.bounds))
@@ -311,12 +341,12 @@ def _clips(table: pd.DataFrame, shards: ShardSet, recipe: Recipe, job: EvalJob) 
             fix="`sora run` prepares what is missing",
         )
     for sha256 in table["sha256"]:
-        yield augment.views(shards.read(VIDEO, rows[sha256]), recipe.views)
+        yield augment.views(shards.clips(rows[sha256]), recipe.views)
 
 
 def _logits(
     model: keras.Model,
-    clips: Iterator[np.ndarray],
+    clips: Iterator[Clips],
     videos: int,
     batch: int,
     name: str,
@@ -325,33 +355,34 @@ def _logits(
     """`(clips, classes) float32` logits and `(clips,) int` owners; every call has the same batch size, traced once."""
     from sora.model import classifier
 
-    buffer = np.zeros((batch, *model.input_shape[1:]), np.uint8)
+    waiting: list[Clips] = []
     results: list[np.ndarray] = []
     owner: list[int] = []
-    filled = 0
 
     def flush() -> None:
-        nonlocal filled
-        results.append(np.asarray(model.predict_on_batch(classifier.fed(model, {VIDEO: buffer})), np.float32)[:filled])
-        filled = 0
+        some = Clips.joined(waiting)
+        answers = model.predict_on_batch(classifier.fed(model, some.padded(batch).tensors))
+        results.append(np.asarray(answers, np.float32)[: len(some)])
+        waiting.clear()
 
     for number, some in enumerate(clips):
         for clip in some:
-            buffer[filled] = clip
+            waiting.append(clip)
             owner.append(number)
-            filled += 1
-            if filled == batch:
+            if len(waiting) == batch:
                 flush()
         if number % 20 == 0 or number + 1 == videos:
             emit({"event": "evaluate", "name": name, "done": number + 1, "total": videos})
-    if filled:
+    if waiting:
         flush()
     return np.concatenate([np.zeros((0, model.output_shape[-1]), np.float32), *results]), np.array(owner, int)
 
 
 def _golden(model: keras.Model, recipe: Recipe, seed: int) -> dict[str, Any]:
-    clips = augment.views(golden_clip(recipe.clip, seed)[None], recipe.views)
-    logits = np.asarray(model.predict_on_batch(clips), np.float32)
+    from sora.model import classifier
+
+    clips = augment.views(golden_clip(recipe.clip, seed), recipe.views)
+    logits = np.asarray(model.predict_on_batch(classifier.fed(model, clips.tensors)), np.float32)
     owner = np.zeros(len(clips), int)
     probabilities = tasks.of(recipe.multilabel).video_probabilities(logits, owner, 1, recipe.temperature)[0]
     return {"seed": seed, "probabilities": [float(p) for p in probabilities]}
@@ -361,7 +392,9 @@ def _latency(model: keras.Model, recipe: Recipe) -> float:
     """Milliseconds of a warmed call for one clip in its views, the median of 20."""
     import time
 
-    clip = augment.views(golden_clip(recipe.clip, 0)[None], recipe.views)
+    from sora.model import classifier
+
+    clip = classifier.fed(model, augment.views(golden_clip(recipe.clip, 0), recipe.views).tensors)
     seconds = []
     for _ in range(LATENCY_CALLS + 2):
         started = time.perf_counter()

@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import statistics
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +31,13 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
     from sora.learning import loop
-    from sora.store.batches import Batches, ClipSource
+    from sora.store.batches import Batches
+    from sora.store.shards import ShardSet
     from sora.tasks import Task
 
 MODEL_FILE = "model.keras"
 CHECKPOINT_FILE = "checkpoint.npz"
+HELD_OUT_FILE = "held_out.npz"  # sha256, clip, logits
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,13 @@ class TrainJob:
     """What the child needs; `to_dict` makes it JSON-able."""
 
     shards: str  # folder
-    table: str  # parquet or CSV file: sha256, label, split
+    table: str  # parquet or CSV file: sha256, label, split and, for a search, unit (`sora.dataset.splits.units`)
     classes: Sequence[str]  # in the order of the logits
     model: dict[str, Any]  # settings.Model
     train: dict[str, Any]  # settings.Train
     clip: dict[str, Any]  # records.ClipSpec; must be the shards' own
     out: str  # folder for this job only: for the checkpoint and, at the end, the model
+    features: str = ""  # folder of the bank of features; "": there is none
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "classes": list(self.classes)}
@@ -69,6 +73,8 @@ class TrainResult:
     clips_per_second: float  # of training only: the median epoch, without the first, which traces
     parameters: int
     resumed_from: int  # epochs that an interrupted run had finished; 0: none
+    tried: list[dict[str, Any]] = field(default_factory=list)  # `records.Tried`: what a search compared
+    held_out: str = ""  # file: answers for clips of train and validation by folds that had not seen them; "": none
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -107,7 +113,9 @@ def fit(job: TrainJob, emit: Emit = lambda event: None, *, devices: Sequence[str
 
     Raises: as `run`.
     """
-    train = Train(**job.train)
+    train, model = Train(**job.train), Model(**job.model)
+    if model.preset == "auto" or model.probe != "none":
+        return _searched(job, model, train, emit)
     footage = _footage(job, train)
     if not footage.validation.clips:
         emit({"event": "note", "message": "no validation clips: early stopping watches the training loss instead"})
@@ -127,6 +135,66 @@ def fit(job: TrainJob, emit: Emit = lambda event: None, *, devices: Sequence[str
     if not fitting.end.finished:
         _fit(fitting, train, footage, len(job.classes))
     return _result(job, fitting)
+
+
+def _searched(job: TrainJob, model: Model, train: Train, emit: Emit) -> TrainResult:
+    """A probe: solved, not trained in epochs."""
+    import numpy as np
+
+    from sora.learning import search
+    from sora.model import pretrained, probes
+    from sora.store.shards import ShardSet
+
+    began = time.monotonic()
+    out = Path(job.out)
+    with files.writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    shards, table = _open(job), _table(job, model.task)
+    bank = ShardSet.open(Path(job.features)) if job.features and model.bank else None
+    evidence = search.gather(shards, bank, table, len(job.classes), model.task)
+    emit(
+        {
+            "event": "start",
+            "train": len(evidence.owner),
+            "val": 0,
+            "parameters": 0,
+            "device": "cpu",
+            "precision": "float32",
+            "resumed_from": 0,
+        }
+    )
+    key = hashlib.sha256(json.dumps([job.to_dict() | {"out": ""}, _rows_of(table)]).encode()).hexdigest()[:16]
+    kept = out / f"search-{key}"
+    with files.writing(kept):
+        kept.mkdir(exist_ok=True)
+    choice = search.choose(evidence, model, train, kept, emit)
+    network = probes.assemble(model, ClipSpec.from_dict(job.clip), choice.branches)
+    if any(branch.features == "appearance" for branch in choice.branches):
+        pretrained.load(network)
+    _save(network, out / MODEL_FILE)
+    held_out = ""
+    if choice.held_out is not None:
+        held_out = str(out / HELD_OUT_FILE)
+        with files.atomic(Path(held_out)) as file:
+            np.savez(file, sha256=evidence.sha256, clip=evidence.clip, logits=choice.held_out)
+    seconds = time.monotonic() - began
+    return TrainResult(
+        model=str(out / MODEL_FILE),
+        best_epoch=0,
+        epochs=0,
+        history=[],
+        seconds=seconds,
+        clips_per_second=len(evidence.owner) / seconds,
+        parameters=network.count_params(),
+        resumed_from=0,
+        tried=[one.to_dict() for one in choice.tried],
+        held_out=held_out,
+    )
+
+
+def _rows_of(table: pd.DataFrame) -> str:
+    columns = [name for name in ("sha256", "label", "split", "unit") if name in table]
+    return str(table[columns].to_csv(index=False))
 
 
 @dataclass(frozen=True)
@@ -255,7 +323,7 @@ def _built(job: TrainJob) -> keras.Model:
     return classifier.build(Model(**job.model), ClipSpec.from_dict(job.clip), len(job.classes))
 
 
-def _open(job: TrainJob) -> ClipSource:
+def _open(job: TrainJob) -> ShardSet:
     from sora.store.shards import ShardSet
 
     shards, clip = ShardSet.open(Path(job.shards)), ClipSpec.from_dict(job.clip)

@@ -31,7 +31,7 @@ from sora.config import Serve, Validate
 from sora.core import sandbox
 from sora.core.errors import ServiceError, VideoError
 from sora.core.records import RULES, ClipSpec
-from sora.core.tensors import VIDEO, TensorSpec
+from sora.core.tensors import Clips, TensorSpec
 from sora.media import MODALITY, Modality
 from sora.media.modality import Known
 
@@ -101,18 +101,20 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_order(paths: Iterable[Path], spec: ClipSpec, bounds: Bounds) -> Generator[np.ndarray | VideoError, None, None]:
-    """The tensor `video` of each file's clips, `(clips, frames, height, width, rgb) uint8`, in the order given, by one
-    decoder.
+def in_order(paths: Iterable[Path], spec: ClipSpec, bounds: Bounds) -> Generator[Clips | VideoError, None, None]:
+    """Each file's clips, in the order given, by one decoder.
 
     Raises:
         ServiceError: it can't be started.
     """
-    expected = MODALITY.tensors(spec)[VIDEO]
+    expected = MODALITY.tensors(spec)
     jobs = (Job(None, path, spec) for path in paths)
     with closing(each(jobs, bounds, clips=True, workers=1)) as answers:
         for _, answer in answers:
-            yield answer if isinstance(answer, VideoError) else array(answer.bodies[VIDEO], expected)
+            if isinstance(answer, VideoError):
+                yield answer
+            else:
+                yield Clips({name: array(body, expected[name]) for name, body in answer.bodies.items()})
 
 
 def array(body: bytes | bytearray, tensor: TensorSpec) -> np.ndarray:

@@ -20,6 +20,7 @@ import keras
 from keras import ops
 
 from sora.core.errors import ServiceError
+from sora.core.tensors import VIDEO
 from sora.model import streams
 
 
@@ -29,32 +30,36 @@ class Parts:
 
     `maps` takes clips, `(batch, time, height, width, rgb)`, and gives each level's maps, `(batch, time_i, height_i,
     width_i, channels_i)`: the low network's levels, then the high one's. `head` takes as many `(batch, time_i,
-    channels_i)` and gives logits. `key_frames` is how many frames the high network sees; 0: there is none.
+    channels_i)`, then the tensors `others`, and gives logits. `key_frames` is how many frames the high network sees; 0:
+    there is none.
     """
 
     maps: Callable[[Any], list[Any]]
     head: keras.Model
     key_frames: int
+    others: tuple[str, ...]
 
 
 def split(model: keras.Model) -> Parts:
     """The two parts of a model made by `classifier.build`. They share its weights.
 
     Raises:
-        ServiceError: the model has no low network.
+        ServiceError: no network of the model sees every frame.
     """
     layers = {layer.name: layer for layer in model.layers}
-    if "low" not in layers:
+    low, high = layers.get("low"), layers.get("high")
+    if low is None and (high is None or layers["key_frames"].count < model.get_layer(VIDEO).output.shape[1]):
         raise ServiceError(
             "this model has no network that sees every frame, so it can't tell moments apart",
-            fix="explain a model with `model.streams: both` or `low`",
+            fix="explain a model that sees every frame: the presets `small` or `appearance`",
         )
-    low, high = layers["low"], layers.get("high")
     joining = [layer for name, layer in layers.items() if name.startswith("lateral_")]
 
     def maps(clips: Any) -> list[Any]:
-        lower: list[Any]
-        stem, *lower = low.feature_maps(layers["motion"](clips), training=False)
+        lower: list[Any] = []
+        stem: Any = None
+        if low is not None:
+            stem, *lower = low.feature_maps(layers["motion"](clips), training=False)
         if high is None:
             return lower
         seen = layers["key_frames"](clips)
@@ -63,10 +68,12 @@ def split(model: keras.Model) -> Parts:
         return [*lower, *high.feature_maps(seen, training=False)[1:]]
 
     # A network of one level has no list; one that others join returns its maps after its levels.
-    levels = keras.tree.flatten(low.output)[: len(low.filters)]
+    levels = keras.tree.flatten(low.output)[: len(low.filters)] if low is not None else []
     if high is not None:
         levels += keras.tree.flatten(high.output)
-    return Parts(maps, keras.Model(levels, model.output), layers["key_frames"].count if high is not None else 0)
+    others = {one.name: one for one in model.inputs[1:]}
+    head = keras.Model([*levels, *others.values()], model.output)
+    return Parts(maps, head, layers["key_frames"].count if high is not None else 0, tuple(others))
 
 
 def pooled(maps: Sequence[Any]) -> list[Any]:
@@ -82,7 +89,7 @@ def evidence(maps: Sequence[Any], gradients: Sequence[Any], key_frames: int) -> 
     key frame shows is divided evenly among the frames that it stands for.
 
     Input: for one clip, a list of `(1, time_i, height_i, width_i, channels_i)` and one of `(1, time_i, channels_i)`.
-    Output shape: `(time, height, width)` of the first, finest level of the low network, float32.
+    Output shape: `(time, height, width)` of the first, finest level, float32.
     """
     time, rows, columns = maps[0].shape[1:4]
     total = ops.zeros((time, rows, columns), "float32")

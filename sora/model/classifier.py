@@ -11,13 +11,16 @@ The reference article's reading: the low-dimensional features (motion, few chann
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import keras
 
+import sora.model.probes  # noqa: F401  (registers layers: whoever loads a model imports this module)
 from sora.config import Model
 from sora.core.records import ClipSpec
-from sora.core.tensors import VIDEO
+from sora.core.tensors import FLOW, VIDEO, TensorSpec
+from sora.media import MODALITY
 from sora.model.backbone import BackboneStream
 from sora.model.fusion import ConcatFusion, GatedFusion, GramFusion
 from sora.model.head import BinaryLogits
@@ -96,14 +99,31 @@ def fed(model: keras.Model, tensors: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: an input asks for a missing tensor.
     """
-    names = [one.name for one in model.inputs]
-    if len(names) == 1 and names[0] not in tensors:
-        names = [VIDEO]
+    names = [one.name for one in inputs(model)]
     lacking = [name for name in names if name not in tensors]
     if lacking:
         raise ValueError(f"the model asks for the tensor {lacking[0]!r}, but the clips have {', '.join(tensors)}")
     arrays = [tensors[name] for name in names]
     return arrays[0] if len(arrays) == 1 else arrays
+
+
+def inputs(model: keras.Model) -> list[TensorSpec]:
+    """The tensors that a model takes, in its order."""
+    named = [TensorSpec(one.name, one.dtype, tuple(one.shape[1:])) for one in model.inputs]
+    return [replace(named[0], name=VIDEO)] if len(named) == 1 and named[0].name != FLOW else named
+
+
+def misfit(model: keras.Model, clip: ClipSpec, classes: int) -> str:
+    """Why a model can't take clips of this spec or does not answer for so many classes; "" if it does."""
+    there = MODALITY.tensors(clip)
+    for one in inputs(model):
+        if one.name not in there:
+            return f"it asks for the tensor {one.name!r}, but the clips have {', '.join(there)}"
+        if one.shape != there[one.name].shape:
+            return f"it takes {one.name} of {one.shape}, but the clips have {there[one.name].shape}"
+    if model.output_shape != (None, classes):
+        return f"it answers with {model.output_shape}, but there are {classes} classes"
+    return ""
 
 
 def embedding_model(model: keras.Model) -> keras.Model:

@@ -17,9 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from sora.config import Project, params_yaml, parse
+from sora.config import Project, of_new_project, params_yaml, parse
 from sora.config.credentials import private_state
 from sora.core.errors import DiskFull, InputError, ServiceError
 from sora.core.files import atomic, writing
@@ -93,9 +91,9 @@ def template(name: str) -> str:
 
 
 def params_text(name: str, classes: list[str], head: str | None = None) -> str:
-    """params.yaml with every default, these classes and `model.head` (None: its default)."""
-    values = {"name": name, "classes": classes, "model": {} if head is None else {"head": head}}
-    return params_yaml(parse(yaml.safe_dump(values)))
+    """The params.yaml of a new project with these classes and this `model.head` (None: its default)."""
+    model = {} if head is None else {"head": head}
+    return params_yaml(of_new_project({"name": name, "classes": classes, "model": model}))
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------

@@ -431,7 +431,7 @@ class _Restore:
             return False
         lock = yaml.safe_load(prepared or "") or {}
         outs = [out for stage in (lock.get("stages") or {}).values() for out in stage.get("outs") or ()]
-        stages = [name for name in versioning.STAGES if name in (lock.get("stages") or {})]
+        stages = [name for name in versioning.stages_of(Project(self.root)) if name in (lock.get("stages") or {})]
         whole = bool(outs) and self._whole(yaml.safe_dump({"outs": outs}))
         if outs and not whole:
             self.notes.append("prepared/ is not in place: the next `sora run` makes it")

@@ -23,8 +23,8 @@ from sora.config import Serve
 from sora.core.errors import InputError, PromotionFailed, ServiceError
 from sora.core.processes import Child, without_noise
 from sora.core.records import Prediction, Recipe
-from sora.core.tensors import VIDEO
-from sora.media import pool
+from sora.core.tensors import VIDEO, Clips
+from sora.media import MODALITY, pool
 from sora.store import augment
 
 if TYPE_CHECKING:
@@ -73,24 +73,26 @@ class Predictor:
         with _load:
             self._model = _loaded(model_file, recipe, version)
             self._call = _compiled(self._model)
-        self._attribute: Callable[[np.ndarray, int], tuple[np.ndarray, float]] | None = None
+        self._attribute: Callable[[Clips, int], tuple[np.ndarray, float]] | None = None
         for size in BATCH_SIZES:
-            logits = self._call(np.zeros((size, *self.clip_shape), np.uint8))
+            logits = self._call(self.blank(size))
             if logits.shape != (size, len(self.classes)):
                 raise ModelRefused(
                     f"version {version} answers with shape {logits.shape}, its recipe has {len(self.classes)} classes",
                     fix="register the model with the recipe that it was evaluated with",
                 )
 
-    @property
-    def clip_shape(self) -> tuple[int, int, int, int]:
-        """(time, height, width, rgb)"""
-        return (self.recipe.clip.frames, self.recipe.clip.height, self.recipe.clip.width, 3)
+    def blank(self, count: int) -> Clips:
+        """Clips of zeros."""
+        tensors = MODALITY.tensors(self.recipe.clip).values()
+        return Clips({one.name: np.zeros((count, *one.shape), one.dtype) for one in tensors})
 
-    def probabilities(self, clips: np.ndarray) -> np.ndarray:
+    def probabilities(self, clips: Clips) -> np.ndarray:
         """Calibrated class probabilities of each clip, averaged over its views if the recipe names some.
 
-        Input shape: `(n, time, height, width, rgb) uint8`, any n ≥ 1.
+        Args:
+            clips: n ≥ 1, with the tensors of the recipe's clip spec.
+
         Output shape: `(n, classes) float64`, rows sum to 1; of a multi-label model each class has its own.
         """
         count = len(clips)
@@ -100,10 +102,9 @@ class Predictor:
         mean: np.ndarray = shares.reshape(count, -1, shares.shape[1]).mean(axis=1)
         return mean
 
-    def embeddings(self, clips: np.ndarray) -> np.ndarray:
+    def embeddings(self, clips: Clips) -> np.ndarray:
         """The representation of each clip: the output of the layer before the last. Compiled at the first call.
 
-        Input shape: `(n, time, height, width, rgb) uint8`, any n ≥ 1.
         Output shape: `(n, width) float64`; the width is the setting `model.embedding` that it was trained with.
 
         Raises:
@@ -120,33 +121,31 @@ class Predictor:
         _ = self._embed
 
     @cached_property
-    def _embed(self) -> Callable[[np.ndarray], np.ndarray]:
+    def _embed(self) -> Callable[[Clips], np.ndarray]:
         from sora.model import classifier
 
         try:
             with _load:
                 call = _compiled(classifier.embedding_model(self._model))
-                call(np.zeros((1, *self.clip_shape), np.uint8))  # the first call plans kernels and buffers
+                call(self.blank(1))  # the first call plans kernels and buffers
             return call
         except ValueError as error:
             raise ModelRefused(
                 f"version {self.version} has no representation: {error}", fix="promote a version that Sora trained"
             ) from error
 
-    def _batched(self, call: Callable[[np.ndarray], np.ndarray], clips: np.ndarray) -> np.ndarray:
+    def _batched(self, call: Callable[[Clips], np.ndarray], clips: Clips) -> np.ndarray:
         """The answers of a compiled call, which is used only in sizes of `BATCH_SIZES`."""
         rows = [self._padded(call, clips[start : start + MAX_BATCH]) for start in range(0, len(clips), MAX_BATCH)]
         return np.concatenate(rows)
 
-    def _padded(self, call: Callable[[np.ndarray], np.ndarray], clips: np.ndarray) -> np.ndarray:
+    def _padded(self, call: Callable[[Clips], np.ndarray], clips: Clips) -> np.ndarray:
         count = len(clips)
         size = next(size for size in BATCH_SIZES if size >= count)
-        if size > count:
-            clips = np.concatenate([clips, np.zeros((size - count, *clips.shape[1:]), np.uint8)])
-        return call(clips)[:count].astype(np.float64)
+        return call(clips.padded(size))[:count].astype(np.float64)
 
-    def predict(self, clips: np.ndarray) -> Prediction:
-        """The answer for one video: the mean over its clips, `(clips, time, height, width, rgb) uint8`."""
+    def predict(self, clips: Clips) -> Prediction:
+        """The answer for one video: the mean over its clips."""
         return self.answer(self.probabilities(clips))
 
     def answer(self, probabilities: np.ndarray) -> Prediction:
@@ -158,8 +157,8 @@ class Predictor:
         labels = self.task.labels(mean, self.classes)
         return Prediction(self.classes[int(mean.argmax())], named, self.version, unsure, labels)
 
-    def attribution(self) -> Callable[[np.ndarray, int], tuple[np.ndarray, float]]:
-        """Tells where a class was seen: `(time, height, width, rgb) uint8`, a class's index → the evidence,
+    def attribution(self) -> Callable[[Clips, int], tuple[np.ndarray, float]]:
+        """Tells where a class was seen: one clip, a class's index → the evidence,
         `(time, rows, columns) float32` as in `sora.model.attribution.evidence`, and the class's calibrated log-odds.
 
         Made at the first call, which takes a second or two: call it outside the thread that predicts.
@@ -183,7 +182,7 @@ class Predictor:
         worst = 0.0
         for golden in self.recipe.golden or ({"seed": 0, "probabilities": None},):
             clip = golden_clip(self.recipe.clip, int(golden["seed"]))
-            answer = self.probabilities(clip[None])[0]
+            answer = self.probabilities(clip)[0]
             if not self.task.are_probabilities(answer):
                 raise ModelRefused(f"version {self.version} answers {answer.tolist()}", fix="train again")
             if golden["probabilities"] is not None:
@@ -214,6 +213,8 @@ def _loaded(model_file: Path, recipe: Recipe, version: int) -> keras.Model:
     prepare_backend()
     import keras
 
+    from sora.model import classifier
+
     try:
         model = keras.saving.load_model(model_file, compile=False, safe_mode=True)
     except Exception as error:  # Keras raises whatever its archive, JSON or layers raise
@@ -221,35 +222,37 @@ def _loaded(model_file: Path, recipe: Recipe, version: int) -> keras.Model:
             f"version {version} can't be loaded: {type(error).__name__}: {str(error)[:300]}",
             fix="serve it with the versions of Keras and Sora that trained it, or train again",
         ) from error
-    shape = (recipe.clip.frames, recipe.clip.height, recipe.clip.width, 3)
-    if tuple(model.input_shape[1:]) != shape:
+    if wrong := classifier.misfit(model, recipe.clip, len(recipe.classes)):
         raise ModelRefused(
-            f"version {version} takes clips {tuple(model.input_shape[1:])}, but its recipe makes {shape}",
+            f"version {version} does not fit its recipe: {wrong}",
             fix="register the model with the recipe that it was evaluated with",
         )
     return model
 
 
-def _compiled(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
-    """A function `(n, time, height, width, rgb) uint8 → (n, width of the model's output) float`, for any n."""
+def _compiled(model: keras.Model) -> Callable[[Clips], np.ndarray]:
+    """A function from n clips to `(n, width of the model's output) float`, for any n."""
     import keras
 
     from sora.model import classifier
 
     if keras.config.backend() != "tensorflow":
-        return lambda clips: np.asarray(model.predict_on_batch(classifier.fed(model, {VIDEO: clips})))
+        return lambda clips: np.asarray(model.predict_on_batch(classifier.fed(model, clips.tensors)))
     import tensorflow as tf
 
     # One trace with a symbolic batch size: ready in 1.3 × TensorFlow's import, against 2.0 × with one a size.
-    @tf.function(input_signature=[tf.TensorSpec(model.input_shape, tf.uint8)], autograph=False)  # type: ignore[untyped-decorator]  # TensorFlow has no types
-    def call(clips: Any) -> Any:
-        return model(classifier.fed(model, {VIDEO: clips}), training=False)
+    taken = classifier.inputs(model)
+    signature = [tf.TensorSpec((None, *one.shape), one.dtype, name=one.name) for one in taken]
+
+    @tf.function(input_signature=signature, autograph=False)  # type: ignore[untyped-decorator]  # TensorFlow has no types
+    def call(*tensors: Any) -> Any:
+        return model(tensors[0] if len(tensors) == 1 else list(tensors), training=False)
 
     function = call.get_concrete_function()
-    return lambda clips: function(tf.constant(clips)).numpy()
+    return lambda clips: function(*(tf.constant(clips.tensors[one.name]) for one in taken)).numpy()
 
 
-def _attributing(model: keras.Model, recipe: Recipe) -> Callable[[np.ndarray, int], tuple[np.ndarray, float]]:
+def _attributing(model: keras.Model, recipe: Recipe) -> Callable[[Clips, int], tuple[np.ndarray, float]]:
     import keras
 
     from sora.model import attribution
@@ -258,27 +261,29 @@ def _attributing(model: keras.Model, recipe: Recipe) -> Callable[[np.ndarray, in
         raise ServiceError("explanations need the TensorFlow backend", fix="serve without KERAS_BACKEND")
     import tensorflow as tf
 
-    shape = model.input_shape[1:]
     parts, task = attribution.split(model), tasks.of(recipe.multilabel)
-    signature = [tf.TensorSpec((1, *shape), tf.uint8), tf.TensorSpec((), tf.int32)]
+    taken = MODALITY.tensors(recipe.clip)
+    names = [VIDEO, *parts.others]
+    signature = [tf.TensorSpec((1, *taken[name].shape), taken[name].dtype, name=name) for name in names]
 
-    @tf.function(input_signature=signature, autograph=False)  # type: ignore[untyped-decorator]  # TensorFlow has no types
-    def call(clip: Any, label: Any) -> Any:
-        maps = parts.maps(clip)
+    @tf.function(input_signature=[tf.TensorSpec((), tf.int32), *signature], autograph=False)  # type: ignore[untyped-decorator]  # TensorFlow has no types
+    def call(label: Any, video: Any, *others: Any) -> Any:
+        maps = parts.maps(video)
         features = attribution.pooled(maps)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(features)
-            logits = parts.head(features, training=False) / recipe.temperature
+            logits = parts.head([*features, *others], training=False) / recipe.temperature
             odds = task.log_odds(logits, label)
         return attribution.evidence(maps, tape.gradient(odds, features), parts.key_frames), odds
 
     function = call.get_concrete_function()
 
-    def attribute(clip: np.ndarray, label: int) -> tuple[np.ndarray, float]:
-        evidence, odds = function(tf.constant(clip[None]), tf.constant(label, tf.int32))
+    def attribute(clip: Clips, label: int) -> tuple[np.ndarray, float]:
+        evidence, odds = function(tf.constant(label, tf.int32), *(tf.constant(clip.tensors[name]) for name in names))
         return evidence.numpy(), float(odds)
 
-    attribute(np.zeros(shape, np.uint8), 0)  # the first call plans kernels and buffers
+    blank = Clips({name: np.zeros((1, *taken[name].shape), taken[name].dtype) for name in names})
+    attribute(blank, 0)  # the first call plans kernels and buffers
     return attribute
 
 
@@ -327,8 +332,8 @@ class Smoke:
         return {"difference": result["difference"], "seconds": result["seconds"]}
 
 
-def clips_of(path: Path, recipe: Recipe, settings: Serve | None = None) -> np.ndarray:
-    """A video's clips as a model's recipe needs them: `(clips, time, height, width, rgb) uint8`.
+def clips_of(path: Path, recipe: Recipe, settings: Serve | None = None) -> Clips:
+    """A video's clips as a model's recipe needs them.
 
     Arguments:
         settings: the limits that `sora serve` would hold the file to; default: those of the default settings.
@@ -345,9 +350,7 @@ def clips_of(path: Path, recipe: Recipe, settings: Serve | None = None) -> np.nd
     return clips
 
 
-def decoded(
-    paths: Sequence[Path], recipe: Recipe, settings: Serve | None
-) -> Generator[np.ndarray | InputError, None, None]:
+def decoded(paths: Sequence[Path], recipe: Recipe, settings: Serve | None) -> Generator[Clips | InputError, None, None]:
     """The clips of each file, in the order given, by one confined decoder."""
     bounds = pool.Bounds.of_calls(settings or Serve.model_validate({}))
     # A link is followed, since the user named it; the decoder's files are never links.

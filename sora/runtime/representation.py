@@ -24,7 +24,7 @@ from sora.core.errors import InputError, VideoError
 from sora.core.files import atomic, temporary_folder
 from sora.core.progress import say
 from sora.core.records import Recipe
-from sora.core.tensors import VIDEO
+from sora.core.tensors import Clips
 from sora.media import pool
 
 if TYPE_CHECKING:
@@ -196,9 +196,7 @@ def _computed(project: Project, predictor: Predictor, table: pd.DataFrame, progr
     return Vectors(*(np.concatenate(column) for column in columns))
 
 
-def _chunks(
-    project: Project, recipe: Recipe, table: pd.DataFrame
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _chunks(project: Project, recipe: Recipe, table: pd.DataFrame) -> Iterator[tuple[np.ndarray, np.ndarray, Clips]]:
     """(sha256, clip, clips) of some clips at a time: from the shards, or from the videos if the recipe differs."""
     from sora.store.shards import ShardSet
 
@@ -221,7 +219,7 @@ def _chunks(
     rows = np.flatnonzero(np.isin(owner, table["sha256"].to_numpy("U64")))
     for start in range(0, len(rows), _CHUNK):
         some = rows[start : start + _CHUNK]
-        yield owner[some], clip[some], shards.read(VIDEO, some)
+        yield owner[some], clip[some], shards.clips(some)
 
 
 def _load(cache: Path) -> Vectors | None:

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from sora.core.tensors import Clips
 from sora.runtime.predictor import MAX_BATCH, Predictor
 
 T = TypeVar("T")
@@ -24,7 +25,7 @@ T = TypeVar("T")
 @dataclass(slots=True, eq=False)
 class _Item:
     predictor: Predictor
-    clips: np.ndarray
+    clips: Clips
     answer: asyncio.Future[tuple[np.ndarray, float, float]]
     start: float
 
@@ -67,8 +68,8 @@ class Batcher:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    async def answer(self, predictor: Predictor, clips: np.ndarray) -> Answered:
-        """Probabilities of one video's clips, `(n, time, height, width, rgb) uint8`, from that predictor.
+    async def answer(self, predictor: Predictor, clips: Clips) -> Answered:
+        """Probabilities of one video's clips from that predictor.
 
         A long video is sent in portions, one after the other, so that it takes turns with others.
         """
@@ -90,7 +91,7 @@ class Batcher:
             rows.append(probabilities)
         return Answered(np.concatenate(rows), queued, seconds)
 
-    async def embeddings(self, predictor: Predictor, clips: np.ndarray) -> np.ndarray:
+    async def embeddings(self, predictor: Predictor, clips: Clips) -> np.ndarray:
         """The representation of each of one video's clips, `(n, width)`: in portions, between the batches of others."""
         rows = []
         for first in range(0, len(clips), MAX_BATCH):
@@ -111,7 +112,7 @@ class Batcher:
             if not batch:
                 self._arrived.clear()
                 continue
-            clips = np.concatenate([item.clips for item in batch]) if len(batch) > 1 else batch[0].clips
+            clips = Clips.joined([item.clips for item in batch])
             self._on_batch(len(clips))
             began = loop.time()
             try:

@@ -10,18 +10,16 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from sora.config import Serve
 from sora.core import sandbox
 from sora.core.errors import ServiceError, VideoError
 from sora.core.records import RULES, ClipSpec
-from sora.core.tensors import VIDEO
+from sora.core.tensors import Clips
 from sora.media import MODALITY, pool
 from sora.media.modality import Spans
 
@@ -29,22 +27,17 @@ BOOT_SECONDS = 60.0  # imports of PyAV and OpenCV on a busy machine
 GRACE_SECONDS = 0.5  # after a client hung up, its decoder may run this long before it is killed
 _PIPE_BYTES = 4 * 2**20
 
-_Answer = tuple[dict[str, np.ndarray], Spans | None, float]  # the clips' tensors, their spans, seconds taken
+_Answer = tuple[Clips, Spans | None, float]  # the clips, their spans, seconds taken
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """The clips of one file by the names of their tensors, and the time that they took."""
+    """The clips of one file, and the time that they took."""
 
-    tensors: Mapping[str, np.ndarray]
+    clips: Clips
     spans: Spans | None  # of the clips; None if the video has no times
     waited: float  # seconds until a decoder was free
     seconds: float  # seconds of decoding
-
-    @property
-    def clips(self) -> np.ndarray:
-        """`(clips, frames, height, width, rgb) uint8`."""
-        return self.tensors[VIDEO]
 
 
 class DecodePool:
@@ -91,10 +84,10 @@ class DecodePool:
             worker = await self._idle.get()
             waited = asyncio.get_running_loop().time() - start
             try:
-                tensors, spans, seconds = await self._with(worker, path, spec, on_taken)
+                clips, spans, seconds = await self._with(worker, path, spec, on_taken)
             except _DiedIdle:
                 continue
-            return Decoded(tensors, spans, waited, seconds)
+            return Decoded(clips, spans, waited, seconds)
 
     async def _with(self, worker: _Worker, path: Path, spec: ClipSpec, on_taken: Callable[[], None]) -> _Answer:
         # A separate task, so that a client that hangs up frees its place at once while the decoder is recovered.
@@ -218,12 +211,14 @@ class _Worker:
         if "rule" in header:
             return header
         count = pool.clips_in(header, job.spec)
-        tensors = {
-            name: pool.array(await self.process.stdout.readexactly(count * tensor.bytes), tensor)
-            for name, tensor in MODALITY.tensors(job.spec).items()
-        }
+        clips = Clips(
+            {
+                name: pool.array(await self.process.stdout.readexactly(count * tensor.bytes), tensor)
+                for name, tensor in MODALITY.tensors(job.spec).items()
+            }
+        )
         spans = header["spans"] and [(float(start), float(end)) for start, end in header["spans"]]
-        return tensors, spans, float(header["seconds"])
+        return clips, spans, float(header["seconds"])
 
     async def _header(self) -> dict[str, Any]:
         assert self.process is not None and self.process.stdout is not None

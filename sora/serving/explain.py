@@ -56,12 +56,12 @@ async def _explain(context: Context, request: Request) -> tuple[bytes, ExplainAn
         prediction = predictor.answer(answered.probabilities)
         label = predictor.classes.index(asked if asked is not None else prediction.label)
         which = int(answered.probabilities[:, label].argmax())
-        clip = decoded.clips[which]
+        clip = decoded.clips[which : which + 1]
         attribute = await asyncio.to_thread(predictor.attribution)  # the first call makes it; not in the model thread
         start = time.perf_counter()
         evidence, odds = await context.batcher.between(lambda: attribute(clip, label))
         explained = time.perf_counter() - start
-        image, shown, heat, weights = await asyncio.to_thread(_drawn, clip, evidence)
+        image, shown, heat, weights = await asyncio.to_thread(_drawn, clip.video[0], evidence)
     seconds = {
         "upload": uploaded,
         "wait": decoded.waited,

@@ -1,4 +1,4 @@
-"""Changes of whole clips, `(time, height, width, rgb) uint8`, that keep their class: NumPy only.
+"""Changes of whole clips that keep their class: NumPy only. A clip is `(time, height, width, rgb) uint8`.
 
 Each kind draws from its own generator (see `batches`). So switching one kind on or off does not change what the
 others draw.
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sora.config import Train
+from sora.core.tensors import FLOW, VIDEO, Clips
+from sora.media.video import flow
 
 VIEWS = ("mirrored", "left", "right")
 _SHIFT = 0.08  # of height and width, at most
@@ -91,26 +93,33 @@ def moved(clip: np.ndarray, down: int, right: int) -> np.ndarray:
     return clip[:, rows][:, :, columns]
 
 
-def views(clips: np.ndarray, names: Sequence[str]) -> np.ndarray:
+def views(clips: Clips, names: Sequence[str]) -> Clips:
     """Every clip, followed by its other views, which the model also gets (test-time augmentation).
 
-    `mirrored` is left-right; `left` and `right` move the view 4 % of the width to that side.
+    `mirrored` is left-right, also of the tensor `flow`; `left` and `right` move the view 4 % of the width to that side.
 
-    Input shape: `(n, time, height, width, rgb) uint8`.
-    Output shape: `(n * (1 + len(names)), time, height, width, rgb) uint8`.
+    Returns:
+        `len(clips) * (1 + len(names))` clips.
 
     Raises:
         KeyError: no such view.
     """
     if not names:
         return clips
-    side = round(_VIEW * clips.shape[3])
+    side = round(_VIEW * clips.video.shape[3])
     make: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "mirrored": lambda clip: clip[:, :, ::-1],
         "left": lambda clip: moved(clip, 0, -side),
         "right": lambda clip: moved(clip, 0, side),
     }
-    return np.stack([view for clip in clips for view in (clip, *(make[name](clip) for name in names))])
+    shown = np.stack([view for clip in clips.video for view in (clip, *(make[name](clip) for name in names))])
+    tensors = {
+        name: np.repeat(tensor, 1 + len(names), axis=0) for name, tensor in clips.tensors.items() if name != VIDEO
+    }
+    if FLOW in tensors and "mirrored" in names:
+        place = slice(1 + list(names).index("mirrored"), None, 1 + len(names))
+        tensors[FLOW][place] = flow.mirrored(tensors[FLOW][place])
+    return Clips({VIDEO: shown, **tensors})
 
 
 def resized_crop(clip: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarray:

@@ -2,21 +2,22 @@
 
     index.parquet                 one row per clip: its place and its digest. It is written last: a folder without it
                                   is not a complete shard set
-    bucket-0003-<key>.npy         a tensor of the clips, in the order of (sha256, clip); its header has dtype and shape
+    bucket-0003-<key>.npy         the clips, in the order of (sha256, clip); its header has dtype and shape
     .bucket-0003-<key>.npy.sums   only while a build is unfinished: the digests of a finished bucket's clips
 
 Tensors have names. The index lists them under `tensors`, with dtype and shape. An index without that list has the
 tensor `video`, `(frames, height, width, rgb) uint8`. Earlier versions wrote such an index, and it is still written
-for videos, so the bytes of a set stay what they were. Buckets of another tensor would be other files,
-`bucket-0003-<key>-<name>.npy`.
+for videos alone, so the bytes of a set stay what they were. A bucket of several tensors is an array of records: the
+tensors of a clip lie side by side, so a clip stays one piece with one digest.
 
 A video's bucket follows from its sha256. A bucket's key follows from its intended content and from the code that makes
 clips. So the same videos give the same bytes, an added video rewrites only its own bucket, an existing file is
 complete, and an interrupted build makes only the buckets that are missing.
 
-Disks and people damage files. A build therefore reads what exists and compares it with the digests before it keeps or
-copies a byte, and makes the clips of damaged videos again. A reader also compares a clip when it reads it for the
-first time. The digests find damage. They don't stop somebody who rewrites the index as well.
+Disks and people damage files. A build (`sora.store.building`, `sora.store.derived`) therefore reads what exists and
+compares it with the digests before it keeps or copies a byte, and makes damaged clips again. A reader also compares a
+clip when it reads it for the first time. The digests find damage. They don't stop somebody who rewrites the index as
+well.
 """
 
 from __future__ import annotations
@@ -24,24 +25,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sora.config import Validate
-from sora.core import provenance
-from sora.core.errors import InputError, ServiceError, VideoError
-from sora.core.files import atomic, sync_folder, writing
-from sora.core.progress import say
+from sora.core.errors import InputError, ServiceError
+from sora.core.files import atomic
 from sora.core.records import ClipSpec
-from sora.core.tensors import VIDEO, TensorSpec
-from sora.media import MODALITIES, MODALITY, Modality, pool
+from sora.core.tensors import VIDEO, Clips, TensorSpec
+from sora.media import MODALITIES, pool
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,24 +47,56 @@ if TYPE_CHECKING:
 
 INDEX = "index.parquet"
 _SORA = b"sora.shards"
-_CHUNK = 1 << 23  # bytes that are copied at a time
 _FIX = "`sora run --force` makes the damaged clips again from the videos; in a restored folder, restore it again"
-Progress = Callable[[int, int], None]  # (done, total) videos
-Recorded = Callable[[], Mapping[str, str]]  # file names → MD5 recorded by DVC
+_COUNTS = ("clip", "bucket", "row", "first", "last")  # the index's columns of whole numbers
 
 
-@dataclass(frozen=True, slots=True)
-class BuildStats:
-    """What a build did: videos decoded and reused, buckets written and kept as they were.
+@dataclass(frozen=True)
+class Layout:
+    """How a clip lies in a bucket's file."""
 
-    `damaged` counts decoded videos whose stored clips were damaged or could not be checked.
-    """
+    tensors: tuple[TensorSpec, ...]
 
-    decoded: int
-    reused: int
-    buckets_written: int
-    buckets_kept: int
-    damaged: int = 0
+    @classmethod
+    def of(cls, tensors: Mapping[str, TensorSpec]) -> Layout:
+        return cls(tuple(tensors.values()))
+
+    @cached_property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the file: the only tensor's, or records with a field for each tensor."""
+        if len(self.tensors) == 1:
+            return np.dtype(self.tensors[0].dtype)
+        return np.dtype([(one.name, one.dtype, one.shape) for one in self.tensors])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a clip in the file."""
+        return self.tensors[0].shape if len(self.tensors) == 1 else ()
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of a clip."""
+        return sum(one.bytes for one in self.tensors)
+
+    def header(self, rows: int) -> bytes:
+        """A .npy header. NumPy leaves room for the first dimension to grow: the length does not depend on `rows`."""
+        text = BytesIO()
+        descr = np.lib.format.dtype_to_descr(self.dtype)
+        about = {"descr": descr, "fortran_order": False, "shape": (rows, *self.shape)}
+        np.lib.format.write_array_header_1_0(text, about)
+        return text.getvalue()
+
+    def packed(self, bodies: Mapping[str, bytes | bytearray | np.ndarray]) -> memoryview:
+        """The clips' bytes as they lie in the file, from the bytes of each of their tensors."""
+        if len(self.tensors) == 1:
+            only = bodies[self.tensors[0].name]
+            return (only.data if isinstance(only, np.ndarray) else memoryview(only)).cast("B")
+        columns = [np.frombuffer(bodies[one.name], np.uint8).reshape(-1, one.bytes) for one in self.tensors]
+        return np.concatenate(columns, axis=1).data.cast("B")
+
+    def tensor(self, stored: np.ndarray, name: str) -> np.ndarray:
+        """A tensor of clips that were read from the file."""
+        return stored if len(self.tensors) == 1 else stored[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,288 +113,19 @@ class Damage:
 
 
 @dataclass(frozen=True, slots=True)
-class _Video:
-    sha256: str
-    path: str
-    frames: int
-    fps: float
-    clips: tuple[tuple[int, int], ...]  # (first, last) index of each
-
-
-@dataclass(slots=True)
-class _Bucket:
-    number: int
-    videos: list[_Video]
-    file: Path
-    waiting: int = 0  # videos still to be decoded into its draft
-    digests: dict[str, tuple[str, ...]] = field(default_factory=dict)  # sha256 of a video → of its clips
-
-    @property
-    def rows(self) -> int:
-        return sum(len(video.clips) for video in self.videos)
-
-    @property
-    def draft(self) -> Path:
-        return self.file.with_name(f".{self.file.name}.part")
-
-    @property
-    def sums(self) -> Path:
-        return self.file.with_name(f".{self.file.name}.sums")
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Stored, intact clips of a video: from byte `offset` of `file`."""
-
-    file: Path
-    offset: int
-    digests: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Content:
+class Content:
     """What a bucket's file holds: the digests of its clips ("" if it can't be read), and other faults."""
 
     digests: tuple[str, ...]
     fault: str
 
 
-@dataclass(slots=True)
-class _Kept:
-    """What can be kept of an earlier build."""
-
-    rows: dict[str, _Rows] = field(default_factory=dict)  # sha256 of a video → its intact clips
-    whole: set[str] = field(default_factory=set)  # names of files without any damage
-    lost: set[str] = field(default_factory=set)  # videos whose stored clips can't be used
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """A video to decode, and where its clips go: at `offset` of `draft`."""
-
-    bucket: int
-    video: _Video
-    draft: Path
-    offset: int
-
-
-def build(
-    manifest: pd.DataFrame,
-    rejected: Collection[str],
-    data: Path,
-    out: Path,
-    spec: ClipSpec,
-    *,
-    buckets: int = 16,
-    workers: int = 0,
-    rules: Validate | None = None,
-    progress: Progress | None = None,
-    recorded: Recorded = dict,
-    modality: Modality = MODALITY,
-) -> BuildStats:
-    """Brings the shard set in `out` up to date. Call it again after an interruption: it resumes.
-
-    It first reads the existing files and compares them with the digests. It reports damaged clips and makes them again.
-
-    Args:
-        manifest: see `data.manifest`; rows with an `error` are left out, and of equal bytes all but the first path.
-        rejected: paths (of the manifest) to leave out.
-        data: the folder that the manifest's paths are relative to.
-        workers: decoders; 0: one per core.
-        rules: bounds on what a video may cost; default: those of the default settings.
-        recorded: returns the MD5 of files in `out` as DVC last recorded them. Called only for files without digests,
-            which an older Sora wrote: files that match are kept, files that differ are made again.
-        modality: the kind of the files.
-
-    Raises:
-        ServiceError: a video that the manifest accepted no longer decodes (the message names it), or a decoder died.
-        DiskFull: no space is left. Finished buckets stay, and the next call resumes from them.
-    """
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        _remove(out.glob(".*.part"))
-    (tensor,) = modality.tensors(spec).values()
-    plan = _plan(manifest, rejected, out, spec, buckets, modality)
-    kept = _earlier(out, plan, spec, tensor, recorded)
-    old = kept.rows
-    missing = []
-    for bucket in plan:
-        if bucket.file.name in kept.whole:
-            bucket.digests = {video.sha256: old[video.sha256].digests for video in bucket.videos}
-        else:
-            missing.append(bucket)
-    total = sum(len(bucket.videos) for bucket in plan)
-    to_decode = decoded = 0
-    open_now: dict[int, _Bucket] = {}
-    for bucket in missing:
-        to_decode += sum(video.sha256 not in old for video in bucket.videos)
-    if progress:
-        progress(total - to_decode, total)
-
-    def jobs() -> Iterator[pool.Job[_Task]]:
-        for bucket in missing:
-            open_now[bucket.number] = bucket
-            todo = _begin(bucket, old, tensor)
-            if not todo:
-                _finish(open_now.pop(bucket.number))
-            for task in todo:
-                video = task.video
-                yield pool.Job(task, data / video.path, spec, (video.frames, video.fps))
-
-    try:
-        crew = min(workers or pool.cores(), max(1, to_decode))
-        bounds = pool.Bounds.of_data(rules or Validate.model_validate({}))
-        with closing(pool.each(jobs(), bounds, clips=True, workers=crew, modality=modality)) as results:
-            for job, answer in results:
-                task = job.item
-                digests = _store(task, answer, tensor)
-                decoded += 1
-                bucket = open_now[task.bucket]
-                bucket.digests[task.video.sha256] = digests
-                bucket.waiting -= 1
-                if not bucket.waiting:
-                    _finish(open_now.pop(task.bucket))
-                if progress:
-                    progress(total - to_decode + decoded, total)
-    except BaseException:
-        _remove(bucket.draft for bucket in open_now.values())  # also makes room
-        raise
-    _write_index(out, plan, spec, tensor)
-    keep = {bucket.file for bucket in plan}
-    _remove(file for file in out.glob("bucket-*.npy") if file not in keep)
-    _remove(out.glob(".*.sums"))
-    lost = sum(video.sha256 in kept.lost for bucket in missing for video in bucket.videos)
-    return BuildStats(decoded, total - decoded, len(missing), len(plan) - len(missing), lost)
-
-
-def _remove(files: Iterable[Path]) -> None:
-    for file in list(files):
-        file.unlink(missing_ok=True)
-
-
-def _plan(
-    manifest: pd.DataFrame, rejected: Collection[str], out: Path, spec: ClipSpec, buckets: int, modality: Modality
-) -> list[_Bucket]:
-    """The buckets to have, without empty ones."""
-    usable = manifest[manifest["error"].isna() & ~manifest["path"].isin(set(rejected))]
-    usable = usable.sort_values(["sha256", "path"]).drop_duplicates("sha256")
-    videos: dict[int, list[_Video]] = {}
-    for sha256, path, frames, fps in zip(
-        usable["sha256"], usable["path"], usable["frames"], usable["fps"], strict=True
-    ):
-        spans = tuple((min(w.indices), max(w.indices)) for w in modality.windows(int(frames), float(fps), spec))
-        number = int(sha256[:8], 16) * buckets >> 32
-        videos.setdefault(number, []).append(_Video(sha256, path, int(frames), float(fps), spans))
-    code = provenance.clips()
-    plan = []
-    for number, members in sorted(videos.items()):
-        content = [code, spec.to_dict(), [(video.sha256, video.clips) for video in members]]
-        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-        plan.append(_Bucket(number, members, out / f"bucket-{number:04d}-{key}.npy"))
-    return plan
-
-
-def _earlier(out: Path, plan: list[_Bucket], spec: ClipSpec, tensor: TensorSpec, recorded: Recorded) -> _Kept:
-    """What already exists intact: from the last complete build, and from an interrupted one."""
-    kept = _Kept()
-    old = _last_set(out, recorded)
-    if old is not None and (old.spec != spec or old.code != provenance.clips() or old.tensor != tensor):
-        old = None
-    _take_set(old, kept, recorded)
-    named = set(old.files.values()) if old else set()
-    left = [bucket for bucket in plan if bucket.file.name not in named and bucket.file.exists()]
-    _take_unfinished(left, kept, tensor, recorded)
-    return kept
-
-
-def _last_set(out: Path, recorded: Recorded) -> ShardSet | None:
-    """The set that the last complete build left; None without one, or if its index is damaged."""
-    index = out / INDEX
-    if not index.exists():
-        return None
-    try:
-        old = ShardSet.open(out)
-    except InputError as error:
-        say(f"{index} is damaged and is made again: {error.message}")
-        return None
-    md5 = None if old.has_digests else recorded().get(INDEX)
-    if md5 is not None and md5 != _md5(index):
-        say(f"{index} is damaged and is made again: it is not the file that DVC recorded")
-        return None
-    return old
-
-
-def _take_set(old: ShardSet | None, kept: _Kept, recorded: Recorded) -> None:
-    if old is None:
-        return
-    known = {} if old.has_digests else recorded()
-    contents = old.contents()
-    damaged, unknown = [], []
-    header, size = len(_header(0, old.tensor)), old.tensor.bytes
-    row_of = old.index["row"].to_numpy()
-    for number, content in contents.items():
-        file = old.folder / old.files[number]
-        damage = old.damage_of(number, content)
-        if not old.has_digests and damage is None:
-            if file.name not in known:
-                unknown.append(file)
-            elif known[file.name] != _md5(file):
-                every = frozenset(old.places_of(number))
-                damage = Damage(file, "is not the file that DVC recorded", every, len(every))
-        for sha256, places in old.places_of(number).items():
-            if damage is None or sha256 not in damage.lost:
-                row = int(row_of[places[0]])
-                digests = content.digests[row : row + len(places)]
-                kept.rows[sha256] = _Rows(file, header + row * size, digests)
-        if damage is None:
-            kept.whole.add(file.name)
-        else:
-            damaged.append(damage)
-            kept.lost |= damage.lost
-    for damage in damaged:
-        say(f"{damage}; they are made again from the videos")
-    if unknown:
-        say(
-            f"{len(unknown)} buckets in {old.folder} were made by an older Sora, and DVC has no record to compare them "
-            "with: they are kept as they are, and from now on changes to them are detected"
-        )
-
-
-def _take_unfinished(left: list[_Bucket], kept: _Kept, tensor: TensorSpec, recorded: Recorded) -> None:
-    """Buckets that are in no index: an interrupted build left them, or the index was lost."""
-    header, size = len(_header(0, tensor)), tensor.bytes
-    for bucket in left:
-        content = _read(bucket.file, bucket.rows, tensor)
-        sums = _read_sums(bucket.sums)
-        if sums is not None:
-            fine = not content.fault and list(content.digests) == sums
-        else:
-            fine = not content.fault and recorded().get(bucket.file.name) == _md5(bucket.file)
-        if not fine:
-            say(f"{bucket.file} is damaged or can't be checked: its {len(bucket.videos)} videos are made again")
-            kept.lost.update(video.sha256 for video in bucket.videos)
-            continue
-        kept.whole.add(bucket.file.name)
-        row = 0
-        for video in bucket.videos:
-            digests = content.digests[row : row + len(video.clips)]
-            kept.rows[video.sha256] = _Rows(bucket.file, header + row * size, digests)
-            row += len(video.clips)
-
-
-def _read_sums(file: Path) -> list[str] | None:
-    try:
-        return list(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _digest(clip: Buffer) -> str:
+def digest_of(clip: Buffer) -> str:
     """Digest of a clip's bytes: 128 bits of SHA-256, computed in hardware by processors: faster than MD5 and BLAKE2."""
     return hashlib.sha256(clip).hexdigest()[:32]
 
 
-def _md5(file: Path) -> str:
+def md5_of(file: Path) -> str:
     """The MD5 as DVC computes it; "" if the file can't be read."""
     try:
         with file.open("rb") as stream:
@@ -373,9 +134,9 @@ def _md5(file: Path) -> str:
         return ""
 
 
-def _read(file: Path, rows: int, tensor: TensorSpec) -> _Content:
+def read_bucket(file: Path, rows: int, layout: Layout) -> Content:
     """Reads a bucket's file from start to end. It never raises for what it finds there."""
-    header, size = _header(rows, tensor), tensor.bytes
+    header, size = layout.header(rows), layout.size
     digests: list[str] = []
     fault = ""
     buffer = bytearray(size)
@@ -389,134 +150,55 @@ def _read(file: Path, rows: int, tensor: TensorSpec) -> _Content:
                 fault = "has a damaged header"
             stream.seek(len(header))
             while len(digests) < rows and stream.readinto(buffer) == size:
-                digests.append(_digest(buffer))
+                digests.append(digest_of(buffer))
     except FileNotFoundError:
         fault = "is missing"
     except OSError as error:
         fault = f"can't be read ({error.strerror})"
-    return _Content((*digests, *[""] * (rows - len(digests))), fault)
+    return Content((*digests, *[""] * (rows - len(digests))), fault)
 
 
-def _header(rows: int, tensor: TensorSpec) -> bytes:
-    """A .npy header. NumPy leaves room for the first dimension to grow: the length does not depend on `rows`."""
-    text = BytesIO()
-    about = {"descr": np.dtype(tensor.dtype).str, "fortran_order": False, "shape": (rows, *tensor.shape)}
-    np.lib.format.write_array_header_1_0(text, about)
-    return text.getvalue()
+def write_index(
+    out: Path, spec: ClipSpec, code: str, files: Mapping[int, str], layout: Layout, rows: pd.DataFrame
+) -> None:
+    """Writes the index: afterwards the set is complete.
 
-
-def _begin(bucket: _Bucket, old: dict[str, _Rows], tensor: TensorSpec) -> list[_Task]:
-    """Makes the bucket's draft, copies into it what an old bucket holds, and returns what must be decoded."""
-    tasks = []
-    header, size = _header(bucket.rows, tensor), tensor.bytes
-    with writing(bucket.file), bucket.draft.open("wb") as draft:
-        # Takes the space now: the workers must not find the disk full after hours.
-        os.posix_fallocate(draft.fileno(), 0, len(header) + bucket.rows * size)
-        draft.write(header)
-        for video in bucket.videos:
-            length = len(video.clips) * size
-            if video.sha256 in old:
-                rows = old[video.sha256]
-                _copy(rows.file, rows.offset, length, draft)
-                bucket.digests[video.sha256] = rows.digests
-            else:
-                tasks.append(_Task(bucket.number, video, bucket.draft, draft.tell()))
-                draft.seek(length, os.SEEK_CUR)
-    bucket.waiting = len(tasks)
-    return tasks
-
-
-def _copy(source: Path, offset: int, length: int, target: IO[bytes]) -> None:
-    with source.open("rb") as file:
-        file.seek(offset)
-        while length:
-            part = file.read(min(length, _CHUNK))
-            if not part:
-                raise ServiceError(f"{source} is shorter than its index says", fix="remove the folder and run again")
-            target.write(part)
-            length -= len(part)
-
-
-def _store(task: _Task, answer: pool.Answer | VideoError, tensor: TensorSpec) -> tuple[str, ...]:
-    """Writes a video's clips to their place in the draft. Returns their digests."""
-    video = task.video
-    if isinstance(answer, pool.Crashed):
-        raise ServiceError(
-            f"the decoder of {video.path} crashed: {answer.message}", fix="run the same command again: it resumes"
-        )
-    if isinstance(answer, VideoError):
-        raise ServiceError(
-            f"{video.path} no longer decodes: {answer.message}",
-            fix="the file changed since it was checked: restore it, or run again so that it is checked again",
-        ) from answer
-    if answer.clips != len(video.clips):
-        raise ServiceError(
-            f"{video.path} now has {answer.clips} clips, not {len(video.clips)}",
-            fix="run again so that it is checked again",
-        )
-    with writing(task.draft), task.draft.open("r+b") as draft:
-        draft.seek(task.offset)
-        draft.write(answer.bodies[tensor.name])
-    size = tensor.bytes
-    clips = memoryview(answer.bodies[tensor.name])
-    return tuple(_digest(clips[start : start + size]) for start in range(0, len(clips), size))
-
-
-def _finish(bucket: _Bucket) -> None:
-    with atomic(bucket.sums) as sums:  # first: a build that resumes later uses no unchecked bucket
-        sums.write(json.dumps([one for video in bucket.videos for one in bucket.digests[video.sha256]]).encode())
-    with writing(bucket.file):
-        with bucket.draft.open("rb") as draft:
-            os.fsync(draft.fileno())
-        os.replace(bucket.draft, bucket.file)
-        sync_folder(bucket.file.parent)
-
-
-def _write_index(out: Path, plan: list[_Bucket], spec: ClipSpec, tensor: TensorSpec) -> None:
+    Args:
+        files: bucket → file name.
+        rows: the columns of `ShardSet.index`.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns: dict[str, list[Any]] = {name: [] for name in _schema(pa).names}
-    for bucket in plan:
-        for row, (video, clip) in enumerate((v, c) for v in bucket.videos for c in range(len(v.clips))):
-            digest = bucket.digests[video.sha256][clip]
-            cells = (video.sha256, clip, bucket.number, row, *video.clips[clip], digest)
-            for name, cell in zip(columns, cells, strict=True):
-                columns[name].append(cell)
-    files = {str(bucket.number): bucket.file.name for bucket in plan}
-    about: dict[str, Any] = {"spec": spec.to_dict(), "code": provenance.clips(), "files": files}
-    if tensor != _unnamed(spec):
-        about["tensors"] = [tensor.to_dict()]
-    table = pa.table(columns, schema=_schema(pa))
+    kinds = [(name, pa.int64() if name in _COUNTS else pa.string()) for name in rows.columns]
+    about: dict[str, Any] = {
+        "spec": spec.to_dict(), "code": code, "files": {str(number): name for number, name in files.items()},
+    }  # fmt: skip
+    if layout != unnamed(spec):
+        about["tensors"] = [one.to_dict() for one in layout.tensors]
+    table = pa.table({name: list(rows[name]) for name in rows.columns}, schema=pa.schema(kinds))
     about["digest"] = _index_digest(about, table.to_pandas())
     with atomic(out / INDEX) as file:
         pq.write_table(table.replace_schema_metadata({_SORA: json.dumps(about)}), file, compression="zstd")
 
 
-def _unnamed(spec: ClipSpec) -> TensorSpec:
-    """The tensor of a set whose index lists none."""
-    return MODALITIES["video"].tensors(spec)[VIDEO]
+def unnamed(spec: ClipSpec) -> Layout:
+    """The layout of a set whose index lists no tensors."""
+    return Layout((MODALITIES["video"].tensors(spec)[VIDEO],))
 
 
-def _named(about: dict[str, Any], spec: ClipSpec) -> TensorSpec:
-    """The tensor that an index lists.
+def _named(about: dict[str, Any], spec: ClipSpec) -> Layout:
+    """The tensors that an index lists.
 
     Raises:
-        ValueError, TypeError, KeyError: it lists several, or the entry is invalid.
+        ValueError, TypeError, KeyError: it lists none, or an entry is invalid.
     """
     if "tensors" not in about:
-        return _unnamed(spec)
-    tensors = [TensorSpec.from_dict(one) for one in about["tensors"]]
-    if len(tensors) != 1:
-        raise ValueError(
-            f"it holds {len(tensors)} tensors ({', '.join(one.name for one in tensors)}), but this Sora reads one"
-        )
-    return tensors[0]
-
-
-def _schema(pa: Any) -> Any:
-    numbers = [(name, pa.int64()) for name in ("clip", "bucket", "row", "first", "last")]
-    return pa.schema([("sha256", pa.string()), *numbers, ("digest", pa.string())])
+        return unnamed(spec)
+    tensors = tuple(TensorSpec.from_dict(one) for one in about["tensors"])
+    if not tensors or len({one.name for one in tensors}) < len(tensors):
+        raise ValueError("its tensors have no names, or one name twice")
+    return Layout(tensors)
 
 
 def _index_digest(about: dict[str, Any], index: pd.DataFrame) -> str:
@@ -548,11 +230,11 @@ class ShardSet:
         index: pd.DataFrame,
         code: str,
         files: dict[int, str],
-        tensor: TensorSpec,
+        layout: Layout,
     ) -> None:
         self.folder, self.spec, self.index, self.code, self.files = folder, spec, index, code, files
-        self.tensor = tensor
-        self.tensors: Mapping[str, TensorSpec] = {tensor.name: tensor}
+        self.layout = layout
+        self.tensors: Mapping[str, TensorSpec] = {one.name: one for one in layout.tensors}
         self._bucket = index["bucket"].to_numpy()
         self._row = index["row"].to_numpy()
         self._owner = index["sha256"].to_numpy()
@@ -574,7 +256,7 @@ class ShardSet:
             table = pq.read_table(Path(folder) / INDEX)
             about = json.loads(table.schema.metadata[_SORA])
             spec = ClipSpec.from_dict(about["spec"])
-            tensor = _named(about, spec)
+            layout = _named(about, spec)
             files = {int(number): name for number, name in about["files"].items()}
             index = table.to_pandas(ignore_metadata=True)
             digest = about.pop("digest", None)
@@ -584,7 +266,7 @@ class ShardSet:
             raise InputError(
                 f"{folder} holds no complete shard set: {error}", fix="run `sora run`, which makes it"
             ) from error
-        return cls(Path(folder), spec, index, about["code"], files, tensor)
+        return cls(Path(folder), spec, index, about["code"], files, layout)
 
     def __len__(self) -> int:
         """Clips."""
@@ -610,15 +292,26 @@ class ShardSet:
         out = np.empty((len(rows), *tensor.shape), tensor.dtype)
         # Clip by clip: indexing several at once would copy each twice.
         for place, (bucket, row) in enumerate(zip(self._bucket[rows], self._row[rows], strict=True)):
-            out[place] = self._map(int(bucket))[row]
-            if self._digests is not None and not self._checked[rows[place]]:
+            stored = self._map(int(bucket))[row : row + 1]
+            if self._digests is None or self._checked[rows[place]]:
+                out[place] = self.layout.tensor(stored, name)[0]
+            elif len(self.tensors) == 1:
+                out[place] = stored[0]
                 self._check(int(rows[place]), out[place])
+            else:
+                stored = stored.copy()
+                self._check(int(rows[place]), stored)
+                out[place] = stored[name][0]
         return out
+
+    def clips(self, rows: Sequence[int] | np.ndarray) -> Clips:
+        """All tensors of the clips at these positions of `index`, in the order given. Raises: as `read`."""
+        return Clips({name: self.read(name, rows) for name in self.tensors})
 
     def _check(self, place: int, clip: np.ndarray) -> None:
         """Compares exactly the bytes that are returned. Two threads may compare the same clip, which is harmless."""
         assert self._digests is not None
-        if _digest(clip.data) != self._digests[place]:
+        if digest_of(clip.view(np.uint8).data if clip.dtype.names else clip.data) != self._digests[place]:
             file = self.folder / self.files[int(self._bucket[place])]
             raise ServiceError(
                 f"{file} is damaged: clip {self.index['clip'].iloc[place]} of video "
@@ -637,12 +330,14 @@ class ShardSet:
         verdicts = (self.damage_of(number, content) for number, content in self.contents().items())
         return [damage for damage in verdicts if damage is not None]
 
-    def contents(self) -> dict[int, _Content]:
+    def contents(self) -> dict[int, Content]:
         """What every bucket's file holds, read by all cores."""
         numbers = list(self.files)
         rows = [int((self._bucket == number).sum()) for number in numbers]
         with ThreadPoolExecutor(pool.cores()) as threads:
-            read = threads.map(lambda number, n: _read(self.folder / self.files[number], n, self.tensor), numbers, rows)
+            read = threads.map(
+                lambda number, n: read_bucket(self.folder / self.files[number], n, self.layout), numbers, rows
+            )
             return dict(zip(numbers, read, strict=True))
 
     def places_of(self, number: int) -> dict[str, np.ndarray]:
@@ -654,7 +349,7 @@ class ShardSet:
         starts = np.flatnonzero(np.concatenate([[True], owners[1:] != owners[:-1]]))
         return dict(zip(owners[starts], np.split(places, starts[1:]), strict=True))
 
-    def damage_of(self, number: int, content: _Content) -> Damage | None:
+    def damage_of(self, number: int, content: Content) -> Damage | None:
         """What is wrong with a bucket; without digests only its length, its header and the disk can tell."""
         videos = self.places_of(number)
         lost = set()
@@ -673,10 +368,9 @@ class ShardSet:
             file = self.folder / self.files[bucket]
             try:
                 stored = np.load(file, mmap_mode="r", allow_pickle=False)
-                tensor = self.tensor
-                shape = (int((self._bucket == bucket).sum()), *tensor.shape)
-                if stored.shape != shape or stored.dtype != tensor.dtype:
-                    raise ValueError(f"it holds {stored.dtype}{stored.shape}, but the index says {tensor.dtype}{shape}")
+                shape, dtype = (int((self._bucket == bucket).sum()), *self.layout.shape), self.layout.dtype
+                if stored.shape != shape or stored.dtype != dtype:
+                    raise ValueError(f"it holds {stored.dtype}{stored.shape}, but the index says {dtype}{shape}")
                 self._maps[bucket] = stored
             except (OSError, ValueError, EOFError) as error:
                 raise ServiceError(f"{file} can't be read: {error}", fix=_FIX) from error

@@ -16,7 +16,7 @@ from sora.core.records import ClipSpec
 from sora.dataset import manifest, versioning
 from sora.dataset.quality import validate
 from sora.dataset.versioning.pipeline import bounds_of
-from sora.store import shards
+from sora.store import building
 from tests.bombs import animated_png, many_streams, motion_jpeg, raw_h264
 from tests.videos import make_video
 
@@ -145,7 +145,7 @@ def test_clips_are_bounded_too(tmp_path: Path) -> None:
     rows = manifest.build(data, settings(), workers=1)
     motion_jpeg(tmp_path / "big.avi").replace(video)
     with pytest.raises(ServiceError, match=r"run/a\.mp4 no longer decodes: 8192x8192 pixels"):
-        shards.build(rows, (), data, tmp_path / "shards", SPEC, buckets=1, workers=1)
+        building.build(rows, (), data, tmp_path / "shards", SPEC, buckets=1, workers=1)
     assert not list((tmp_path / "shards").iterdir())
 
 

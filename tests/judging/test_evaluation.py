@@ -17,7 +17,7 @@ from sora.core.errors import InputError, ServiceError, VideoError
 from sora.core.records import ClipSpec, Recipe
 from sora.dataset import manifest
 from sora.judging import evaluation
-from sora.store import shards
+from sora.store import building
 from tests.videos import make_video
 
 LEVELS = {"dark": 60, "middle": 125, "bright": 190}
@@ -50,7 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     make_video(data / "middle" / "p6.mp4", frames=8, brightness=LEVELS["bright"], seed=99)  # to be mistaken
     rows = manifest.build(data, Settings(classes=tuple(LEVELS)), workers=1)
     out = folder / "shards"
-    shards.build(rows, [], data, out, SPEC, buckets=2, workers=1)
+    building.build(rows, [], data, out, SPEC, buckets=2, workers=1)
     table = rows[["sha256", "path", "label", "group", "brightness", "duration", "codec"]].copy()
     number = table["path"].str.extract(r"p(\d)")[0].astype(int)
     table["split"] = np.where(number < 2, "train", np.where(number < 4, "val", "test"))
@@ -251,7 +251,7 @@ def test_a_model_with_code_in_it_is_not_loaded(world: SimpleNamespace, tmp_path:
 
 def test_a_model_of_another_shape(world: SimpleNamespace, tmp_path: Path) -> None:
     file = brightness_model(tmp_path / "two.keras", ["dark", "bright"])
-    with pytest.raises(InputError, match=r"\(None, 3\)"):
+    with pytest.raises(InputError, match=r"\(None, 2\), but there are 3 classes"):
         evaluate(job(world, tmp_path, {"name": "m", "file": file}))
 
 

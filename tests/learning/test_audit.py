@@ -16,7 +16,7 @@ from sora.config import Project
 from sora.core.errors import InputError
 from sora.dataset import manifest
 from sora.learning import audit, training
-from sora.store import shards
+from sora.store import building
 from tests.videos import make_video
 
 CLASSES = ("<i>dark</i>", "bright")  # the first must never become markup
@@ -86,7 +86,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     built = manifest.build(project.data, project.settings(), workers=1)
     manifest.write(built, project.manifest)
     project.quarantine.write_text("[]")
-    shards.build(built, (), project.data, project.shards, project.settings().clip.spec(), buckets=2, workers=1)
+    building.build(built, (), project.data, project.shards, project.settings().clip.spec(), buckets=2, workers=1)
     seen: list[tuple[int, int]] = []
     result = audit.audit(project, folds=2, progress=lambda done, total, note="": seen.append((done, total)))
     return SimpleNamespace(project=project, result=result, seen=seen)

@@ -20,6 +20,7 @@ import pytest
 from sora.config import Settings
 from sora.core.errors import DiskFull, ServiceError, VideoError
 from sora.core.records import ClipSpec
+from sora.core.tensors import Clips
 from sora.media import pool
 from sora.media.video.transform import prepare_clips
 from tests.videos import make_video
@@ -63,10 +64,10 @@ def test_clips_are_those_of_decoding_here_in_the_order_asked_for(videos: list[Pa
     text = tmp_path / "no.mp4"
     text.write_text("no video")
     found = list(pool.in_order([videos[3], text, videos[1]], SPEC, BOUNDS))
-    assert isinstance(found[0], np.ndarray) and isinstance(found[2], np.ndarray)
-    assert np.array_equal(found[0], prepare_clips(videos[3], SPEC))
+    assert isinstance(found[0], Clips) and isinstance(found[2], Clips)
+    assert np.array_equal(found[0].video, prepare_clips(videos[3], SPEC))
     assert isinstance(found[1], VideoError) and found[1].rule == "not_a_video"
-    assert np.array_equal(found[2], prepare_clips(videos[1], SPEC))
+    assert np.array_equal(found[2].video, prepare_clips(videos[1], SPEC))
 
 
 def test_nothing_starts_no_process() -> None:

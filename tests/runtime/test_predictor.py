@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sora.core.errors import PromotionFailed
+from sora.core.tensors import VIDEO, Clips
 from sora.media.video.transform import prepare_clips
 from sora.runtime.predictor import ModelRefused, Predictor, Smoke, predict_files
 from tests.serving.conftest import CLASSES, SPEC, Made, other_golden
@@ -16,6 +17,10 @@ from tests.serving.conftest import CLASSES, SPEC, Made, other_golden
 @pytest.fixture(scope="module")
 def predictor(models: list[Made]) -> Predictor:
     return Predictor(models[0].file, models[0].recipe, 1)
+
+
+def _random(count: int, seed: int) -> Clips:
+    return Clips({VIDEO: np.random.default_rng(seed).integers(0, 256, (count, 4, 32, 32, 3), np.uint8)})
 
 
 def _by_keras(made: Made, clips: np.ndarray) -> np.ndarray:
@@ -29,15 +34,15 @@ def _by_keras(made: Made, clips: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("count", [1, 3, 8, 11])
 def test_any_number_of_clips_gets_what_keras_answers(predictor: Predictor, models: list[Made], count: int) -> None:
-    clips = np.random.default_rng(count).integers(0, 256, (count, 4, 32, 32, 3), np.uint8)
+    clips = _random(count, count)
     answer = predictor.probabilities(clips)
     assert answer.shape == (count, 3)
-    np.testing.assert_allclose(answer, _by_keras(models[0], clips), atol=1e-4)
+    np.testing.assert_allclose(answer, _by_keras(models[0], clips.video), atol=1e-4)
 
 
 def test_padding_does_not_leak_into_answers(predictor: Predictor) -> None:
-    clips = np.random.default_rng(0).integers(0, 256, (5, 4, 32, 32, 3), np.uint8)
-    one_by_one = np.concatenate([predictor.probabilities(clip[None]) for clip in clips])
+    clips = _random(5, 0)
+    one_by_one = np.concatenate([predictor.probabilities(clip) for clip in clips])
     np.testing.assert_allclose(predictor.probabilities(clips), one_by_one, atol=1e-5)
 
 
@@ -80,7 +85,7 @@ def test_code_in_a_model_is_not_run(models: list[Made], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        ({"clip": replace(SPEC, frames=5)}, "takes clips"),
+        ({"clip": replace(SPEC, frames=5)}, "takes video of"),
         ({"classes": CLASSES[:2]}, "2 classes"),
         ({"schema": 2}, "schema"),
     ],
@@ -102,7 +107,7 @@ def test_files_are_answered_one_by_one_and_bad_ones_say_why(models: list[Made], 
 
 
 def test_unsure_only_where_the_recipe_has_a_threshold(predictor: Predictor, models: list[Made], video: Path) -> None:
-    clips = prepare_clips(video, SPEC)
+    clips = Clips({VIDEO: prepare_clips(video, SPEC)})
     plain = predictor.predict(clips)
     assert plain.unsure is None and "unsure" not in plain.to_dict()
     confidence = plain.probabilities[plain.label]
@@ -119,11 +124,11 @@ def test_views_are_averaged_and_golden_answers_know_them(models: list[Made]) -> 
     recipe = replace(recipe, golden=(_golden(_load(models[0].file, recipe), recipe, 0),))
     viewed = Predictor(models[0].file, recipe, 1)
     assert viewed.check_golden() < 1e-4
-    clips = np.random.default_rng(7).integers(0, 256, (5, 4, 32, 32, 3), np.uint8)
+    clips = _random(5, 7)
     answer = viewed.probabilities(clips)
-    plain = _by_keras(models[0], clips)
-    mirrored = _by_keras(models[0], clips[:, :, :, ::-1])
-    left = _by_keras(models[0], clips[:, :, :, (np.arange(32) - 1).clip(0)])
+    plain = _by_keras(models[0], clips.video)
+    mirrored = _by_keras(models[0], clips.video[:, :, :, ::-1])
+    left = _by_keras(models[0], clips.video[:, :, :, (np.arange(32) - 1).clip(0)])
     assert answer.shape == (5, 3)
     np.testing.assert_allclose(answer, (plain + mirrored + left) / 3, atol=1e-4)
     with pytest.raises(ModelRefused, match="view"):
@@ -141,7 +146,7 @@ def test_smoke_in_a_child(models: list[Made]) -> None:
 def test_embeddings_are_what_the_last_layer_sees(predictor: Predictor, models: list[Made], count: int) -> None:
     import keras
 
-    clips = np.random.default_rng(count).integers(0, 256, (count, 4, 32, 32, 3), np.uint8)
+    clips = _random(count, count)
     vectors = predictor.embeddings(clips)
     assert vectors.shape == (count, 8)
     last = keras.saving.load_model(models[0].file, compile=False).get_layer("logits")

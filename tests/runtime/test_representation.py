@@ -217,4 +217,4 @@ def test_a_model_without_a_representation_says_so(project: Project, tmp_path: Pa
     recipe = Recipe(spec, ("a", "b"), model_sha256=sha256(file.read_bytes()).hexdigest())
     predictor = Predictor(file, recipe, 3)
     with pytest.raises(ModelRefused, match="version 3 has no representation"):
-        predictor.embeddings(np.zeros((1, *predictor.clip_shape), np.uint8))
+        predictor.embeddings(predictor.blank(1))

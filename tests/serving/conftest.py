@@ -58,7 +58,7 @@ def make_model(folder: Path, version: int, temperature: float = 1.5) -> Made:
     model.save(file)
     golden = []
     for seed in (0, 1):
-        raw = np.asarray(model.predict_on_batch(golden_clip(SPEC, seed)[None]), np.float64)[0] / temperature
+        raw = np.asarray(model.predict_on_batch(golden_clip(SPEC, seed).video), np.float64)[0] / temperature
         powers = np.exp(raw - raw.max())
         golden.append({"seed": seed, "probabilities": (powers / powers.sum()).tolist()})
     digest = sha256(file.read_bytes()).hexdigest()

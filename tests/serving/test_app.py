@@ -19,6 +19,7 @@ import pytest
 
 from sora.config import Serve
 from sora.core.errors import ServiceError, VideoError
+from sora.core.tensors import VIDEO, Clips
 from sora.registry import ChampionRef
 from sora.runtime.predictor import Predictor
 from sora.serving import follow, uploads
@@ -218,14 +219,14 @@ def test_requests_that_wait_share_one_call(models: list[Made], video: Path, tmp_
     """While the model is busy, what arrives makes the next batch."""
     predictor = Predictor(models[0].file, models[0].recipe, 1)
     other = Predictor(models[1].file, models[1].recipe, 2)
-    clips = np.random.default_rng(0).integers(0, 256, (12, 4, 32, 32, 3), np.uint8)
+    clips = Clips({VIDEO: np.random.default_rng(0).integers(0, 256, (12, 4, 32, 32, 3), np.uint8)})
     gate = threading.Event()
 
     class Busy(Predictor):
         def __init__(self) -> None:
             pass
 
-        def probabilities(self, clips: np.ndarray) -> np.ndarray:
+        def probabilities(self, clips: Clips) -> np.ndarray:
             gate.wait(30)
             return np.ones((len(clips), 3))
 
@@ -308,7 +309,7 @@ def test_a_decoder_out_of_memory_costs_one_request(video: Path, tmp_path: Path) 
         try:
             with pytest.raises(VideoError, match="memory"):
                 await pool.decode(video, huge)
-            assert (await pool.decode(video, SPEC)).clips.shape == (1, 4, 32, 32, 3)
+            assert (await pool.decode(video, SPEC)).clips.video.shape == (1, 4, 32, 32, 3)
             assert pool.replaced == 1 and len(pool.pids) == 1
         finally:
             await pool.close()

@@ -22,6 +22,7 @@ from scipy.stats import spearmanr
 from sora.config import Model, Serve
 from sora.core.errors import ServiceError
 from sora.core.records import ClipSpec, Recipe
+from sora.core.tensors import VIDEO, Clips
 from sora.model import attribution, classifier
 from sora.runtime.predictor import Predictor
 from sora.serving.app import create_app
@@ -53,6 +54,10 @@ def planted(seed: int, blob: bool) -> tuple[np.ndarray, np.ndarray]:
     return (clip + noise).clip(0, 255).astype(np.uint8), mask
 
 
+def alone(clip: np.ndarray) -> Clips:
+    return Clips({VIDEO: clip[None]})
+
+
 def saved(model: keras.Model, file: Path, classes: tuple[str, ...]) -> Predictor:
     model.save(file)
     recipe = Recipe(SEEN, classes, 1.3, model_sha256=sha256(file.read_bytes()).hexdigest())
@@ -80,8 +85,8 @@ def test_it_points_at_what_decides(trained: Predictor) -> None:
     hits, moments = [], []
     for seed in range(1000, 1030):
         clip, mask = planted(seed, True)
-        assert trained.predict(clip[None]).label == "square"
-        heat, weights = weighed(attribute(clip, 1)[0])
+        assert trained.predict(alone(clip)).label == "square"
+        heat, weights = weighed(attribute(alone(clip), 1)[0])
         frame, row, column = np.unravel_index(heat.argmax(), heat.shape)
         cell = 32 // heat.shape[1]
         # The features of a frame reach a frame and a cell further (the temporal shift, the convolutions).
@@ -95,7 +100,7 @@ def test_it_points_at_what_decides(trained: Predictor) -> None:
 
 def test_it_depends_on_the_weights(trained: Predictor, tmp_path: Path) -> None:
     """Adebayo et al. 2018, "Sanity Checks for Saliency Maps": other weights, another map."""
-    clips = [planted(seed, True)[0] for seed in range(1000, 1006)]
+    clips = [alone(planted(seed, True)[0]) for seed in range(1000, 1006)]
     for layers in (("logits",), ("embedding", "logits"), ("low", "high", "embedding", "logits")):
         model = keras.saving.load_model(_file_of(trained, tmp_path), compile=False, safe_mode=True)
         rng = np.random.default_rng(5)
@@ -117,13 +122,13 @@ def _file_of(predictor: Predictor, folder: Path) -> Path:
 
 
 def test_the_two_parts_are_the_model(trained: Predictor) -> None:
-    clip = planted(7, True)[0]
+    clip = alone(planted(7, True)[0])
     parts = attribution.split(trained._model)
-    maps = parts.maps(clip[None])
+    maps = parts.maps(clip.video)
     logits = np.asarray(parts.head(attribution.pooled(maps)))
-    np.testing.assert_allclose(logits, trained._call(clip[None]), atol=1e-4)
+    np.testing.assert_allclose(logits, trained._call(clip), atol=1e-4)
     odds = [trained.attribution()(clip, label)[1] for label in (0, 1)]
-    share = trained.probabilities(clip[None])[0]
+    share = trained.probabilities(clip)[0]
     np.testing.assert_allclose(odds, np.log(share / (1 - share)), atol=1e-3)
 
 
@@ -255,7 +260,7 @@ def test_explanations_take_turns_with_predictions() -> None:
         def __init__(self) -> None:
             pass
 
-        def probabilities(self, clips: np.ndarray) -> np.ndarray:
+        def probabilities(self, clips: Clips) -> np.ndarray:
             order.append("batch")
             return np.ones((len(clips), 3))
 
@@ -270,7 +275,7 @@ def test_explanations_take_turns_with_predictions() -> None:
             tasks: list[asyncio.Task[Any]] = [asyncio.create_task(batcher.between(first))]
             tasks += [asyncio.create_task(batcher.between(lambda: order.append("more"))) for _ in range(3)]
             await asyncio.sleep(0.05)
-            tasks.append(asyncio.create_task(batcher.answer(Quick(), np.zeros((1, 4, 8, 8, 3), np.uint8))))
+            tasks.append(asyncio.create_task(batcher.answer(Quick(), alone(np.zeros((4, 8, 8, 3), np.uint8)))))
             await asyncio.sleep(0.05)
             gate.set()
             await asyncio.gather(*tasks)

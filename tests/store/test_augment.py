@@ -7,6 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
+from sora.core.tensors import VIDEO, Clips
 from sora.store import augment
 from sora.store.augment import Augmentation
 from sora.store.batches import Batches
@@ -164,15 +165,16 @@ def test_a_clip_that_becomes_another_class_weighs_as_that_class() -> None:
 
 def test_views_are_beside_their_clip() -> None:
     clips = np.stack([clip(), 255 - clip()])
-    found = augment.views(clips, ("mirrored", "left", "right"))
+    found = augment.views(Clips({VIDEO: clips}), ("mirrored", "left", "right")).video
     assert found.shape == (8, *clips.shape[1:])
     assert np.array_equal(found[[0, 4]], clips) and np.array_equal(found[5], clips[1][:, :, ::-1])
     assert np.array_equal(found[2][:, :, 1:], clips[0][:, :, :-1]) and np.array_equal(
         found[3][:, :, :-1], clips[0][:, :, 1:]
     )
-    assert augment.views(clips, ()) is clips
+    given = Clips({VIDEO: clips})
+    assert augment.views(given, ()) is given
     with pytest.raises(KeyError):
-        augment.views(clips, ("upside down",))
+        augment.views(given, ("upside down",))
 
 
 def test_a_mirrored_clip_of_several_classes_swaps_each_and_one_that_has_a_side_stays() -> None:

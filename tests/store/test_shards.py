@@ -23,8 +23,9 @@ from sora.core.tensors import TensorSpec
 from sora.dataset import manifest
 from sora.media import MODALITY
 from sora.media.video.transform import prepare_clips
-from sora.store import shards
-from sora.store.shards import INDEX, BuildStats, ShardSet
+from sora.store import building, shards
+from sora.store.building import BuildStats
+from sora.store.shards import INDEX, Layout, ShardSet, digest_of, write_index
 from tests.videos import make_folder, make_video
 
 SPEC = ClipSpec(frames=4, height=32, width=32, sampling="window", window_seconds=1.0, max_clips=3)
@@ -40,7 +41,7 @@ def build(
     buckets: int = 4,
     **options: Any,
 ) -> BuildStats:
-    return shards.build(table, set(rejected), data, out, spec, buckets=buckets, **{"workers": 1, **options})
+    return building.build(table, set(rejected), data, out, spec, buckets=buckets, **{"workers": 1, **options})
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -228,11 +229,12 @@ def test_a_kill_in_the_middle_costs_the_open_bucket_only(
     out = tmp_path / "s"
     manifest.write(table, tmp_path / "m.parquet")
     code = (
-        "import sys, time; from pathlib import Path; from sora.dataset import manifest; from sora.store import shards\n"
+        "import sys, time; from pathlib import Path\n"
+        "from sora.dataset import manifest; from sora.store import building\n"
         "from tests.store.test_shards import SPEC\n"
         "m, data, out = map(Path, sys.argv[1:])\n"
         "slow = lambda done, total: time.sleep(0.3)\n"
-        "shards.build(manifest.read(m), set(), data, out, SPEC, buckets=4, workers=2, progress=slow)"
+        "building.build(manifest.read(m), set(), data, out, SPEC, buckets=4, workers=2, progress=slow)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "m.parquet"), str(data), str(out)])
     end = time.monotonic() + 60
@@ -381,7 +383,7 @@ def test_who_reads_a_damaged_clip_is_told(whole: Path, tmp_path: Path, name: str
 def test_whole_clips_are_compared_once(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = ShardSet.open(whole)
     found.read("video", range(len(found)))
-    monkeypatch.setattr(shards, "_digest", lambda clip: pytest.fail("compared again"))
+    monkeypatch.setattr(shards, "digest_of", lambda clip: pytest.fail("compared again"))
     found.read("video", range(len(found)))
 
 
@@ -536,8 +538,8 @@ def test_a_tensor_that_the_set_lacks_is_named(whole: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "why"),
     [
-        ([VIDEO, {**VIDEO, "name": "features"}], "2 tensors"),
-        ([], "0 tensors"),
+        ([VIDEO, {**VIDEO, "dtype": "float16"}], "one name twice"),
+        ([], "no names"),
         ([{**VIDEO, "dtype": "object"}], "dtype 'object'"),
         ([{**VIDEO, "shape": [4, -1]}], "shape"),
         ([{"name": "video"}], "complete"),
@@ -553,9 +555,12 @@ def test_tensors_that_this_version_cannot_read_are_refused(
         ShardSet.open(out)
 
 
-def test_a_bucket_of_another_dtype_than_the_index_says_is_not_read(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tensors", [[{**VIDEO, "dtype": "float16"}], [VIDEO, {**VIDEO, "name": "features"}]], ids=len)
+def test_a_bucket_of_another_dtype_than_the_index_says_is_not_read(
+    whole: Path, tmp_path: Path, tensors: list[dict[str, object]]
+) -> None:
     out = shutil.copytree(whole, tmp_path / "s")
-    with_tensors(out, [{**VIDEO, "dtype": "float16"}])
+    with_tensors(out, tensors)
     with pytest.raises(ServiceError, match="it holds uint8"):
         ShardSet.open(out).read("video", [0])
 
@@ -568,3 +573,79 @@ def test_a_modality_with_another_tensor_names_it_in_the_index(data: Path, table:
     opened = ShardSet.open(tmp_path / "s")
     assert opened.tensors == {"grey": grey}
     assert opened.read("grey", []).dtype == np.float16
+
+
+TWO = Layout((TensorSpec("video", "uint8", (4, 32, 32, 3)), TensorSpec("features", "float16", (5,))))
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    """A set of two tensors, written by hand: videos of 2, 1 and 2 clips in two buckets. And what it holds."""
+    rng = np.random.default_rng(0)
+    clips = {
+        "video": rng.integers(0, 256, (5, 4, 32, 32, 3), np.uint8),
+        "features": rng.normal(size=(5, 5)).astype(np.float16),
+    }
+    out = tmp_path / "two"
+    out.mkdir()
+    packed = TWO.packed({name: tensor.tobytes() for name, tensor in clips.items()})
+    buckets = {0: slice(0, 3), 1: slice(3, 5)}
+    files = {number: f"bucket-{number:04d}-x.npy" for number in buckets}
+    for number, rows in buckets.items():
+        body = packed[rows.start * TWO.bytes : rows.stop * TWO.bytes]
+        (out / files[number]).write_bytes(TWO.header(rows.stop - rows.start) + body)
+    rows = pd.DataFrame(
+        {
+            "sha256": [name * 64 for name in "aabcc"],
+            "clip": [0, 1, 0, 0, 1],
+            "bucket": [0, 0, 0, 1, 1],
+            "row": [0, 1, 2, 0, 1],
+            "first": [0, 8, 0, 0, 8],
+            "last": [7, 15, 7, 7, 15],
+            "digest": [digest_of(packed[row * TWO.bytes : (row + 1) * TWO.bytes]) for row in range(5)],
+        }
+    )
+    write_index(out, SPEC, "code", files, TWO, rows)
+    return out, clips
+
+
+def test_a_set_of_two_tensors_gives_what_was_written(two: tuple[Path, dict[str, np.ndarray]]) -> None:
+    out, clips = two
+    found = ShardSet.open(out)
+    assert found.tensors == {one.name: one for one in TWO.tensors} and len(found) == 5 and not found.damage()
+    for rows in ([0, 1, 2, 3, 4], [4, 0, 2, 0], []):
+        for _ in ("compared", "no more"):
+            together = found.clips(rows)
+            assert list(together.tensors) == list(clips)
+            for name, tensor in clips.items():
+                read = found.read(name, rows)
+                assert read.dtype == tensor.dtype and read.shape == (len(rows), *tensor.shape[1:])
+                assert np.array_equal(read, tensor[rows]) and np.array_equal(together.tensors[name], tensor[rows])
+    with pytest.raises(InputError, match="no tensor 'audio', only video, features"):
+        found.read("audio", [0])
+    # Each bucket is an array of records, which NumPy reads by itself: the tensors of a clip lie side by side.
+    stored = np.load(out / found.files[1], mmap_mode="r", allow_pickle=False)
+    assert stored.shape == (2,) and stored.dtype.names == ("video", "features")
+    assert np.array_equal(stored["features"], clips["features"][3:])
+
+
+@pytest.mark.parametrize("damaged", ["video", "features"])
+@pytest.mark.parametrize("asked", ["video", "features"])
+def test_a_damaged_record_is_noticed_whichever_of_its_tensors_is_read(
+    two: tuple[Path, dict[str, np.ndarray]], damaged: str, asked: str
+) -> None:
+    out, clips = two
+    file = out / ShardSet.open(out).files[0]
+    content = bytearray(file.read_bytes())
+    assert len(content) == len(TWO.header(3)) + 3 * TWO.bytes
+    # A bit of the second of its three records.
+    content[len(TWO.header(3)) + TWO.bytes + (100 if damaged == "video" else TWO.tensors[0].bytes + 3)] ^= 1
+    file.write_bytes(content)
+    found = ShardSet.open(out)
+    others = [0, 2, 3, 4]
+    assert np.array_equal(found.read(asked, others), clips[asked][others])
+    for _ in range(2):
+        with pytest.raises(ServiceError, match=r"bucket-0000-x\.npy is damaged: clip 1 of video aaaa"):
+            found.read(asked, [1])
+    [damage] = found.damage()
+    assert damage.file == file and damage.lost == {"a" * 64} and damage.videos == 2

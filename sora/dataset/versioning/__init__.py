@@ -6,12 +6,11 @@ Other rooms use what is exported here; `dvc` (the child process) and `stages` (w
 from sora.dataset.versioning.cache import cache_folder, checkout, pull, push, recorded_files
 from sora.dataset.versioning.data import add, data_version, ensure_data, init
 from sora.dataset.versioning.integrity import require_whole
-from sora.dataset.versioning.pipeline import CODE_LOCK, STAGES, code_hash, reproduce, status, write_code_lock
+from sora.dataset.versioning.pipeline import CODE_LOCK, code_hash, reproduce, stages_of, status, write_code_lock
 from sora.dataset.versioning.states import STATE_FILES, code_notes, restore, state
 
 __all__ = [
     "CODE_LOCK",
-    "STAGES",
     "STATE_FILES",
     "add",
     "cache_folder",
@@ -27,6 +26,7 @@ __all__ = [
     "reproduce",
     "require_whole",
     "restore",
+    "stages_of",
     "state",
     "status",
     "write_code_lock",

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -23,7 +24,6 @@ from sora.core.processes import rebuild_error
 from sora.dataset.versioning.dvc import dvc
 from sora.dataset.versioning.integrity import require_whole
 
-STAGES: tuple[provenance.Stage, ...] = tuple(provenance.STAGES)
 CODE_LOCK = "preprocessing.lock"
 _CODE_HEADER = "# Hashes of the code behind each stage of dvc.yaml. Sora writes this file; git keeps it.\n"
 
@@ -46,16 +46,17 @@ def reproduce(project: Project, *, force: bool = False) -> list[str]:
     ran = _repro(project, *(["--force"] if force else []), fresh=force)
     # The stage compares clips with their digests. But DVC knows files by size and time: if a disk corrupted bits,
     # DVC sees nothing to do.
-    if "shards" not in ran and _shards_are_damaged(project):
-        ran += _repro(project, "--force", "--single-item", "shards")
+    for stage, folder in (("shards", project.shards), ("features", project.features)):
+        if stage not in ran and (stage == "shards" or project.settings().model.bank) and _damaged(folder):
+            ran += _repro(project, "--force", "--single-item", stage)
     return ran
 
 
-def _shards_are_damaged(project: Project) -> bool:
+def _damaged(folder: Path) -> bool:
     from sora.store.shards import ShardSet
 
     try:
-        return bool(ShardSet.open(project.shards).damage())
+        return bool(ShardSet.open(folder).damage())
     except InputError:
         return True
 
@@ -93,12 +94,37 @@ def code_hash() -> str:
 def write_code_lock(project: Project) -> None:
     """Writes preprocessing.lock if it differs: DVC depends on it, since it can't depend on installed packages."""
     settings = project.settings()
-    write_if_different(project.root / CODE_LOCK, code_lock_text(settings.task.stage_suffix, bounds_of(settings)))
+    backbone = None
+    if "features" in stages_of(project):
+        backbone = settings.model.backbone if settings.model.bank else ""
+    text = code_lock_text(settings.task.stage_suffix, bounds_of(settings), backbone)
+    write_if_different(project.root / CODE_LOCK, text)
 
 
-def code_lock_text(suffix: str = "", bounds: str = "") -> str:
+def stages_of(project: Project) -> list[str]:
+    """The stages of the project's dvc.yaml that are Sora's. `features` is missing in projects of earlier versions.
+
+    Raises:
+        InputError: dvc.yaml is not a pipeline.
+    """
+    there = _stages(project)
+    return [name for name in provenance.STAGES if name in there]
+
+
+def _stages(project: Project) -> dict[str, Any]:
+    try:
+        stages: dict[str, Any] = yaml.safe_load(project.dvc_yaml.read_text(encoding="utf-8"))["stages"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{project.dvc_yaml} is not a pipeline: {error!r}",
+            fix="restore it from git, or from a new `sora init`",
+        ) from error
+    return stages
+
+
+def code_lock_text(suffix: str = "", bounds: str = "", backbone: str | None = None) -> str:
     """The content of preprocessing.lock; see `provenance.stages`."""
-    names = provenance.stages(suffix, bounds)
+    names = provenance.stages(suffix, bounds, backbone)
     return _CODE_HEADER + "".join(f"{stage}: {name}\n" for stage, name in names.items())
 
 
@@ -111,13 +137,13 @@ def bounds_of(settings: Settings) -> str:
 def _check_parameters(project: Project) -> None:
     """dvc.yaml names keys of params.yaml; DVC needs each to exist, although Sora has defaults for all."""
     given = yaml.safe_load(project.params_file.read_text(encoding="utf-8")) or {}
-    try:
-        stages = yaml.safe_load(project.dvc_yaml.read_text(encoding="utf-8"))["stages"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+    stages = _stages(project)
+    if project.settings().model.bank and "features" not in stages:
         raise InputError(
-            f"{project.dvc_yaml} is not a pipeline: {error!r}",
-            fix="restore it from git, or from a new `sora init`",
-        ) from error
+            f"model.preset {project.settings().model.preset} reads features of a backbone, and {project.dvc_yaml} has "
+            "no stage that computes them: an earlier Sora wrote it",
+            fix=f"`python -m sora.stages template > dvc.yaml` in {project.root} writes today's",
+        )
     defaults = project.settings().to_dict()
     for stage in stages.values():
         for key in stage.get("params", []):

@@ -1,4 +1,4 @@
-"""What the stages of dvc.yaml run: `python -m sora.stages manifest|validate|shards`, in the project's folder.
+"""What the stages of dvc.yaml run: `python -m sora.stages manifest|validate|shards|features`, in the project's folder.
 
 Each calls one function below and writes its result. An error goes whole to `versioning.reproduce`, through the file
 that SORA_STAGE_ERROR names; by hand (`dvc repro`) it is printed.
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
+from importlib import resources
 from pathlib import Path
 
 from sora.config import Project
@@ -74,14 +75,14 @@ def shards(project: Project) -> dict[str, int]:
     from sora.dataset import manifest as manifests
     from sora.dataset import versioning
     from sora.dataset.quality import quarantine
-    from sora.store import shards as sharding
+    from sora.store import building
 
     if _from_scratch():
         shutil.rmtree(project.shards, ignore_errors=True)
     settings = project.settings()
     rejected = quarantine.rejected_paths(project)
     with _bar("Clips") as update:
-        made = sharding.build(
+        made = building.build(
             manifests.read(project.manifest),
             rejected,
             project.data,
@@ -92,6 +93,29 @@ def shards(project: Project) -> dict[str, int]:
             rules=settings.validate_,
             progress=update,
             recorded=cache(lambda: versioning.recorded_files(project, project.shards)),
+        )
+    return asdict(made)
+
+
+def features(project: Project) -> dict[str, int]:
+    """Writes what a frozen backbone sees in every clip; nothing where the model does not read it."""
+    from sora.core import provenance
+    from sora.model.bank import Bank
+    from sora.store.derived import derive
+    from sora.store.shards import ShardSet
+
+    model = project.settings().model
+    if _from_scratch() or not model.bank:
+        shutil.rmtree(project.features, ignore_errors=True)
+    if not model.bank:
+        project.features.mkdir(parents=True)
+        (project.features / "none").write_text("the model reads no features of a backbone\n", encoding="utf-8")
+        return {"computed": 0}
+    shards = ShardSet.open(project.shards)
+    bank = Bank(model.backbone, shards.spec)
+    with _bar("Features") as update:
+        made = derive(
+            shards, project.features, bank.tensors, provenance.features(model.backbone), bank.compute, progress=update
         )
     return asdict(made)
 
@@ -154,12 +178,20 @@ def _from_scratch() -> bool:
     return bool(os.environ.get("SORA_STAGE_FRESH"))
 
 
-STAGES: dict[str, Callable[[Project], dict[str, int]]] = {"manifest": manifest, "validate": validate, "shards": shards}
+STAGES: dict[str, Callable[[Project], dict[str, int]]] = {
+    "manifest": manifest,
+    "validate": validate,
+    "shards": shards,
+    "features": features,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the named stage; returns the exit code."""
     (name,) = sys.argv[1:] if arguments is None else arguments
+    if name == "template":  # for a project whose dvc.yaml an earlier Sora wrote
+        sys.stdout.write((resources.files("sora") / "templates" / "dvc.yaml").read_text(encoding="utf-8"))
+        return 0
     _end_with_owner()
     hide_memory()
     try:

@@ -17,7 +17,7 @@ from sora.dataset.versioning.cache import cache_folder, checkout, fix_from_files
 from sora.dataset.versioning.data import data_version
 from sora.dataset.versioning.dvc import dvc, git
 from sora.dataset.versioning.integrity import require_whole
-from sora.dataset.versioning.pipeline import CODE_LOCK, STAGES, code_hash
+from sora.dataset.versioning.pipeline import CODE_LOCK, code_hash, stages_of
 
 # The files that name a state of a project; a run stores their texts, and `restore` writes them.
 STATE_FILES = ("data.dvc", "dvc.yaml", "dvc.lock", CODE_LOCK, "params.yaml", "splits.csv")
@@ -80,7 +80,7 @@ def restore(project: Project, saved: dict[str, Any], target: Path, *, data: bool
     for key, value in settings:
         dvc(target, "config", "--local", key, value)
     restored = Project(target)
-    targets = [*(["data.dvc"] if data else []), *STAGES]
+    targets = [*(["data.dvc"] if data else []), *stages_of(restored)]
     checked: set[str] = set()
     damaged = set_aside(cache, _named(saved, data), checked)
     while True:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from sora.core.records import ClipSpec, ClipWindow
 
+FLOW_LENGTH = 368  # numbers of `flow.vector`, here because processes without OpenCV need to know it
+
 
 def spread(start: int, length: int, count: int) -> tuple[int, ...]:
     """`count` indices, the middles of equal parts of `[start, start + length)`. Repeats some if `count > length`."""
@@ -18,7 +20,7 @@ def windows(frames: int, fps: float, spec: ClipSpec) -> list[ClipWindow]:
     span gives one clip of the whole video.
 
     Returns:
-        At least one window of `spec.frames` indices each, in the order of time.
+        At least one window of `spec.frames` indices and `spec.flow` pairs each, in the order of time.
 
     Raises:
         ValueError: `frames` is below 1.
@@ -26,9 +28,15 @@ def windows(frames: int, fps: float, spec: ClipSpec) -> list[ClipWindow]:
     if frames < 1:
         raise ValueError(f"a video of {frames} frames has no clips")
     if spec.sampling == "uniform":
-        return [ClipWindow(0, spread(0, frames, spec.frames))]
+        return [_window(0, 0, frames, frames, spec)]
     length = min(frames, max(1, round(spec.window_seconds * fps)))
     count = max(1, min(spec.max_clips, frames // length))
     room = frames - length
     starts = [room // 2] if count == 1 else [room * i // (count - 1) for i in range(count)]
-    return [ClipWindow(i, spread(start, length, spec.frames)) for i, start in enumerate(starts)]
+    return [_window(i, start, length, frames, spec) for i, start in enumerate(starts)]
+
+
+def _window(clip: int, start: int, length: int, frames: int, spec: ClipSpec) -> ClipWindow:
+    moments = spread(start, length - 1, spec.flow) if length > 1 else (start,) * spec.flow
+    pairs = tuple((index, min(index + 1, frames - 1)) for index in moments)
+    return ClipWindow(clip, spread(start, length, spec.frames), pairs)

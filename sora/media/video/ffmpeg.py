@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import av
 import av.error
@@ -58,6 +58,7 @@ COVERAGE = 0.9  # of the announced length must decode, or the file is truncated
 
 Fit = Callable[[int, int], tuple[int, int]]  # upright (width, height) → the size wanted
 Source = str | os.PathLike[str] | int  # a file's path, or a descriptor of it
+Seen = TypeVar("Seen")
 Choose = Callable[[int, float], Collection[int]]  # (frames, fps) → the indices wanted
 
 
@@ -306,7 +307,8 @@ def _cells(frame: VideoFrame, reformat: VideoReformatter, turn: int) -> np.ndarr
         plane: Any = frame.planes[0]
         luma = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : frame.width]
     else:
-        full, luma = True, _luma_of_rgb(_rgb(frame, reformat, lambda w, h: (min(w, 288), min(h, 256))))
+        small = _converted(frame, reformat, "rgb24", lambda width, height: (min(width, 288), min(height, 256)), 0)
+        full, luma = True, _luma_of_rgb(small)
     return signature.grid(np.rot90(luma, -turn // 90), full_range=full)
 
 
@@ -314,8 +316,24 @@ def _luma_of_rgb(picture: np.ndarray) -> np.ndarray:
     return (picture @ np.array([77, 150, 29], np.uint32) >> 8).astype(np.uint8)
 
 
-def _rgb(frame: VideoFrame, reformat: VideoReformatter, fit: Fit | None, turn: int = 0) -> np.ndarray:
-    """(height, width, 3) uint8, resized and turned upright."""
+class Picture:
+    """A decoded frame, upright, in the sizes and colours that are asked for."""
+
+    def __init__(self, frame: VideoFrame, reformat: VideoReformatter) -> None:
+        self._frame, self._reformat, self._turn = frame, reformat, _rotation(frame)
+
+    def rgb(self, fit: Fit | None) -> np.ndarray:
+        """`(height, width, rgb) uint8`, resized by `fit`."""
+        return _converted(self._frame, self._reformat, "rgb24", fit, self._turn)
+
+    def luma(self, width: int, height: int) -> np.ndarray:
+        """`(height, width) uint8`: the brightness of all of the picture, 0 to 255."""
+        grey = _converted(self._frame, self._reformat, "gray", lambda *_: (width, height), self._turn)
+        return np.ascontiguousarray(grey)
+
+
+def _converted(frame: VideoFrame, reformat: VideoReformatter, colours: str, fit: Fit | None, turn: int) -> np.ndarray:
+    """The frame in another pixel format, resized and turned upright."""
     width, height = frame.width, frame.height
     if fit is not None:
         sideways = turn in (90, 270)
@@ -324,7 +342,7 @@ def _rgb(frame: VideoFrame, reformat: VideoReformatter, fit: Fit | None, turn: i
             width, height = height, width
     smaller = width <= frame.width and height <= frame.height
     method = Interpolation.AREA if smaller else Interpolation.BILINEAR
-    scaled = reformat.reformat(frame, width, height, "rgb24", interpolation=method | _EXACT, threads=1)
+    scaled = reformat.reformat(frame, width, height, colours, interpolation=method | _EXACT, threads=1)
     return np.rot90(scaled.to_ndarray(), -turn // 90)
 
 
@@ -374,20 +392,20 @@ def inspect(path: Source, limits: Limits | None = None) -> Facts:
 def read_chosen(
     path: Source,
     choose: Choose,
+    look: Callable[[int, Picture], Seen],
     *,
     known: tuple[int, float] | None = None,
-    fit: Fit | None = None,
     limits: Limits | None = None,
     in_order: bool = False,
-) -> tuple[dict[int, np.ndarray], int, float]:
-    """The frames that `choose(frames, fps)` names, each once, resized by `fit`, upright.
+) -> tuple[dict[int, Seen], int, float]:
+    """What `look` makes of the frames that `choose(frames, fps)` names. It sees each of them once.
 
     With `known` = (frames, fps) no more is decoded than the chosen frames need (see `seek`), or with `in_order` at
     least nothing after the last of them. Without it, the header's claim is tried first; if it turns out wrong, so that
     other frames must be chosen, the file is decoded again.
 
     Returns:
-        {index: (height, width, 3) uint8 rgb}, frames and fps (`known` if given, else as decoded).
+        {index: what `look(index, picture)` returned}, frames and fps (`known` if given, else as decoded).
 
     Raises:
         VideoError: not_a_video, unreadable (a frame chosen does not decode), too_large.
@@ -395,7 +413,7 @@ def read_chosen(
     limits = limits or Limits()
     if known and not in_order:
         try:
-            return _sought(path, set(choose(*known)), known[0], fit, limits), *known
+            return _sought(path, set(choose(*known)), known[0], look, limits), *known
         except seek.Unsure:
             pass  # then everything is decoded in order
     with _opened(path, limits) as (container, stream):
@@ -404,12 +422,12 @@ def read_chosen(
         wanted = set(choose(*known) if known else choose(max(1, claim), round(float(clock.rate), 3)))
         last = max(wanted, default=-1) if known else None
         reformat = VideoReformatter()
-        pictures: dict[int, np.ndarray] = {}
+        pictures: dict[int, Seen] = {}
         with _noting(clock):
             for frame in _frames(container, stream, clock, limits):
                 index = clock.count - 1
                 if index in wanted:
-                    pictures[index] = _rgb(frame, reformat, fit, _rotation(frame))
+                    pictures[index] = look(index, Picture(frame, reformat))
                 if index == last:
                     break
     if known is None:
@@ -419,7 +437,7 @@ def read_chosen(
         counted = (clock.count, clock.fps)
         if wanted.issuperset(choose(*counted)):
             return pictures, *counted
-        return read_chosen(path, choose, known=counted, fit=fit, limits=limits, in_order=True)
+        return read_chosen(path, choose, look, known=counted, limits=limits, in_order=True)
     missing = wanted.difference(pictures)
     if missing:
         if clock.count == 0:
@@ -429,8 +447,10 @@ def read_chosen(
     return pictures, *known
 
 
-def _sought(path: Source, wanted: set[int], count: int, fit: Fit | None, limits: Limits) -> dict[int, np.ndarray]:
-    """`read_chosen`'s pictures with the least decoding.
+def _sought(
+    path: Source, wanted: set[int], count: int, look: Callable[[int, Picture], Seen], limits: Limits
+) -> dict[int, Seen]:
+    """`read_chosen`'s result with the least decoding.
 
     Raises:
         seek.Unsure: only decoding in order gives them.
@@ -439,7 +459,7 @@ def _sought(path: Source, wanted: set[int], count: int, fit: Fit | None, limits:
         reformat = VideoReformatter()
         try:
             return {
-                index: _rgb(frame, reformat, fit, _rotation(frame))
+                index: look(index, Picture(frame, reformat))
                 for index, frame in seek.frames(container, stream, wanted, count)
             }
         except (av.error.FFmpegError, OSError, ValueError) as error:
@@ -463,5 +483,7 @@ def read_frames(path: Source, indices: Sequence[int], *, limits: Limits | None =
         size.append((width, height))
         return size[0]
 
-    pictures, *_ = read_chosen(path, lambda frames, fps: indices, known=(0, 0.0), fit=first_size, limits=limits)
+    pictures, *_ = read_chosen(
+        path, lambda frames, fps: indices, lambda index, picture: picture.rgb(first_size), known=(0, 0.0), limits=limits
+    )
     return np.stack([pictures[index] for index in indices])

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 from sora.core.records import ClipSpec
-from sora.core.tensors import VIDEO
 from sora.media.modality import Known, Reading
 from sora.media.video import ffmpeg
 
@@ -36,5 +35,5 @@ def clips(file: int, spec: ClipSpec, known: Known | None, limits: Mapping[str, A
     """
     from sora.media.video.spans import prepare_with_spans  # not at the top: facts need no OpenCV
 
-    frames, spans = prepare_with_spans(file, spec, known=known, limits=ffmpeg.Limits(**limits))
-    return Reading({VIDEO: frames}, spans)
+    clips, spans = prepare_with_spans(file, spec, known=known, limits=ffmpeg.Limits(**limits))
+    return Reading(clips.tensors, spans)

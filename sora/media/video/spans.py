@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import numpy as np
-
 from sora.core.records import ClipSpec
+from sora.core.tensors import Clips
 from sora.media.modality import Spans
 from sora.media.video.clips import windows
 from sora.media.video.ffmpeg import Limits, Source
@@ -23,17 +22,14 @@ def spans(frames: int, fps: float, spec: ClipSpec) -> Spans | None:
         return None
     # With at least as many frames as a window holds, `windows` names its first and its last frame.
     every = frames if spec.sampling == "uniform" else min(frames, math.ceil(spec.window_seconds * fps) + 1)
-    dense = windows(frames, fps, replace(spec, frames=every))
+    dense = windows(frames, fps, replace(spec, frames=every, flow=0))
     return [(round(w.indices[0] / fps, 3), round((w.indices[-1] + 1) / fps, 3)) for w in dense]
 
 
 def prepare_with_spans(
     path: Source, spec: ClipSpec, *, known: tuple[int, float] | None = None, limits: Limits | None = None
-) -> tuple[np.ndarray, Spans | None]:
-    """`transform.prepare_clips`, and the span of each clip, from one decoding.
-
-    Returns:
-        (clips, spec.frames, spec.height, spec.width, 3) uint8 rgb, and `spans`.
+) -> tuple[Clips, Spans | None]:
+    """`transform.clips_and_rate`'s clips, and the span of each, from one decoding.
 
     Raises:
         VideoError: not_a_video, unreadable, too_large.

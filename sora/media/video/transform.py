@@ -6,12 +6,17 @@ that every step works on as few pixels as possible and black bars stay out of th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import cv2
 import numpy as np
 
-from sora.core.records import ClipSpec
-from sora.media.video import ffmpeg
+from sora.core.records import ClipSpec, ClipWindow
+from sora.core.tensors import FLOW, VIDEO, Clips
+from sora.media.video import ffmpeg, flow
 from sora.media.video.clips import windows
+from sora.media.video.flow import HEIGHT as FLOW_HEIGHT
+from sora.media.video.flow import WIDTH as FLOW_WIDTH
 
 
 def fitted(width: int, height: int, spec: ClipSpec) -> tuple[int, int]:
@@ -57,7 +62,7 @@ def prepare_clips(
     limits: ffmpeg.Limits | None = None,
     in_order: bool = False,
 ) -> np.ndarray:
-    """All clips of a video.
+    """The pictures of all clips of a video.
 
     Args:
         frames, fps: from the manifest, which avoids decoding what the clips do not need. Without them the same clips
@@ -71,7 +76,7 @@ def prepare_clips(
         VideoError: not_a_video, unreadable, too_large.
     """
     known = None if frames is None or fps is None else (frames, fps)
-    return clips_and_rate(path, spec, known=known, limits=limits, in_order=in_order)[0]
+    return clips_and_rate(path, spec, known=known, limits=limits, in_order=in_order)[0].video
 
 
 def clips_and_rate(
@@ -81,20 +86,43 @@ def clips_and_rate(
     known: tuple[int, float] | None = None,
     limits: ffmpeg.Limits | None = None,
     in_order: bool = False,
-) -> tuple[np.ndarray, int, float]:
-    """`prepare_clips`, and the video's frames and fps that they were chosen by."""
-    pictures, count, rate = ffmpeg.read_chosen(
-        path,
-        lambda count, rate: {index for window in windows(count, rate, spec) for index in window.indices},
-        known=known,
-        fit=lambda width, height: fitted(width, height, spec),
-        limits=limits,
-        in_order=in_order,
-    )
+) -> tuple[Clips, int, float]:
+    """All clips of a video with the tensors that `spec` asks for, and the video's frames and fps that they were chosen
+    by. See `prepare_clips`.
+    """
+    pictures: dict[int, np.ndarray] = {}
+    lumas: dict[int, np.ndarray] = {}
+    shown: set[int] = set()
+    moving: set[int] = set()
+
+    def choose(count: int, rate: float) -> set[int]:
+        chosen = windows(count, rate, spec)
+        shown.clear()
+        shown.update(index for window in chosen for index in window.indices)
+        moving.clear()
+        moving.update(index for window in chosen for pair in window.pairs for index in pair)
+        return shown | moving
+
+    def look(index: int, picture: ffmpeg.Picture) -> None:
+        if index in shown:
+            pictures[index] = finish(picture.rgb(lambda width, height: fitted(width, height, spec)), spec)
+        if index in moving:
+            lumas[index] = picture.luma(FLOW_WIDTH, FLOW_HEIGHT)
+
+    _, count, rate = ffmpeg.read_chosen(path, choose, look, known=known, limits=limits, in_order=in_order)
+    if shown - pictures.keys() or moving - lumas.keys():  # the header lied: what was shown must be luma now, or reverse
+        ffmpeg.read_chosen(path, choose, look, known=(count, rate), limits=limits, in_order=True)
     chosen = windows(count, rate, spec)
-    clips = np.empty((len(chosen), spec.frames, spec.height, spec.width, 3), np.uint8)
-    done = {index: finish(picture, spec) for index, picture in pictures.items()}
+    video = np.empty((len(chosen), spec.frames, spec.height, spec.width, 3), np.uint8)
     for window in chosen:
         for position, index in enumerate(window.indices):
-            clips[window.clip, position] = done[index]
-    return clips, count, rate
+            video[window.clip, position] = pictures[index]
+    if not spec.flow:
+        return Clips({VIDEO: video}), count, rate
+    motion = np.stack([flow.vector(*_pairs(window, lumas)) for window in chosen])
+    return Clips({VIDEO: video, FLOW: motion}), count, rate
+
+
+def _pairs(window: ClipWindow, lumas: Mapping[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    before, after = (np.stack([lumas[pair[side]] for pair in window.pairs]) for side in (0, 1))
+    return before, after

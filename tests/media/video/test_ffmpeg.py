@@ -251,7 +251,7 @@ def test_limits_are_kept(tmp_path: Path, limits: Limits) -> None:
     path = make_video(tmp_path / "a.mp4", frames=24, size=(64, 48), fps=12)
     assert rule_of(path, limits=limits) == "too_large"
     with pytest.raises(VideoError) as caught:
-        ffmpeg.read_chosen(path, lambda frames, fps: range(frames), limits=limits)
+        ffmpeg.read_chosen(path, lambda frames, fps: range(frames), lambda index, picture: None, limits=limits)
     assert caught.value.rule == "too_large"
 
 

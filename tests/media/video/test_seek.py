@@ -15,7 +15,7 @@ from av.container import InputContainer
 
 from sora.core.errors import VideoError
 from sora.media.video import ffmpeg, seek
-from sora.media.video.ffmpeg import inspect, read_chosen
+from sora.media.video.ffmpeg import Picture, inspect, read_chosen
 from tests.media.video.test_ffmpeg import VERDICTS
 
 FRAMES = 90
@@ -57,8 +57,12 @@ def encode(path: Path, codec: str, options: dict[str, str]) -> Path:
     return path
 
 
+def shown(index: int, picture: Picture) -> np.ndarray:
+    return picture.rgb(None)
+
+
 def in_order(path: Path, indices: Collection[int], known: tuple[int, float]) -> dict[int, np.ndarray]:
-    return read_chosen(path, lambda *_: indices, known=known, in_order=True)[0]
+    return read_chosen(path, lambda *_: indices, shown, known=known, in_order=True)[0]
 
 
 def same(found: dict[int, np.ndarray], expected: dict[int, np.ndarray]) -> bool:
@@ -80,7 +84,7 @@ def test_any_frames_are_those_of_decoding_in_order(kind: str, tmp_path: Path) ->
     picks = [{0}, {last}, {0, last}, {19, 20, 21}, {18, 41, 62}, set(range(3, last, 9)), set(range(known[0]))]
     picks += [set(rng.choice(known[0], rng.integers(1, 12), replace=False).tolist()) for _ in range(20)]
     for pick in picks:
-        found, *_ = read_chosen(path, lambda *_, pick=pick: pick, known=known)
+        found, *_ = read_chosen(path, lambda *_, pick=pick: pick, shown, known=known)
         assert same(found, {index: whole[index] for index in pick}), (kind, sorted(pick))
 
 
@@ -138,7 +142,7 @@ def test_real_files_give_the_frames_of_decoding_in_order(shared: Path) -> None:
         known = frames, 25.0
         pick = set(np.linspace(0, frames - 1, 12).astype(int).tolist())
         try:
-            found = ffmpeg._sought(path, pick, frames, None, ffmpeg.Limits())
+            found = ffmpeg._sought(path, pick, frames, shown, ffmpeg.Limits())
         except seek.Unsure:
             continue
         sure += 1
