@@ -80,7 +80,8 @@ def assign(night: Night, target: Path, recorded: Recorded | None) -> SplitFacts:
     assignment = splits.assign(accepted, splits.read(project.splits_file), settings)
     splits.append(project.splits_file, assignment)
     rejected |= {item.path for item in assignment.rejections}
-    joined = table.join(rows, rejected, assignment.ledger, settings.validate_.near_duplicate_bits)
+    bits = settings.validate_.near_duplicate_bits if settings.validate_.duplicates else None
+    joined = table.join(rows, rejected, assignment.ledger, bits)
     joined.to_parquet(target, index=False)
     for note in assignment.notes:
         say(note)
@@ -246,9 +247,14 @@ def publish(night: Night, case: Case, result: NightResult, evaluation: Evaluatio
 
 
 def live(runs: RunsPort, run_id: str, update: Bar) -> Emit:
-    """For `training.run`: a bar over all epochs, and each epoch's metrics to MLflow as they arrive."""
+    """For `training.run`: a bar over all epochs, and each epoch's metrics to MLflow as they arrive.
+
+    A search has folds of candidates instead.
+    """
 
     def on_event(event: Event) -> None:
+        if event["event"] == "search":
+            update(event["done"], event["total"], f"trying {event['candidate']}")
         if event["event"] == "epoch":
             metrics = event["metrics"]
             runs.log_metrics(

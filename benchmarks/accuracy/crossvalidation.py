@@ -25,14 +25,18 @@ import yaml
 from benchmarks import common
 from benchmarks.accuracy.figures import plot, summarise
 from benchmarks.common import REPOSITORY, SHARED, table
-from sora.config import Settings, parse
+from sora.config import PRESETS, Settings, parse
+from sora.core import provenance
 from sora.core.errors import InputError, SoraError
 from sora.core.files import atomic
 from sora.core.progress import bar, say
 from sora.core.records import Split
 from sora.dataset import folds, manifest, splits
 from sora.learning import crossval
+from sora.model.bank import Bank
 from sora.store import building
+from sora.store.derived import derive
+from sora.store.shards import ShardSet
 
 CACHE = REPOSITORY / ".sora" / "accuracy"
 
@@ -73,6 +77,7 @@ class Prepared:
     settings: Settings
     videos: pd.DataFrame
     shards: Path
+    features: Path | None  # the bank, for a model that reads one
 
 
 def settings_of(params: Path | None, changes: list[str]) -> Settings:
@@ -91,6 +96,8 @@ def settings_of(params: Path | None, changes: list[str]) -> Settings:
         # A preset fills in what is not given: nothing of the section may be.
         before = {} if key == "model.preset" else values[section]
         values[section] = {**before, name: yaml.safe_load(text)}
+        if key == "model.preset" and text in PRESETS:
+            values["clip"] = PRESETS[text].clip.to_dict()
     return parse(yaml.safe_dump(values), "the changed settings")
 
 
@@ -119,7 +126,14 @@ def prepare(protocol: Protocol, settings: Settings, cache: Path) -> Prepared:
     place = home / f"clips-{crossval.digest(settings.clip.spec().to_dict())}"
     with bar("Clips") as update:
         building.build(usable, (), protocol.data, place, settings.clip.spec(), progress=update)
-    return Prepared(protocol, settings, usable.assign(unit=_units(protocol, settings, usable)), place)
+    features = None
+    if settings.model.bank:
+        made = ShardSet.open(place)
+        bank = Bank(settings.model.backbone, made.spec)
+        features = place.with_name(f"features-{settings.model.backbone}-{place.name}")
+        with bar("Features") as update:
+            derive(made, features, bank.tensors, provenance.features(bank.backbone), bank.compute, progress=update)
+    return Prepared(protocol, settings, usable.assign(unit=_units(protocol, settings, usable)), place, features)
 
 
 def _units(protocol: Protocol, settings: Settings, videos: pd.DataFrame) -> Any:
@@ -157,7 +171,9 @@ def plan(prepared: Prepared, commit: str, *, inner: bool) -> Iterator[Fold]:
             share = protocol.inner if inner else protocol.validation
             aside = folds.with_validation(train, labels, bound, share, seed)
             split = pd.Series("train", index=videos.index).mask(aside, "val").mask(~train, "test")
-            rows = videos[["sha256", "path", "label", "group", "brightness", "duration", "codec"]].assign(split=split)
+            rows = videos[["sha256", "path", "label", "group", "brightness", "duration", "codec", "unit"]].assign(
+                split=split
+            )
             if inner:
                 rows = rows[rows["split"] != "test"]
                 if not aside.any():
@@ -188,7 +204,8 @@ def run(prepared: Prepared, plans: list[Fold], cache: Path, *, inner: bool) -> l
             judged: Split = "val" if inner else "test"
             folder = cache / "folds" / fold.key
             answered = crossval.answers(
-                folder, prepared.shards, fold.table, fold.settings, judged=judged, on_event=show
+                folder, prepared.shards, fold.table, fold.settings, judged=judged, features=prepared.features,
+                on_event=show,
             )  # fmt: skip
             update((done + 1) * epochs, len(plans) * epochs, where)
             results.append({**answered, "seed": fold.seed, "fold": fold.number})

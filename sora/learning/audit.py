@@ -65,7 +65,7 @@ def audit(project: Project, *, folds: int = 5, progress: Bar = lambda done, tota
     for number in range(folds):
         train = outer != number
         aside = folding.with_validation(train, labels, units, _VALIDATION, settings.train.seed)
-        table = videos[["sha256", "path", "label"]].assign(
+        table = videos[["sha256", "path", "label", "unit"]].assign(
             split=np.where(aside, "val", np.where(train, "train", "test"))
         )
         key = crossval.digest(
@@ -83,7 +83,15 @@ def audit(project: Project, *, folds: int = 5, progress: Bar = lambda done, tota
             elif event["event"] == "note":
                 say(event["message"])
 
-        fold = crossval.answers(folder(project) / key, project.shards, table, settings, judged="test", on_event=show)
+        fold = crossval.answers(
+            folder(project) / key,
+            project.shards,
+            table,
+            settings,
+            judged="test",
+            features=project.features if settings.model.bank else None,
+            on_event=show,
+        )
         progress((number + 1) * epochs, folds * epochs, f"fold {number + 1} of {folds}")
         answered += fold["videos"]
     findings = rank(answered, settings.classes)

@@ -46,6 +46,7 @@ def answers(
     settings: Settings,
     *,
     judged: Split,
+    features: Path | None = None,
     on_event: Emit = lambda event: None,
 ) -> dict[str, Any]:
     """Trains on the table's `train` (early stopping on its `val`) and answers for its `judged` videos.
@@ -54,6 +55,7 @@ def answers(
         folder: for this fold only; its content decides what is left to do.
         table: `sha256, path, label, split`, and the facts of `data.table.COLUMNS` that are known. A video that must not
             be touched is not in it.
+        features: the bank, for a model that reads one.
         on_event: gets the events of `training.run` and `evaluation.run`.
 
     Returns:
@@ -79,6 +81,7 @@ def answers(
         train=values["train"],
         clip=settings.clip.spec().to_dict(),
         out=str(folder / "fit"),
+        features="" if features is None else str(features),
     )
     fitted = training.run(job, on_event, log=folder / "training.log")
     # With a recipe the model counts as registered: no page is drawn and no temperature fitted; a fold needs neither.
@@ -106,7 +109,7 @@ def answers(
     result = {
         "videos": report.videos,
         "metrics": report.metrics,
-        "training": {name: value for name, value in asdict(fitted).items() if name != "model"},
+        "training": {name: value for name, value in asdict(fitted).items() if name not in ("model", "held_out")},
         "train": int((table["split"] == "train").sum()),
         "val": int((table["split"] == "val").sum()),
     }

@@ -74,7 +74,8 @@ def _histograms(flow: np.ndarray) -> np.ndarray:
     whole = by_part.sum(1) / (lengths * HEIGHT * WIDTH)
     measures = np.stack([_of_parts(one, part) for one in ((size < _STILL).mean((1, 2)), size.mean((1, 2)),
                                                          size.std((1, 2)))], axis=1)  # fmt: skip
-    return np.sqrt(np.concatenate([cells.ravel(), whole.ravel(), measures.ravel()])).astype(np.float32)
+    numbers: np.ndarray = np.sqrt(np.concatenate([cells.ravel(), whole.ravel(), measures.ravel()]))
+    return numbers.astype(np.float32)
 
 
 def _of_parts(values: np.ndarray, part: np.ndarray) -> np.ndarray:
