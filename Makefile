@@ -77,7 +77,8 @@ lint: setup-dev
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# Hours; a run that was stopped goes on. Options: make bench-accuracy ARGS="--set steps27"
+# Hours, in pieces: each finished fold is a file in benchmarks/results/folds, to be committed, and a run computes what is
+# missing. Options: ARGS="--set motions8 --next 3" (three folds), ARGS="--set motions8 --baseline mean-image".
 bench-accuracy: setup
 	$(BIN)/python -m benchmarks.accuracy $(ARGS)
 

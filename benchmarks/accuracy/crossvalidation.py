@@ -2,8 +2,12 @@
 
 A configuration (params.yaml's defaults, or --params, with the given changes such as `train.epochs=40` or
 `model.fusion=gram`) is trained anew for every fold and asked once about the videos that were left out. Part of the
-training videos, by group, is kept aside for early stopping. A fold that is done is kept under the digest of its
-configuration and the git commit: a killed run goes on. Finished runs go to benchmarks/results/accuracy.json and .png.
+training videos, by group, is kept aside for early stopping. --baseline asks a reference the same questions.
+
+A finished fold is a file in benchmarks/results/folds (see `benchmarks.accuracy.foldfiles`), to be committed: a run
+computes what is missing, `--next N` at most N folds of it. A killed training goes on after its last epoch, at the same
+commit (.sora/accuracy). accuracy.json and .png in benchmarks/results hold what the folds there say, and how many of
+them are missing.
 
 Settings are chosen with --inner: the outer fold is then left out altogether, and the videos kept aside are judged
 (benchmarks/results/ablation.json). A figure is published from one run without it.
@@ -14,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +27,15 @@ import pandas as pd
 import yaml
 
 from benchmarks import common
-from benchmarks.accuracy.figures import plot, summarise
+from benchmarks.accuracy import baselines, foldfiles, motions
+from benchmarks.accuracy.baselines import BASELINES
+from benchmarks.accuracy.figures import label_of, store, summarise
+from benchmarks.accuracy.foldfiles import FoldRecord
 from benchmarks.common import REPOSITORY, SHARED, table
 from sora.config import PRESETS, Settings, parse
 from sora.core import provenance
 from sora.core.errors import InputError, SoraError
-from sora.core.files import atomic
+from sora.core.processes import Emit
 from sora.core.progress import bar, say
 from sora.core.records import Split
 from sora.dataset import folds, manifest, splits
@@ -46,7 +53,7 @@ class Protocol:
     """How a set is divided. `seeds` repeat it: other folds (where they are drawn), other weights, other order."""
 
     name: str
-    data: Path
+    data: Path  # of a set with `make` nothing
     group_pattern: str | None = None
     folds: int = 5  # 0: one a group
     random: bool = False  # folds that divide groups: what they give is too good
@@ -54,6 +61,9 @@ class Protocol:
     validation: float = 0.2  # share of the training videos, by group, for early stopping; 0: watch the training loss
     inner: float = 0.2  # the same with --inner, which must have some
     known: tuple[tuple[str, float], ...] = ()  # figures of others by the same protocol
+    changes: tuple[str, ...] = ()  # of the settings, that this set asks for; given ones come after them
+    near_duplicates: bool = True  # whether videos that look alike stay in one fold
+    make: Callable[[Path], Path] | None = None  # draws the set below a folder on first use, and returns where
 
 
 _FIGHTS = Protocol("fights300", SHARED / "fights300", known=(("flow + mean image + SVM", 0.71), ("frozen Lite0", 0.73)))
@@ -65,6 +75,13 @@ SETS = {
         # Two people are left to train on: to keep one of them aside would cost half of all that there is.
         Protocol("steps27", SHARED / "steps27", r"(P\d+)T\d", folds=0, seeds=5, validation=0.0, inner=0.5,
                  known=(("optical flow + SVM", 0.89),)),
+        # Nine people, a clip each. Six of them are left to train on: too few to keep some aside.
+        Protocol("kth9", SHARED / "kth9", r"person(\d+)", folds=3, validation=0.0, inner=0.5,
+                 changes=("clip.sampling=window",)),
+        # One speaker before one wall: all videos look alike, and tied together they would be five units.
+        Protocol("grid", SHARED / "grid", seeds=1, near_duplicates=False),
+        Protocol("motions8", Path(), make=motions.cached,
+                 changes=(f"train.flip={json.dumps(motions.MIRRORED)}",)),
     )
 }  # fmt: skip
 
@@ -97,12 +114,15 @@ def settings_of(params: Path | None, changes: list[str]) -> Settings:
         before = {} if key == "model.preset" else values[section]
         values[section] = {**before, name: yaml.safe_load(text)}
         if key == "model.preset" and text in PRESETS:
-            values["clip"] = PRESETS[text].clip.to_dict()
+            made_for = PRESETS[text].clip
+            values["clip"] |= {one: getattr(made_for, one) for one in ("frames", "height", "width", "flow")}
     return parse(yaml.safe_dump(values), "the changed settings")
 
 
 def prepare(protocol: Protocol, settings: Settings, cache: Path) -> Prepared:
     """Decodes the set once, and its clips once a clip spec, by the same functions as the pipeline's stages."""
+    if protocol.make:
+        protocol = replace(protocol, data=protocol.make(cache))
     values = settings.to_dict()
     values["split"]["group_pattern"] = protocol.group_pattern
     values["classes"] = []
@@ -138,7 +158,7 @@ def prepare(protocol: Protocol, settings: Settings, cache: Path) -> Prepared:
 
 def _units(protocol: Protocol, settings: Settings, videos: pd.DataFrame) -> Any:
     if protocol.folds:
-        return splits.units(videos, settings.validate_.near_duplicate_bits)
+        return splits.units(videos, settings.validate_.near_duplicate_bits if protocol.near_duplicates else None)
     if videos["group"].isna().any():
         raise InputError(f"{protocol.name}: a video without a group", fix="give --group-pattern, or folds")
     return pd.factorize(videos["group"], sort=True)[0]
@@ -146,13 +166,19 @@ def _units(protocol: Protocol, settings: Settings, videos: pd.DataFrame) -> Any:
 
 @dataclass(frozen=True)
 class Fold:
-    """One training: `table` has the columns of `sora.dataset.table`; without `test` rows where `inner`."""
+    """One training: `table` has the columns of `sora.dataset.table`; without `test` rows where `inner`.
+
+    `key` names its work in the cache. `configuration` and `division` are digests of what is trained, and of which
+    videos on which side.
+    """
 
     number: int
     seed: int
     settings: Settings
     table: pd.DataFrame
     key: str
+    configuration: str
+    division: str
 
 
 def plan(prepared: Prepared, commit: str, *, inner: bool) -> Iterator[Fold]:
@@ -178,18 +204,47 @@ def plan(prepared: Prepared, commit: str, *, inner: bool) -> Iterator[Fold]:
                 rows = rows[rows["split"] != "test"]
                 if not aside.any():
                     raise InputError(f"{protocol.name} has too few groups for --inner", fix="add groups, or seeds")
-            what = {
-                "configuration": crossval.configuration(settings),
-                "table": rows[["sha256", "label", "split"]].to_csv(index=False),
-                "commit": commit,
-                "inner": inner,
-            }
-            yield Fold(number, seed, settings, rows, f"{protocol.name}-{seed}-{number}-{crossval.digest(what)}")
+            configuration = crossval.configuration(settings)
+            division = rows[["sha256", "label", "split"]].to_csv(index=False)
+            what = {"configuration": configuration, "table": division, "commit": commit, "inner": inner}
+            key = f"{protocol.name}-{seed}-{number}-{crossval.digest(what)}"
+            yield Fold(number, seed, settings, rows, key, crossval.digest(configuration), crossval.digest(division))
 
 
-def run(prepared: Prepared, plans: list[Fold], cache: Path, *, inner: bool) -> list[dict[str, Any]]:
-    """Trains what is not done yet; one entry a fold: that of `crossval.answers`, with seed and fold."""
+@dataclass(frozen=True)
+class Classifier:
+    """What is asked: the configuration of the prepared settings, or a baseline of `BASELINES`."""
+
+    baseline: str | None = None
+
+    def configuration(self, settings: Settings) -> dict[str, Any]:
+        """All that decides its answers, but the videos."""
+        values = crossval.configuration(settings)
+        if self.baseline is None:
+            return values
+        about = {"baseline": self.baseline, **BASELINES[self.baseline].settings}
+        return {**about, "classes": values["classes"], "clip": values["clip"]}
+
+    def digest(self, fold: Fold) -> str:
+        return fold.configuration if self.baseline is None else crossval.digest(self.configuration(fold.settings))
+
+    def answers(self, prepared: Prepared, fold: Fold, cache: Path, judged: Split, on_event: Emit) -> dict[str, Any]:
+        """As `crossval.answers`, or `baselines.answers`."""
+        if self.baseline is None:
+            folder, table = cache / "folds" / fold.key, fold.table
+            features = prepared.features
+            return crossval.answers(
+                folder, prepared.shards, table, fold.settings, judged=judged, features=features, on_event=on_event
+            )
+        return baselines.answers(BASELINES[self.baseline], prepared.shards, fold.settings.classes, fold.table, judged)
+
+
+def run(
+    prepared: Prepared, plans: list[Fold], asked: Classifier, given: argparse.Namespace, commit: str, out: Path | None
+) -> list[FoldRecord]:
+    """Asks for the given folds, and writes each to `out` as soon as it is done (None: to no file)."""
     epochs = prepared.settings.train.epochs
+    judged: Split = "val" if given.inner else "test"
     results = []
     with bar("Folds") as update:
         for done, fold in enumerate(plans):
@@ -201,50 +256,75 @@ def run(prepared: Prepared, plans: list[Fold], cache: Path, *, inner: bool) -> l
                 elif event["event"] == "note":
                     say(event["message"])
 
-            judged: Split = "val" if inner else "test"
-            folder = cache / "folds" / fold.key
-            answered = crossval.answers(
-                folder, prepared.shards, fold.table, fold.settings, judged=judged, features=prepared.features,
-                on_event=show,
-            )  # fmt: skip
+            answered = asked.answers(prepared, fold, given.cache, judged, show)
             update((done + 1) * epochs, len(plans) * epochs, where)
-            results.append({**answered, "seed": fold.seed, "fold": fold.number})
+            record = foldfiles.from_answered(
+                answered, set=prepared.protocol.name, seed=fold.seed, fold=fold.number, commit=commit,
+                configuration=asked.digest(fold), table=fold.division, classes=fold.settings.classes,
+            )  # fmt: skip
+            results.append(record)
+            if out:
+                foldfiles.write(out, record)
     return results
 
 
-def store(entry: dict[str, Any], out: Path, name: str) -> list[dict[str, Any]]:
-    """Puts the run's entry into OUT/NAME.json in place of an earlier one of its name; returns all."""
-    file = out / f"{name}.json"
-    entries = json.loads(file.read_text("utf-8"))["result"] if file.exists() else []
-    entries = [other for other in entries if other["name"] != entry["name"]] + [entry]
-    common.write(name, entries, out)
-    with atomic(out / f"{name}.png") as picture:
-        picture.write(plot(entries))
-    return entries
+def measure(
+    protocol: Protocol, settings: Settings, given: argparse.Namespace, commit: str, most: int | None
+) -> tuple[dict[str, Any] | None, int]:
+    """One set, from its files to its entry (None: not one fold is done), and how many folds were computed.
 
-
-def measure(protocol: Protocol, settings: Settings, given: argparse.Namespace, commit: str) -> dict[str, Any] | None:
-    """One set, from its files to its entry; None when --limit-folds left some undone (with --inner: an entry)."""
+    Args:
+        most: compute at most so many; None: all that are missing.
+    """
     prepared = prepare(protocol, settings, given.cache)
+    asked = Classifier(given.baseline)
+    if given.baseline and prepared.settings.task.multilabel:
+        raise InputError("a baseline answers one class a video", fix="leave out --baseline, or model.head")
     plans = list(plan(prepared, commit, inner=given.inner))
-    chosen = plans[: given.limit_folds]
-    results = run(prepared, chosen, given.cache, inner=given.inner)
+    out, results = None, []
+    if not given.inner:
+        out = foldfiles.folder_of(given.out / "folds", _set_name(protocol, given), _name(asked, prepared, given))
+        wanted = {(fold.seed, fold.number): (asked.digest(fold), fold.division) for fold in plans}
+        results = foldfiles.stored(out, wanted, commit if given.fresh else None)
+    there = {(record.seed, record.fold) for record in results}
+    missing = [fold for fold in plans[: given.limit_folds] if (fold.seed, fold.number) not in there]
+    computed = run(prepared, missing[:most], asked, given, commit, out)
+    results = sorted([*results, *computed], key=lambda record: (record.seed, record.fold))
+    if len(results) < len(plans):
+        say(f"{protocol.name}: {len(results)} of {len(plans)} folds are done")
+    if not results:
+        return None, 0
     entry = {
-        "name": " ".join(filter(None, [protocol.name, given.name])),
+        "name": " ".join(filter(None, [protocol.name, given.baseline, given.name])),
         "set": protocol.name,
         "protocol": _in_words(protocol, inner=given.inner),
         "leaks": protocol.random,
-        "commit": commit,
-        "changes": given.changes,
-        "configuration": crossval.configuration(prepared.settings),
+        "commit": ", ".join(dict.fromkeys(record.commit for record in results)),
+        "changes": [*protocol.changes, *given.changes],
+        "configuration": asked.configuration(prepared.settings),
         "folds_of": len(plans),
+        "incomplete": f"{len(results)} of {len(plans)} folds" if len(results) < len(plans) else None,
         "known": [list(known) for known in protocol.known],
         **summarise(results, prepared.videos),
     }
-    if len(chosen) < len(plans) and not given.inner:
-        say(f"{protocol.name}: {len(chosen)} of {len(plans)} folds are done; without --limit-folds the rest follows")
-        return None
-    return entry
+    return entry, len(computed)
+
+
+def _set_name(protocol: Protocol, given: argparse.Namespace) -> str:
+    """Another division has files of its own, and so leaves those of the protocol alone."""
+    marks = ["random"] if given.data and given.random else []
+    marks += [f"folds{given.folds}"] if given.folds is not None else []
+    return "-".join([foldfiles.plain(protocol.name), *marks])
+
+
+def _name(asked: Classifier, prepared: Prepared, given: argparse.Namespace) -> str:
+    """--name; without one `default`, or a digest of what was changed. A baseline's name comes first."""
+    name = foldfiles.plain(given.name)
+    if given.name and (name in ("", "default") or name.startswith(tuple(BASELINES))):
+        raise InputError(f"--name {given.name!r} is taken, or has no letter", fix="choose another one")
+    if not name and (given.changes or given.params):
+        name = crossval.digest(asked.configuration(prepared.settings))
+    return "-".join(filter(None, [asked.baseline, name])) or "default"
 
 
 def _in_words(protocol: Protocol, *, inner: bool) -> str:
@@ -258,18 +338,22 @@ def main(arguments: list[str] | None = None) -> int:
     given = _options(arguments)
     try:
         commit = common.commit(REPOSITORY)
-        settings = settings_of(given.params, given.changes)
         protocols = [SETS[name] for name in given.set]
         if given.data:
             name = given.data.resolve().name
             protocols = [Protocol(name, given.data.resolve(), given.group_pattern, random=given.random)]
         entries: list[dict[str, Any]] = []
+        left = given.next
         for protocol in protocols:
             changed = {"folds": given.folds, "seeds": given.seeds}
             protocol = replace(protocol, **{key: value for key, value in changed.items() if value is not None})
-            entry = measure(protocol, settings, given, commit)
+            settings = settings_of(given.params, [*protocol.changes, *given.changes])
+            entry, computed = measure(protocol, settings, given, commit, left)
             if entry:
                 entries = store(entry, given.out, "ablation" if given.inner else "accuracy")
+            left = None if left is None else left - computed
+            if given.next and not left:
+                break
     except SoraError as error:
         say(f"bench-accuracy: {error}")
         return error.exit_code
@@ -277,8 +361,8 @@ def main(arguments: list[str] | None = None) -> int:
         say("stopped; the same command goes on")
         return 130
     if entries:
-        shown = ("name", "protocol", "accuracy", "spread", "low", "high", "folds", "commit")
-        table("Accuracy", [{key: entry[key] for key in shown} for entry in entries])
+        shown = ("protocol", "accuracy", "spread", "low", "high", "folds", "commit")
+        table("Accuracy", [{"name": label_of(entry), **{key: entry[key] for key in shown}} for entry in entries])
     return 0
 
 
@@ -293,11 +377,16 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     options.add_argument("--folds", type=int, help="0: leave one group out")
     options.add_argument("--seeds", type=int)
     options.add_argument("--limit-folds", type=int, help="only so many folds, of the first seed first")
+    options.add_argument("--next", type=int, metavar="N", help="compute N folds that are missing, and stop")
+    options.add_argument("--fresh", action="store_true", help="ignore finished folds of other commits")
+    options.add_argument("--baseline", choices=list(BASELINES), help="ask a reference instead of a configuration")
     options.add_argument("--inner", action="store_true", help="judge on inner validation, for choosing settings")
     options.add_argument("--cache", type=Path, default=CACHE, help="clips and finished folds [default: %(default)s]")
     options.add_argument("--out", type=Path, default=common.RESULTS, help="[default: %(default)s]")
     options.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="as in train.epochs=40")
     given = options.parse_args(arguments)
+    if given.next is not None and (given.next < 0 or given.inner):
+        options.error("--next counts folds from 0, and goes with published ones: use --limit-folds with --inner")
     given.set = given.set or list(SETS)
     return given
 

@@ -1,20 +1,27 @@
-"""What a cross-validation's folds say together: accuracy, its spread and interval; and a plot of several runs."""
+"""What a cross-validation's folds say together: accuracy, spread and interval; a file and a plot of several runs."""
 
 from __future__ import annotations
 
 import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from benchmarks import common
+from benchmarks.accuracy.foldfiles import PREFIX, FoldRecord
 from sora.core import statistics
+from sora.core.files import atomic
+from sora.core.progress import say
 
 DRAWS = 10_000
 MIN_UNITS = 10  # with fewer the interval is over videos
 
 
-def summarise(folds: list[dict[str, Any]], videos: pd.DataFrame) -> dict[str, Any]:
+def summarise(folds: Sequence[FoldRecord], videos: pd.DataFrame) -> dict[str, Any]:
     """Of all answers of all folds.
 
     `accuracy` is the mean over seeds of the share of videos answered rightly, `spread` its standard deviation over
@@ -23,21 +30,21 @@ def summarise(folds: list[dict[str, Any]], videos: pd.DataFrame) -> dict[str, An
     footage of this kind, not with other seeds alone.
 
     Args:
-        folds: entries with `seed`, `fold` and what `crossval.answers` returns.
-        videos: `sha256, unit`.
+        folds: at least one.
+        videos: `sha256, unit`; of the former the first digits count.
     """
     rows = pd.DataFrame(
-        {"seed": fold["seed"], "fold": fold["fold"], "sha256": one["sha256"], "right": one["predicted"] == one["label"]}
+        {"seed": fold.seed, "fold": fold.fold, "sha256": one.sha256, "right": one.right}
         for fold in folds
-        for one in fold["videos"]
+        for one in fold.answers
     )
-    rows = rows.merge(videos[["sha256", "unit"]], on="sha256", validate="many_to_one")
+    units = videos[["unit"]].assign(sha256=videos["sha256"].str[:PREFIX])
+    rows = rows.merge(units, on="sha256", validate="many_to_one")
     by_seed = rows.groupby("seed")["right"].mean()
     by_video = rows.groupby("sha256").agg(right=("right", "mean"), unit=("unit", "first"))
     over = "groups" if by_video["unit"].nunique() >= MIN_UNITS else "videos"
     cluster = by_video["unit"] if over == "groups" else by_video.index
     low, high = bootstrap(by_video["right"].to_numpy(), pd.factorize(cluster)[0])
-    trained = [fold["training"] for fold in folds]
     return {
         "accuracy": float(by_seed.mean()),
         "spread": float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None,
@@ -48,11 +55,23 @@ def summarise(folds: list[dict[str, Any]], videos: pd.DataFrame) -> dict[str, An
         "by_fold": [float(share) for share in rows.groupby(["seed", "fold"])["right"].mean()],
         "folds": len(folds),
         "videos": len(by_video),
-        "parameters": trained[0]["parameters"],
-        "best_epoch": float(np.median([one["best_epoch"] for one in trained])),
-        "clips_per_second": float(np.median([one["clips_per_second"] for one in trained])),
-        "training_seconds": sum(one["seconds"] for one in trained),
+        "parameters": folds[0].parameters,
+        "best_epoch": _median([fold.best_epoch for fold in folds]),
+        "clips_per_second": _median([fold.clips_per_second for fold in folds]),
+        "training_seconds": sum(fold.seconds for fold in folds),
     }
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.median(known)) if known else None
+
+
+def label_of(entry: dict[str, Any]) -> str:
+    """An entry's name with what must be said beside it."""
+    marks = ["leaks"] if entry["leaks"] else []
+    marks += [f"incomplete: {entry['incomplete']}"] if entry.get("incomplete") else []  # older entries have no mark
+    return " ".join([entry["name"], *(f"({mark})" for mark in marks)])
 
 
 def bootstrap(right: np.ndarray, cluster: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
@@ -84,7 +103,7 @@ def plot(entries: list[dict[str, Any]]) -> bytes:
         axis.plot(entry["accuracy"], row, "o", color=colour, markersize=7)
         for _, figure_of_others in entry["known"]:
             axis.plot(figure_of_others, row, "|", color="#d9730d", markersize=14, markeredgewidth=2)
-    names = [entry["name"] + (" (leaks)" if entry["leaks"] else "") for entry in entries]
+    names = [label_of(entry) for entry in entries]
     axis.set_yticks(range(len(entries)), [name.replace("$", r"\$") for name in names])
     axis.set(xlabel="accuracy: mean, 95% interval; small dots: folds; orange: known figures", ylim=(-0.6, len(names)))
     axis.invert_yaxis()
@@ -93,3 +112,28 @@ def plot(entries: list[dict[str, Any]]) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def store(entry: dict[str, Any], out: Path, name: str) -> list[dict[str, Any]]:
+    """Puts the run's entry into OUT/NAME.json in place of an earlier one of its name; returns all.
+
+    A complete figure of another configuration stays where the new one is incomplete.
+    """
+    file = out / f"{name}.json"
+    entries = json.loads(file.read_text("utf-8"))["result"] if file.exists() else []
+    places = [number for number, other in enumerate(entries) if other["name"] == entry["name"]]
+    if not places:
+        entries.append(entry)
+    elif entry["incomplete"] and not entries[places[0]].get("incomplete") and not _same(entry, entries[places[0]]):
+        say(f"{entry['name']}: {entry['incomplete']} are too few to replace the figure of another configuration")
+        return list(entries)
+    else:
+        entries[places[0]] = entry
+    common.write(name, entries, out)
+    with atomic(out / f"{name}.png") as picture:
+        picture.write(plot(entries))
+    return list(entries)
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one[key] == other[key] for key in ("configuration", "protocol"))

@@ -25,8 +25,9 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import common
-from benchmarks.accuracy import crossvalidation, figures
+from benchmarks.accuracy import crossvalidation, figures, foldfiles
 from benchmarks.accuracy.crossvalidation import SETS, Fold, Prepared, Protocol
+from benchmarks.accuracy.foldfiles import FoldRecord
 from benchmarks.common import REPOSITORY
 from benchmarks.peers import training as peer_training
 from benchmarks.peers.training import PEERS, PeerJob
@@ -124,13 +125,19 @@ def row(name: str, about: str, folds: list[dict[str, Any]], videos: pd.DataFrame
     return {
         "network": name,
         "about": about,
-        **figures.summarise(folds, videos),
+        **figures.summarise([_record(fold) for fold in folds], videos),
         "GFLOP a clip": flops / 1e9,
         "seconds a fold": float(np.mean([one["seconds"] for one in trained])),
         "passes": float(np.median([one["passes"] for one in trained])),
         "steps": [one.get("steps") for one in trained],
         "latency_ms": float(np.median([fold["metrics"]["latency_ms"] for fold in folds])),
     }
+
+
+def _record(entry: dict[str, Any]) -> FoldRecord:
+    """A fold's entry as `figures.summarise` takes it; no file is written of it."""
+    nothing = {"set": "", "configuration": "", "table": "", "commit": "", "classes": ()}
+    return foldfiles.from_answered(entry, seed=entry["seed"], fold=entry["fold"], **nothing)
 
 
 def measure(protocol: Protocol, settings: Settings, given: argparse.Namespace, commit: str) -> dict[str, Any]:
@@ -176,7 +183,7 @@ def measure(protocol: Protocol, settings: Settings, given: argparse.Namespace, c
         "folds_of": len(plans),
         "budget": given.budget or "what Sora's training of the fold took",
         "commit": commit,
-        "changes": given.changes,
+        "changes": [*protocol.changes, *given.changes],
         "configuration": crossval.configuration(prepared.settings),
         "majority": float(prepared.videos["label"].value_counts(normalize=True).max()),
         "networks": [
@@ -229,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.data:
             protocol = Protocol(given.data.resolve().name, given.data.resolve(), given.group_pattern)
         protocol = replace(protocol, seeds=given.seeds or protocol.seeds)
-        settings = crossvalidation.settings_of(given.params, given.changes)
+        settings = crossvalidation.settings_of(given.params, [*protocol.changes, *given.changes])
         entry = measure(protocol, settings, given, common.commit(REPOSITORY))
     except SoraError as error:
         say(f"bench-peers: {error}")

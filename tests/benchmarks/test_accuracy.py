@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.accuracy import crossvalidation, figures
-from benchmarks.accuracy.crossvalidation import Prepared, Protocol
+from benchmarks.accuracy import crossvalidation, figures, foldfiles
+from benchmarks.accuracy.crossvalidation import SETS, Prepared, Protocol
+from benchmarks.accuracy.foldfiles import FoldRecord
 from sora.config import Settings
 from sora.core.errors import InputError, SettingsError
 from tests.clips import make_shards
@@ -108,25 +110,74 @@ def test_changes_are_checked_settings(tmp_path: Path) -> None:
             crossvalidation.settings_of(None, [wrong])
 
 
+def videos_of(count: int, units: list[int]) -> pd.DataFrame:
+    return pd.DataFrame({"sha256": [f"{n:016x}".ljust(64, "f") for n in range(count)], "unit": units})
+
+
+def record(entry: dict[str, Any]) -> FoldRecord:
+    of = {"set": "made", "configuration": "c", "table": "t", "commit": "x", "classes": ("a", "b")}
+    return foldfiles.from_answered(entry, seed=entry["seed"], fold=entry["fold"], **of)
+
+
 def fold(seed: int, number: int, right: list[bool], first: int = 0) -> dict[str, Any]:
     videos = [
-        {"sha256": f"{first + n:064x}", "label": "a", "predicted": "a" if ok else "b"} for n, ok in enumerate(right)
-    ]
+        {"sha256": f"{first + n:016x}".ljust(64, "f"), "label": "a", "predicted": "a" if ok else "b",
+         "probabilities": [float(ok), float(not ok)]}
+        for n, ok in enumerate(right)
+    ]  # fmt: skip
     training = {"parameters": 5, "best_epoch": 3, "clips_per_second": 10.0, "seconds": 2.0}
     return {"seed": seed, "fold": number, "videos": videos, "training": training}
 
 
 def test_the_summary_by_hand() -> None:
-    videos = pd.DataFrame({"sha256": [f"{n:064x}" for n in range(4)], "unit": [0, 0, 1, 1]})
-    folds = [
+    videos = videos_of(4, [0, 0, 1, 1])
+    entries = [
         fold(0, 0, [True, True]), fold(0, 1, [True, False], 2), fold(1, 0, [True, False]), fold(1, 1, [False, False], 2)
     ]  # fmt: skip
+    folds = [record(entry) for entry in entries]
     found = figures.summarise(folds, videos)
     assert found["by_seed"] == [0.75, 0.25] and found["accuracy"] == 0.5
     assert found["spread"] == pytest.approx(np.std([0.75, 0.25], ddof=1))
     assert found["by_fold"] == [1, 0.5, 0.5, 0] and found["folds"] == 4 and found["videos"] == 4
     assert found["interval"] == "95 %, bootstrap over videos"
+    assert found["training_seconds"] == 8 and found["parameters"] == 5 and found["best_epoch"] == 3
     assert figures.summarise(folds[:2], videos)["spread"] is None
+    trained = [replace(one, best_epoch=None, clips_per_second=None) for one in folds]  # a baseline
+    assert figures.summarise(trained, videos)["best_epoch"] is None
+
+
+def test_an_entry_says_what_it_lacks(tmp_path: Path) -> None:
+    summary = figures.summarise([record(fold(0, 0, [True, False] * 2))], videos_of(4, [0, 0, 1, 1]))
+    about = {"name": "made", "leaks": False, "configuration": {"a": 1}, "protocol": "p", "known": []}
+    entry = {**about, "incomplete": None, **summary}
+    part = {**entry, "incomplete": "1 of 3 folds"}
+    assert figures.label_of(entry) == "made"
+    assert figures.label_of({**part, "leaks": True}) == "made (leaks) (incomplete: 1 of 3 folds)"
+    assert figures.store(part, tmp_path, "accuracy") == [part]
+    other = {**entry, "name": "other"}
+    figures.store(other, tmp_path, "accuracy")
+    assert figures.store(entry, tmp_path, "accuracy") == [entry, other]  # it keeps its place
+    # A part takes the place of a whole only of its own configuration, as when folds were taken away.
+    assert figures.store({**part, "configuration": {"a": 2}}, tmp_path, "accuracy") == [entry, other]
+    assert figures.store(part, tmp_path, "accuracy") == [part, other]
+    assert json.loads((tmp_path / "accuracy.json").read_text())["result"] == [part, other]
+
+
+def test_what_the_sets_ask_for() -> None:
+    for protocol in SETS.values():
+        settings = crossvalidation.settings_of(None, [*protocol.changes, "train.epochs=3"])
+        assert settings.train.epochs == 3
+    kth9 = crossvalidation.settings_of(None, list(SETS["kth9"].changes))
+    assert kth9.clip.sampling == "window" and SETS["kth9"].folds == 3
+    assert SETS["grid"].group_pattern is None and (SETS["grid"].folds, SETS["grid"].seeds) == (5, 1)
+
+
+def test_videos_that_look_alike_stay_together_unless_the_set_says_so() -> None:
+    made = prepared()
+    videos = made.videos.assign(signature="0" * 48, group=None)
+    together = crossvalidation._units(made.protocol, made.settings, videos)
+    apart = crossvalidation._units(replace(made.protocol, near_duplicates=False), made.settings, videos)
+    assert len(set(together)) == 1 and len(set(apart)) == 30
 
 
 def test_videos_that_stand_or_fall_together_make_a_wide_interval() -> None:
@@ -169,8 +220,18 @@ def test_killed_and_run_again_it_goes_on_fold_by_fold(tmp_path: Path) -> None:
     assert entry["commit"] and entry["changes"] == TINY and entry["low"] <= entry["accuracy"] <= entry["high"]
     assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     # All is done: nothing is trained, and the entry takes the place of the one before.
+    [published] = (tmp_path / "out" / "folds" / "data-folds2").iterdir()  # a digest, for want of a name
+    assert sorted(file.name for file in published.iterdir()) == ["0-0.json", "0-1.json"]
     written = [file.stat().st_mtime_ns for file in files]
-    assert crossvalidation.main([*options, "--limit-folds", "1"]) == 0  # not complete: the stored figure stays
+    for file in published.iterdir():
+        if int(file.stem[-1]) == int(files[0].parent.name.split("-")[2]):
+            file.unlink()  # killed before it was published, with work left behind
+    assert crossvalidation.main([*options, "--limit-folds", "1"]) == 0
     assert crossvalidation.main(options) == 0
     assert [file.stat().st_mtime_ns for file in files] == written and not (files[0].parent / "fit").exists()
+    assert json.loads((tmp_path / "out" / "accuracy.json").read_text())["result"] == [entry]
+    # The published files are enough: the cache of trainings may go, and the code may have moved on.
+    shutil.rmtree(tmp_path / "cache" / "folds")
+    assert crossvalidation.main([*options, "--next", "2"]) == 0
+    assert not (tmp_path / "cache" / "folds").exists()
     assert json.loads((tmp_path / "out" / "accuracy.json").read_text())["result"] == [entry]

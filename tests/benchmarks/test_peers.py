@@ -9,7 +9,6 @@ from typing import Any
 
 import keras
 import numpy as np
-import pandas as pd
 import pytest
 
 from benchmarks import common
@@ -17,7 +16,7 @@ from benchmarks.peers import article, compare
 from benchmarks.peers import networks as peer_networks
 from benchmarks.peers import training as peer_training
 from sora.core.records import ClipSpec
-from tests.benchmarks.test_accuracy import TINY, fold
+from tests.benchmarks.test_accuracy import TINY, fold, videos_of
 from tests.clips import make_shards
 
 
@@ -92,7 +91,7 @@ def test_the_rate_rises_and_falls() -> None:
 
 
 def test_ahead_is_a_paired_difference() -> None:
-    videos = pd.DataFrame({"sha256": [f"{n:064x}" for n in range(4)], "unit": range(4)})
+    videos = videos_of(4, [0, 1, 2, 3])
     ours, theirs = [fold(0, 0, [True, True, True, False])], [fold(0, 0, [True, False, False, False])]
     found = compare.ahead(ours, theirs, videos)
     assert found["ahead"] == 0.5 and found["ahead_low"] <= 0.5 <= found["ahead_high"]
