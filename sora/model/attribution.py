@@ -41,7 +41,7 @@ def split(model: keras.Model) -> Parts:
     """The two parts of a model made by `classifier.build`. They share its weights.
 
     Raises:
-        ServiceError: the model has no low network.
+        ServiceError: the model has no low network, or a backbone that gives no maps.
     """
     layers = {layer.name: layer for layer in model.layers}
     if "low" not in layers:
@@ -50,6 +50,11 @@ def split(model: keras.Model) -> Parts:
             fix="explain a model with `model.streams: both` or `low`",
         )
     low, high = layers["low"], layers.get("high")
+    if high is not None and not hasattr(high, "feature_maps"):
+        raise ServiceError(
+            "this model's backbone gives no maps of its pictures, so it can't tell regions apart",
+            fix="explain a model with a backbone that comes with Sora, or with `model.streams: low`",
+        )
     joining = [layer for name, layer in layers.items() if name.startswith("lateral_")]
 
     def maps(clips: Any) -> list[Any]:
