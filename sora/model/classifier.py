@@ -21,7 +21,7 @@ from sora.config import Model
 from sora.core.records import ClipSpec
 from sora.core.tensors import FLOW, VIDEO, TensorSpec
 from sora.media import MODALITY
-from sora.model.backbone import BackboneStream
+from sora.model import backbone
 from sora.model.fusion import ConcatFusion, GatedFusion, GramFusion
 from sora.model.head import BinaryLogits
 from sora.model.lateral import Lateral
@@ -79,7 +79,7 @@ def _features(config: Model, clips: Any) -> list[Any]:
     if config.backbone == "residual":
         high = ResidualStream(config.high_filters, name="high", **options)([seen, *joining] if joining else seen)
     else:
-        high = BackboneStream(config.backbone, trainable=config.backbone_trainable, name="high")(seen)
+        high = backbone.stream(config.backbone, trainable=config.backbone_trainable, name="high")(seen)
     return [*low, *high]
 
 

@@ -26,7 +26,7 @@ from sora.config import Model
 from sora.core.records import ClipSpec
 from sora.core.tensors import FLOW, VIDEO, Shape
 from sora.media import MODALITY
-from sora.model.backbone import BackboneStream
+from sora.model.backbone import stream
 from sora.model.streams import KeyFrames
 
 STATISTICS = 4  # of each channel, see `over_time`
@@ -172,8 +172,8 @@ def assemble(config: Model, clip: ClipSpec, branches: Sequence[Branch]) -> keras
         taken = keras.Input(tensors[name].shape, dtype=tensors[name].dtype, name=name)
         inputs.append(taken)
         if name == VIDEO:
-            stream = BackboneStream(config.backbone, trainable=False, name="high")
-            x = OverTime(name="over_time", dtype="float32")(stream(KeyFrames(clip.frames, name="key_frames")(taken)))
+            high = stream(config.backbone, trainable=False, name="high")
+            x = OverTime(name="over_time", dtype="float32")(high(KeyFrames(clip.frames, name="key_frames")(taken)))
         else:
             assert branch.kernel is not None
             layer = RbfKernel(len(branch.kernel.anchors), name="kernel", dtype="float32")

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from sora.model import backbone, fusion, head, lateral, residual, streams
+from sora.model.keras_backbone import ApplicationPixels, KerasBackbone
+from tests.model.models import of_pictures, of_videos
 
 VIDEO = (4, 8, 8, 16)  # time, height, width, channels
 CLIP = (4, 8, 8, 3)
@@ -67,6 +69,11 @@ CASES: list[tuple[str, Callable[..., keras.layers.Layer], Any, Any]] = [
         (1, 32, 32, 3),
         [(1, 32), (1, 96), (1, 1280)],
     ),
+    ("pictures' backbone", lambda **o: KerasBackbone(of_pictures(), **o), CLIP, [(4, 6), (4, 8)]),
+    ("pictures' backbone, resized", lambda **o: KerasBackbone(of_pictures(6, 10), **o), CLIP, [(4, 6), (4, 8)]),
+    ("videos' backbone", lambda **o: KerasBackbone(of_videos(), **o), CLIP, (1, 6)),
+    ("videos' backbone with moments", lambda **o: KerasBackbone(of_videos(moments=True), **o), CLIP, (2, 6)),
+    ("pixels of an application", lambda **o: ApplicationPixels("ResNet50", **o), (8, 8, 3), (8, 8, 3)),
     ("lateral", lambda **o: lateral.Lateral(24, 2, **o), VIDEO, (2, 8, 8, 24)),
     ("lateral of one frame", lambda **o: lateral.Lateral(24, 1, span=3, **o), (1, 8, 8, 16), (1, 8, 8, 24)),
     ("concat", fusion.ConcatFusion, FEATURES, (33,)),
