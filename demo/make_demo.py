@@ -120,9 +120,9 @@ def make_take(person: Person, action: str, take: int, seed: int = 0) -> np.ndarr
             now_crouch += 0.27 * swing
         shaken = 0.7 * shaken + rng.normal(0, person.shake, 2)
         view = camera + pan * (index - FRAMES / 2) + shaken
-        picture = cv2.warpAffine(
+        picture: np.ndarray = cv2.warpAffine(
             person.room,
-            np.float32([[1, 0, -view[0]], [0, 1, -view[1]]]),
+            np.array([[1, 0, -view[0]], [0, 1, -view[1]]], np.float32),
             (WIDTH, HEIGHT),
             borderMode=cv2.BORDER_REFLECT,
         )

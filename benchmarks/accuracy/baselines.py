@@ -18,7 +18,9 @@ import numpy as np
 import pandas as pd
 
 from sora.core.records import Split
-from sora.core.tensors import VIDEO
+from sora.core.tensors import FLOW, VIDEO
+from sora.model.bank import APPEARANCE
+from sora.model.probes import over_time
 from sora.store.shards import ShardSet
 
 SIDE = 32  # pixels of a mean image
@@ -64,8 +66,10 @@ def majority(task: Task) -> Guess:
     return Guess(np.tile(shares.to_numpy(np.float64), (len(task.asked), 1)), 0)
 
 
-def probe(about: str, features: Features, *, regularisation: float, **settings: str | int | float) -> Baseline:
-    """Logistic regression on standardised features of videos.
+def probe(
+    about: str, features: Features, *, regularisation: float, kernel: bool = False, **settings: str | int | float
+) -> Baseline:
+    """Logistic regression on standardised features of videos, or a support vector machine with a Gaussian kernel.
 
     Args:
         features: gets the folder of the shards and the videos' sha256; called for all videos of a fold at once.
@@ -77,6 +81,7 @@ def probe(about: str, features: Features, *, regularisation: float, **settings: 
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
+        from sklearn.svm import SVC
 
         # All of a set's folds ask for the same videos in the same order, so that features may keep what they computed.
         videos = tuple(sorted({*task.learn["sha256"], *task.asked["sha256"]}))
@@ -89,12 +94,18 @@ def probe(about: str, features: Features, *, regularisation: float, **settings: 
         if len(set(labels)) == 1:  # a regression needs two classes
             result[:, task.classes.index(labels[0])] = 1
             return Guess(result, 0)
-        fitted = make_pipeline(StandardScaler(), LogisticRegression(C=regularisation, max_iter=5000))
+        chosen = SVC(C=regularisation) if kernel else LogisticRegression(C=regularisation, max_iter=5000)
+        fitted = make_pipeline(StandardScaler(), chosen)
         fitted.fit(x[known], labels)
         columns = [task.classes.index(name) for name in fitted.classes_]
-        result[:, columns] = fitted.predict_proba(x[asked])
         last = fitted[-1]
-        return Guess(result, int(last.coef_.size + last.intercept_.size))
+        if not kernel:
+            result[:, columns] = fitted.predict_proba(x[asked])
+            return Guess(result, int(last.coef_.size + last.intercept_.size))
+        # It has no probabilities, and only its answer is asked for.
+        answers = [task.classes.index(name) for name in fitted.predict(x[asked])]
+        result[np.arange(len(asked)), answers] = 1
+        return Guess(result, int(last.support_vectors_.size + last.dual_coef_.size))
 
     return Baseline(about, {**settings, "C": regularisation}, guess)
 
@@ -119,11 +130,47 @@ def mean_images(shards: Path, videos: tuple[str, ...]) -> np.ndarray:
     return result
 
 
+@lru_cache(maxsize=2)
+def appearance(shards: Path, videos: tuple[str, ...]) -> np.ndarray:
+    """What the frozen backbone sees, over time, the mean over a video's clips: `(videos, features) float32`.
+
+    Raises: as `mean_images`; InputError also if there is no bank beside the clips.
+    """
+    bank = ShardSet.open(bank_of(shards))
+    rows = bank.index.groupby("sha256").indices
+    result = np.stack([over_time(bank.read(APPEARANCE, rows[video])).mean(axis=0) for video in videos])
+    result.flags.writeable = False
+    return result
+
+
+@lru_cache(maxsize=2)
+def motion(shards: Path, videos: tuple[str, ...]) -> np.ndarray:
+    """Histograms of optical flow, the mean over a video's clips: `(videos, 368) float32`. Raises: as `mean_images`."""
+    stored = ShardSet.open(shards)
+    rows = stored.index.groupby("sha256").indices
+    result = np.stack([stored.read(FLOW, rows[video]).astype(np.float32).mean(axis=0) for video in videos])
+    result.flags.writeable = False
+    return result
+
+
+def bank_of(shards: Path) -> Path:
+    """Where the bank of some clips lies."""
+    return shards.with_name(f"features-{shards.name}")
+
+
 BASELINES: Mapping[str, Baseline] = {
     "majority": Baseline("the largest class", {"version": 1}, majority),
     "mean-image": probe(
         f"mean image, grey, {SIDE}x{SIDE} + logistic regression", mean_images,
         regularisation=0.01, reads="mean image", side=SIDE, version=1,
+    ),
+    "appearance-probe": probe(
+        "frozen backbone over time + logistic regression", appearance,
+        regularisation=0.01, reads="bank", version=1,
+    ),
+    "motion-probe": probe(
+        "histograms of optical flow + support vector machine", motion, kernel=True,
+        regularisation=3.0, reads="flow", version=1,
     ),
 }  # fmt: skip
 

@@ -150,7 +150,7 @@ def prepare(protocol: Protocol, settings: Settings, cache: Path) -> Prepared:
     if settings.model.bank:
         made = ShardSet.open(place)
         bank = Bank(settings.model.backbone, made.spec)
-        features = place.with_name(f"features-{settings.model.backbone}-{place.name}")
+        features = baselines.bank_of(place)
         with bar("Features") as update:
             derive(made, features, bank.tensors, provenance.features(bank.backbone), bank.compute, progress=update)
     return Prepared(protocol, settings, usable.assign(unit=_units(protocol, settings, usable)), place, features)

@@ -20,11 +20,11 @@ def learn(project: Project) -> None:
     work.mkdir(parents=True, exist_ok=True)
     joined = table.join(rows, rejected | {item.path for item in assignment.rejections}, assignment.ledger)
     joined.to_parquet(work / "table.parquet", index=False)
-    fitted = training.run(job_for(project.shards, work / "table.parquet", settings, work / "fit"), lambda event: None)
+    fitted = training.run(job_for(project, work / "table.parquet", settings, work / "fit"), lambda event: None)
     job = evaluation.EvalJob(
         shards=str(project.shards),
         table=str(work / "table.parquet"),
-        models=[evaluation.EvalModel("candidate", fitted.model, history=fitted.history)],
+        models=[evaluation.EvalModel("candidate", fitted.model, history=fitted.history, held_out=fitted.held_out)],
         classes=list(settings.classes),
         data=str(project.data),
         out=str(work / "evaluation"),

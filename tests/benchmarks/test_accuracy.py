@@ -47,7 +47,7 @@ def prepared(**changes: Any) -> Prepared:
         }
     )
     protocol = Protocol("made", Path("nowhere"), **changes)
-    return Prepared(protocol, Settings(classes=("a", "b")), videos, Path("nowhere"))
+    return Prepared(protocol, Settings(classes=("a", "b")), videos, Path("nowhere"), None)
 
 
 def test_every_video_is_judged_once_a_seed_and_no_group_is_on_two_sides() -> None:

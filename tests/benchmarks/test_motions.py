@@ -141,7 +141,7 @@ def test_the_folds_leave_out_five_persons_each() -> None:
     videos["unit"] = pd.factorize(videos["group"])[0]
     videos = videos.assign(path="", brightness=0.0, duration=2.0, codec="h264")
     protocol = SETS["motions8"]
-    made = Prepared(protocol, crossvalidation.settings_of(None, list(protocol.changes)), videos, Path())
+    made = Prepared(protocol, crossvalidation.settings_of(None, list(protocol.changes)), videos, Path(), None)
     folds = list(crossvalidation.plan(made, "commit", inner=False))
     assert len(folds) == 15
     for fold in folds:

@@ -592,7 +592,7 @@ def two(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
     buckets = {0: slice(0, 3), 1: slice(3, 5)}
     files = {number: f"bucket-{number:04d}-x.npy" for number in buckets}
     for number, rows in buckets.items():
-        body = packed[rows.start * TWO.bytes : rows.stop * TWO.bytes]
+        body = packed[rows.start * TWO.size : rows.stop * TWO.size]
         (out / files[number]).write_bytes(TWO.header(rows.stop - rows.start) + body)
     rows = pd.DataFrame(
         {
@@ -602,7 +602,7 @@ def two(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
             "row": [0, 1, 2, 0, 1],
             "first": [0, 8, 0, 0, 8],
             "last": [7, 15, 7, 7, 15],
-            "digest": [digest_of(packed[row * TWO.bytes : (row + 1) * TWO.bytes]) for row in range(5)],
+            "digest": [digest_of(packed[row * TWO.size : (row + 1) * TWO.size]) for row in range(5)],
         }
     )
     write_index(out, SPEC, "code", files, TWO, rows)
@@ -637,9 +637,9 @@ def test_a_damaged_record_is_noticed_whichever_of_its_tensors_is_read(
     out, clips = two
     file = out / ShardSet.open(out).files[0]
     content = bytearray(file.read_bytes())
-    assert len(content) == len(TWO.header(3)) + 3 * TWO.bytes
+    assert len(content) == len(TWO.header(3)) + 3 * TWO.size
     # A bit of the second of its three records.
-    content[len(TWO.header(3)) + TWO.bytes + (100 if damaged == "video" else TWO.tensors[0].bytes + 3)] ^= 1
+    content[len(TWO.header(3)) + TWO.size + (100 if damaged == "video" else TWO.tensors[0].bytes + 3)] ^= 1
     file.write_bytes(content)
     found = ShardSet.open(out)
     others = [0, 2, 3, 4]

@@ -160,7 +160,7 @@ def test_killed_in_each_stage_it_ends_with_its_caller_and_the_next_run_completes
     (prepared_project.root / "dvc.lock").unlink()
     call = "import sys; from pathlib import Path; from sora.config import Project\n"
     call += "from sora.dataset import versioning; versioning.reproduce(Project(Path(sys.argv[1])))"
-    for stage in versioning.STAGES:
+    for stage in versioning.stages_of(prepared_project):
         started, hook = tmp_path / f"{stage}.started", tmp_path / f"{stage}.hook"
         hook.mkdir()
         (hook / "sitecustomize.py").write_text(  # Python reads it first: this stage begins, and then takes long
