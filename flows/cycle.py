@@ -153,7 +153,7 @@ def _candidate(
         evaluation = steps.evaluate(night, work, fitted)
         version = work.once(REGISTER, lambda: steps.register(night, case, run_id, fitted, evaluation))
         decision = work.once(JUDGE, lambda: steps.judge(night, case, evaluation, version))
-        reasons = (*decision.reasons, *doubts)
+        reasons = (*decision.reasons, *plain.in_words(fitted.tried), *doubts)
         result = NightResult("refused", case.key.data_version, run_id, version, reasons, evaluation.test_metrics())
         if decision.promote:
             failure = steps.promote(night, version, reasons, smoke)

@@ -19,7 +19,7 @@ from sora.core.errors import PromotionFailed
 from sora.core.ledger import Recorded
 from sora.core.processes import Emit, Event
 from sora.core.progress import Bar, bar, say
-from sora.core.records import Decision
+from sora.core.records import Decision, Tried
 from sora.learning.training import TrainJob, TrainResult
 from sora.registry import Registry, RunsPort, Smoke
 
@@ -179,7 +179,9 @@ def _evaluation_job(night: Night, work: Work, fitted: TrainResult, champion: int
     from sora.runtime.lifecycle import model_cache
 
     project, settings = night.project, night.settings
-    models = [EvalModel("candidate", fitted.model, history=fitted.history, held_out=fitted.held_out)]
+    models = [
+        EvalModel("candidate", fitted.model, history=fitted.history, tried=fitted.tried, held_out=fitted.held_out)
+    ]
     if champion is not None:
         file, recipe = night.registry.fetch(champion, model_cache(project))
         models.append(EvalModel("champion", str(file), recipe))
@@ -201,6 +203,7 @@ def register(night: Night, case: Case, run_id: str, fitted: TrainResult, evaluat
     """Stores the evaluation with the run and registers the model; returns its version."""
     candidate, registry = evaluation.candidate, night.registry
     registry.runs.log_path(run_id, candidate.folder, "evaluation")
+    registry.runs.log_candidates(run_id, fitted.tried)
     for split, report in candidate.reports.items():
         registry.runs.log_metrics(run_id, {f"{split}/{name}": v for name, v in report.metrics.items()}, step=0)
     return registry.register(run_id, Path(fitted.model), candidate.recipe, candidate.reports, case.key.data_version)
@@ -220,6 +223,18 @@ def judge(night: Night, case: Case, evaluation: Evaluation, version: int) -> Dec
         forced=case.forced,
         rolled_back=night.registry.was_rolled_back(version),
     )
+
+
+def in_words(tried: Sequence[Tried]) -> tuple[str, ...]:
+    """What a search compared, as one of the reasons; none where nothing was."""
+    if not tried:
+        return ()
+    figures = ", ".join(
+        f"{one.name} {one.accuracy:.3f} ({one.low:.3f} to {one.high:.3f}; log-loss {one.log_loss:.3f})"
+        for one in sorted(tried, key=lambda one: one.log_loss)
+    )
+    taken = next(one.name for one in tried if one.chosen)
+    return (f"{taken} was taken by cross-validation on {tried[0].videos} videos of training and validation: {figures}",)
 
 
 def promote(night: Night, version: int, reasons: Sequence[str], smoke: Smoke) -> str | None:

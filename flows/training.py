@@ -34,7 +34,7 @@ from sora.core import provenance
 from sora.core.errors import InputError, ServiceError
 from sora.core.processes import Emit
 from sora.core.progress import Bar, bar, say
-from sora.learning.training import TrainResult
+from sora.learning.training import HELD_OUT_FILE, TrainResult
 from sora.registry import Registry, RunsPort
 
 HANDOVER = PurePosixPath("handover/table.parquet")  # artifacts of the run: to the worker …
@@ -147,6 +147,8 @@ def _hand_back(runs: RunsPort, run_id: str, done: TrainResult) -> None:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     runs.flush(run_id)
     runs.log_path(run_id, model, HANDBACK)
+    if done.held_out:
+        runs.log_path(run_id, Path(done.held_out), HANDBACK)
     runs.log_text(run_id, f"{HANDBACK}/result.json", json.dumps({**done.to_dict(), "model_sha256": sha256}))
 
 
@@ -350,4 +352,8 @@ def _fetch_back(runs: RunsPort, run_id: str, target: Path) -> TrainResult:
     if arrived != result.pop("model_sha256"):
         model.unlink()
         raise ServiceError("the model of the GPU worker did not arrive whole", fix="run again: it is fetched again")
-    return TrainResult(**{**result, "model": str(model)})
+    held_out = ""
+    if result.get("held_out"):
+        held_out = str(target / HELD_OUT_FILE)
+        runs.fetch_file(run_id, f"{HANDBACK}/{HELD_OUT_FILE}", target / HELD_OUT_FILE)
+    return TrainResult.from_dict({**result, "model": str(model), "held_out": held_out})

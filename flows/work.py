@@ -55,7 +55,7 @@ def _same(value: T) -> T:
 DOUBTS: Step[tuple[str, ...]] = Step("doubts", list, lambda value: tuple(_text(one) for one in value))
 SPLITS: Step[str] = Step("splits", _same, _text)
 RUN: Step[str] = Step("run", _same, _text)
-FIT: Step[TrainResult] = Step("fit", TrainResult.to_dict, lambda value: TrainResult(**value))
+FIT: Step[TrainResult] = Step("fit", TrainResult.to_dict, TrainResult.from_dict)
 EVALUATED: Step[Evaluated] = Step("evaluated", asdict, lambda value: Evaluated(value["champion_version"]))
 REGISTER: Step[int] = Step("register", _same, _number)
 JUDGE: Step[Decision] = Step(

@@ -22,7 +22,7 @@ from sora.core import statistics
 from sora.core.errors import InputError, ServiceError, VideoError
 from sora.core.files import atomic
 from sora.core.processes import Emit, child_main, run_child
-from sora.core.records import ClipSpec, EvalReport, Recipe, Split
+from sora.core.records import ClipSpec, EvalReport, Recipe, Split, Tried
 from sora.core.tensors import Clips
 from sora.judging.report import measure
 from sora.media import MODALITY, pool
@@ -47,6 +47,7 @@ class EvalModel:
     file: str
     recipe: Recipe | None = None
     history: Sequence[dict[str, float]] = ()  # the metrics of each epoch of its training; for the page
+    tried: Sequence[Tried] = ()  # what a search compared before its training; for the page
     held_out: str = ""  # of a fresh model that learned from validation too: its answers there, see `TrainResult`
 
 
@@ -162,6 +163,7 @@ def evaluate(value: dict[str, Any], emit: Emit) -> dict[str, Any]:
                 raw_test=judged.raw_test,
                 shards=shards,
                 history=model.history,
+                tried=model.tried,
                 title=job.title,
             )
         with atomic(folder / "report.json") as file:  # last: a folder with it is complete
@@ -190,7 +192,13 @@ class _Judged:
 def _job(value: dict[str, Any]) -> EvalJob:
     """The job from its JSON."""
     models = [
-        EvalModel(**{**one, "recipe": None if one["recipe"] is None else Recipe.from_dict(one["recipe"])})
+        EvalModel(
+            **{
+                **one,
+                "recipe": None if one["recipe"] is None else Recipe.from_dict(one["recipe"]),
+                "tried": [Tried.from_dict(each) for each in one["tried"]],
+            }
+        )
         for one in value["models"]
     ]
     return EvalJob(**{**value, "models": models})

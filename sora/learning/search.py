@@ -8,6 +8,8 @@ of these answers after one temperature, which is steadier than the share of righ
 from __future__ import annotations
 
 import time
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -153,6 +155,14 @@ def choose(evidence: Evidence, model: Model, train: Train, out: Path, emit: Emit
     Raises:
         InputError: nothing can be tried.
     """
+    from threadpoolctl import threadpool_limits
+
+    # One thread: the matrices are small, and on a busy machine threads that wait for each other took 70 times as long.
+    with threadpool_limits(1, user_api="blas"):
+        return _chosen(evidence, model, train, out, emit)
+
+
+def _chosen(evidence: Evidence, model: Model, train: Train, out: Path, emit: Emit) -> Choice:
     names = candidates(model, evidence)
     parts = _parts(evidence, train.seed)
     if parts is None:
@@ -223,7 +233,7 @@ def _stored(file: Path, strengths: Sequence[float], shape: tuple[int, int]) -> d
     try:
         with np.load(file, allow_pickle=False) as kept:
             stored = {one: kept[str(one)] for one in strengths}
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
     return stored if all(values.shape == shape for values in stored.values()) else None
 

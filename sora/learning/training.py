@@ -23,7 +23,7 @@ from sora.config import Model, Train
 from sora.core import files
 from sora.core.errors import InputError, ServiceError
 from sora.core.processes import Emit, child_main, run_child
-from sora.core.records import ClipSpec
+from sora.core.records import ClipSpec, Tried
 
 if TYPE_CHECKING:
     import keras
@@ -73,11 +73,15 @@ class TrainResult:
     clips_per_second: float  # of training only: the median epoch, without the first, which traces
     parameters: int
     resumed_from: int  # epochs that an interrupted run had finished; 0: none
-    tried: list[dict[str, Any]] = field(default_factory=list)  # `records.Tried`: what a search compared
+    tried: list[Tried] = field(default_factory=list)  # what a search compared
     held_out: str = ""  # file: answers for clips of train and validation by folds that had not seen them; "": none
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> TrainResult:
+        return cls(**{**value, "tried": [Tried.from_dict(one) for one in value.get("tried", ())]})
 
 
 def run(
@@ -100,7 +104,7 @@ def run(
     """
     result = run_child("sora.learning.training", job.to_dict(), on_event, log=log, env=env)
     result.pop("event")
-    return TrainResult(**result)
+    return TrainResult.from_dict(result)
 
 
 # ---- the child's side -----------------------------------------------------------------------------------------------
@@ -142,7 +146,7 @@ def _searched(job: TrainJob, model: Model, train: Train, emit: Emit) -> TrainRes
     import numpy as np
 
     from sora.learning import search
-    from sora.model import pretrained, probes
+    from sora.model import probes
     from sora.store.shards import ShardSet
 
     began = time.monotonic()
@@ -169,8 +173,6 @@ def _searched(job: TrainJob, model: Model, train: Train, emit: Emit) -> TrainRes
         kept.mkdir(exist_ok=True)
     choice = search.choose(evidence, model, train, kept, emit)
     network = probes.assemble(model, ClipSpec.from_dict(job.clip), choice.branches)
-    if any(branch.features == "appearance" for branch in choice.branches):
-        pretrained.load(network)
     _save(network, out / MODEL_FILE)
     held_out = ""
     if choice.held_out is not None:
@@ -187,7 +189,7 @@ def _searched(job: TrainJob, model: Model, train: Train, emit: Emit) -> TrainRes
         clips_per_second=len(evidence.owner) / seconds,
         parameters=network.count_params(),
         resumed_from=0,
-        tried=[one.to_dict() for one in choice.tried],
+        tried=list(choice.tried),
         held_out=held_out,
     )
 

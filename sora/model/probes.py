@@ -26,7 +26,8 @@ from sora.config import Model
 from sora.core.records import ClipSpec
 from sora.core.tensors import FLOW, VIDEO, Shape
 from sora.media import MODALITY
-from sora.model.backbone import stream
+from sora.model import pretrained
+from sora.model.backbone import BackboneStream, stream
 from sora.model.streams import KeyFrames
 
 STATISTICS = 4  # of each channel, see `over_time`
@@ -163,7 +164,10 @@ def assemble(config: Model, clip: ClipSpec, branches: Sequence[Branch]) -> keras
     """The model of solved probes: from clips to `(batch, classes)` logits, the sum of the branches'.
 
     Its inputs are those tensors of a clip that the branches read. The layer "embedding" gives their vectors side by
-    side.
+    side. The backbone has its published weights.
+
+    Raises:
+        InputError, ServiceError: those weights are missing, damaged or can't be downloaded.
     """
     tensors = MODALITY.tensors(clip)
     inputs, vectors = [], []
@@ -174,6 +178,8 @@ def assemble(config: Model, clip: ClipSpec, branches: Sequence[Branch]) -> keras
         if name == VIDEO:
             high = stream(config.backbone, trainable=False, name="high")
             x = OverTime(name="over_time", dtype="float32")(high(KeyFrames(clip.frames, name="key_frames")(taken)))
+            if isinstance(high, BackboneStream):
+                pretrained.give(high)
         else:
             assert branch.kernel is not None
             layer = RbfKernel(len(branch.kernel.anchors), name="kernel", dtype="float32")

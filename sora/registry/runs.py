@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import distributions
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from sora.core.errors import InputError, ServiceError
 from sora.core.files import temporary_folder
+from sora.core.records import Tried
 from sora.registry.live import MetricBuffer, system_metrics
 from sora.registry.rest import NotFound, Rest
 
@@ -208,6 +209,21 @@ class Runs:
             if limit is not None and number >= limit:
                 return
             yield run
+
+    def log_candidates(self, run_id: str, tried: Sequence[Tried]) -> None:
+        """Stores what a search compared as finished child runs: no judged runs, since they have none of Sora's tags."""
+        for one in tried:
+            body = {
+                "experiment_id": self.experiment_id(),
+                "start_time": _now(),
+                "run_name": f"tried: {one.name}",
+                "tags": _tags({"mlflow.user": user(), "mlflow.parentRunId": run_id}),
+            }
+            child = str(self._rest.post("runs/create", body)["run"]["info"]["run_id"])
+            self.log_params(child, {"candidate": one.name, "chosen": one.chosen, **one.settings})
+            names = ("accuracy", "low", "high", "log_loss", "videos", "seconds")
+            self.log_metrics(child, {f"held_out/{name}": getattr(one, name) for name in names})
+            self.finish(child)
 
     def own_tags(self, limit: int) -> list[dict[str, str]]:
         """Sora's tags (their names without `sora.`) of the newest runs, newest first."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from sora.core.errors import InputError, PromotionFailed
 from sora.core.ledger import Recorded, parse
-from sora.core.records import EvalReport, Recipe
+from sora.core.records import EvalReport, Recipe, Tried
 from sora.registry import JudgedRun, RunStatus, Smoke
 
 
@@ -45,6 +45,10 @@ class FakeRuns:
         run_id = f"{next(self._numbers):032x}"
         self.all[run_id] = FakeRun(tags=dict(tags or {}))
         return run_id
+
+    def log_candidates(self, run_id: str, tried: Sequence[Tried]) -> None:
+        for one in tried:
+            self.all[f"{run_id}-{one.name}"] = FakeRun(metrics={"held_out/accuracy": one.accuracy})
 
     def resume(self, run_id: str) -> None:
         if run_id not in self.all:

@@ -15,7 +15,7 @@ import numpy as np
 
 from sora import tasks
 from sora.core.files import atomic
-from sora.core.records import EvalReport
+from sora.core.records import EvalReport, Tried
 from sora.judging.report import mistakes as mistakes_
 from sora.judging.report import plots
 
@@ -33,6 +33,7 @@ def write(
     shards: mistakes_.Clips,
     raw_test: np.ndarray | None = None,
     history: Sequence[dict[str, float]] = (),
+    tried: Sequence[Tried] = (),
     title: str = "",
 ) -> list[Path]:
     """Writes index.html, the plots and mistakes.png into `folder`; returns their paths.
@@ -41,6 +42,7 @@ def write(
         reports: of "test" and, if there is one, of "val".
         raw_test: `(videos, classes)` probabilities of the test split before calibration, in the report's order.
         history: metrics of each epoch of the training.
+        tried: what a search compared before it.
     """
     test = reports["test"]
     worst = mistakes_.worst(test, shards)
@@ -51,9 +53,11 @@ def write(
         images |= {"precision_recall": plots.precision_recall(test), "reliability": plots.reliability(test, raw_test)}
     if history:
         images["history"] = plots.history(history)
+    if tried:
+        images["tried"] = plots.tried(tried)
     files = {f"{name}.png": content for name, content in images.items()}
     files["mistakes.png"] = plots.contact_sheet(worst)
-    files["index.html"] = render(reports, images, worst, title=title).encode()
+    files["index.html"] = render(reports, images, worst, title=title, tried=tried).encode()
     for name, content in files.items():
         with atomic(folder / name) as file:
             file.write(content)
@@ -61,7 +65,12 @@ def write(
 
 
 def render(
-    reports: dict[str, EvalReport], images: dict[str, bytes], worst: Sequence[mistakes_.Mistake], *, title: str
+    reports: dict[str, EvalReport],
+    images: dict[str, bytes],
+    worst: Sequence[mistakes_.Mistake],
+    *,
+    title: str,
+    tried: Sequence[Tried] = (),
 ) -> str:
     """The HTML text."""
     test, val = reports["test"], reports.get("val")
@@ -80,6 +89,7 @@ def render(
             slices=_grouped(test.slices),
             images={name: _address("png", content) for name, content in images.items()},
             mistakes=[(mistake, jpeg(mistake.strip)) for mistake in worst],
+            tried=tried,
             wrong=sum(video["predicted"] != video["label"] for video in test.videos),
         )
     )

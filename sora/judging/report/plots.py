@@ -14,7 +14,7 @@ import numpy as np
 
 from sora import tasks
 from sora.core import statistics
-from sora.core.records import EvalReport
+from sora.core.records import EvalReport, Tried
 from sora.judging.report import measure
 from sora.judging.report.mistakes import Mistake
 
@@ -150,6 +150,21 @@ def recalls(report: EvalReport) -> bytes:
     names = [f"{plain(name, 22)} ({values['support']:.0f})" for name, values in known]
     axis.set_yticks(rows, names)
     _bare(axis, xlim=(-0.02, 1.02), ylim=(-0.6, max(len(known), 1) - 0.4), xlabel="recall, with 95% interval")
+    return _png(figure)
+
+
+def tried(candidates: Sequence[Tried]) -> bytes:
+    """A row for each candidate of a search: its accuracy with the 95% interval; the one that was taken is filled."""
+    figure = _figure(7.5, 1.0 + 0.42 * len(candidates))
+    axis = figure.add_subplot()
+    for row, one in enumerate(candidates):
+        colour = BLUE if one.chosen else FAINT
+        axis.hlines(row, one.low, one.high, color=colour, alpha=0.35, linewidth=6)
+        axis.plot(one.accuracy, row, "o", color=colour, markersize=7, fillstyle="full" if one.chosen else "none")
+    axis.set_yticks(range(len(candidates)), [plain(one.name) for one in candidates])
+    _bare(axis, xlabel="accuracy on videos that were held out", ylim=(-0.6, len(candidates) - 0.4))
+    axis.invert_yaxis()
+    axis.grid(alpha=0.2, axis="x")
     return _png(figure)
 
 

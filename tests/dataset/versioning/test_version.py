@@ -99,7 +99,7 @@ def test_an_added_video_is_decoded_alone_and_rewrites_its_bucket_alone(prepared_
     before = {f.name: f.stat().st_ino for f in prepared_project.shards.glob("*.npy")}
     make_video(prepared_project.data / "wave" / "g01_9.mp4", seed=50)
     versioning.add(prepared_project)
-    assert versioning.reproduce(prepared_project) == ["manifest", "validate", "shards"]
+    assert versioning.reproduce(prepared_project) == ["manifest", "validate", "shards", "features"]
     made = counts(prepared_project, "shards")
     assert (made["decoded"], made["reused"], made["buckets_written"]) == (1, 8, 1)
     after = {f.name: f.stat().st_ino for f in prepared_project.shards.glob("*.npy")}
@@ -112,7 +112,7 @@ def test_from_scratch_in_another_folder_the_same_bytes(prepared_project: Project
     other = Project(tmp_path / "other")
     shutil.copytree(prepared_project.root, other.root, symlinks=True)
     (other.root / "dvc.lock").unlink()
-    assert versioning.reproduce(other, force=True) == ["manifest", "validate", "shards"]
+    assert versioning.reproduce(other, force=True) == ["manifest", "validate", "shards", "features"]
     assert counts(other, "shards")["decoded"] == 8
     assert tree(other.prepared) == tree(prepared_project.prepared)
     lock = (other.root / "dvc.lock").read_text()
@@ -180,7 +180,7 @@ def test_killed_in_each_stage_it_ends_with_its_caller_and_the_next_run_completes
         child.send_signal(signal.SIGKILL)
         child.wait()
         _until(lambda started=started: not _alive(int(started.read_text())))
-    assert versioning.reproduce(prepared_project) == ["shards"]
+    assert versioning.reproduce(prepared_project) == ["features"]
     assert tree(prepared_project.prepared) == expected
 
 
@@ -359,7 +359,7 @@ def test_noise_in_the_shards_and_a_new_video(prepared_project: Project, tmp_path
         overwrite(file)
     make_video(prepared_project.data / "wave" / "g01_9.mp4", seed=50)
     versioning.add(prepared_project)
-    assert versioning.reproduce(prepared_project) == ["manifest", "validate", "shards"]
+    assert versioning.reproduce(prepared_project) == ["manifest", "validate", "shards", "features"]
     assert not ShardSet.open(prepared_project.shards).damage()
     repaired, lock = tree(prepared_project.prepared), (prepared_project.root / "dvc.lock").read_text()
     versioning.reproduce(prepared_project, force=True)
