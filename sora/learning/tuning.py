@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sora.config import Project, Settings
-from sora.config.edit import changed, edited
+from sora.config import Project, Settings, changed, edited
 from sora.core import provenance
 from sora.core.errors import InputError, RunActive
 from sora.core.files import atomic, writing

@@ -7,8 +7,7 @@ import difflib
 import pytest
 import yaml
 
-from sora.config import Settings, parse
-from sora.config.edit import changed, edited
+from sora.config import Settings, changed, edited, parse
 from sora.config.render import params_yaml
 from sora.core.errors import InputError, SettingsError
 

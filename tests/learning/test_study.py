@@ -178,7 +178,7 @@ def test_parameters_fit_the_settings() -> None:
 
 
 def test_every_searched_value_is_a_setting() -> None:
-    from sora.config.edit import changed
+    from sora.config import changed
     from sora.core.trials import plain
 
     for one in space.parameters(Settings()):

@@ -208,6 +208,8 @@ def contact_sheet(mistakes: Sequence[Mistake]) -> bytes:
 
 def search(trials: Sequence[Trial], metric: Metric) -> bytes:
     """Each trial's mean over its folds, by number; the best so far as a line, the present settings as a dashed one."""
+    from matplotlib.ticker import MaxNLocator
+
     figure = _figure(9, 3.6)
     axis = figure.add_subplot()
     complete = [(trial.number, trial.score) for trial in trials if trial.state == "complete" and trial.folds]
@@ -222,6 +224,7 @@ def search(trials: Sequence[Trial], metric: Metric) -> bytes:
     for trial in trials:
         if trial.baseline and trial.score is not None:
             axis.axhline(trial.score, color=ORANGE, linewidth=1.2, linestyle=(0, (4, 4)), label="present settings")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     _bare(axis, xlabel="trial", ylabel=f"{metric.replace('_', ' ')}, mean over folds")
     if axis.get_legend_handles_labels()[1]:
         axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
