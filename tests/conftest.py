@@ -6,6 +6,7 @@ import pytest
 
 from tests.programs import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401
 from tests.projects import _prepared_template, _template, fresh_project, prepared_project  # noqa: F401
+from tests.searches import _split_template, made_up, split_project  # noqa: F401
 from tests.tiers import pytest_collection_modifyitems  # noqa: F401
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -23,6 +23,7 @@ OWNERS = {
     "mlflow": ("sora.registry",),
     "dvc": (),  # a subprocess only
     "prefect": ("flows",),
+    "optuna": ("sora.learning.study",),
     "fastapi": ("sora.serving",),
     "tensorflow": ("sora.learning.training", "sora.runtime.predictor", "sora.judging.evaluation"),
     "pickle": (),
@@ -139,6 +140,7 @@ HEAVY = (
     "mlflow",
     "prefect",
     "dvc",
+    "optuna",
     "fastapi",
     "pandas",
     "numpy",
@@ -147,7 +149,7 @@ HEAVY = (
 )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["tune", "--help"], ["--version"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom sora.cli import main\n"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import click
 
 from sora import __version__
-from sora.cli import ask, care, data, model, night, project, server, versions
+from sora.cli import ask, care, data, model, night, project, server, tune, versions
 from sora.cli.common import common_options
 
 _VERBS = (
     project.init,
     project.check,
     night.run,
+    tune.tune,
     versions.models,
     model.model,
     versions.promote,

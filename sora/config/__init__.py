@@ -1,6 +1,7 @@
 """params.yaml: every setting with its default, range and meaning, presets, and the paths and secret of a project."""
 
 from sora.config.data import Clip, Shards, Split, Validate
+from sora.config.edit import changed, edited
 from sora.config.evaluation import Eval, Gate, Unsure
 from sora.config.model import Model
 from sora.config.operations import Alert, Backup, Schedule, Services
@@ -33,6 +34,8 @@ __all__ = [
     "Train",
     "Unsure",
     "Validate",
+    "changed",
+    "edited",
     "find_project",
     "of_new_project",
     "params_yaml",

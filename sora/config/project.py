@@ -251,6 +251,30 @@ class Project:
         return self.state / "audit"
 
     @property
+    def tune(self) -> Path:
+        """Searches for hyper-parameters: a database each, finished folds, index.html."""
+        return self.state / "tune"
+
+    @property
+    def tune_folds(self) -> Path:
+        """A folder for each finished or unfinished fold of a trial."""
+        return self.tune / "folds"
+
+    @property
+    def tune_page(self) -> Path:
+        """The result of the last search."""
+        return self.tune / "index.html"
+
+    def tune_study(self, name: str) -> Path:
+        """The SQLite file of a search."""
+        return self.tune / f"{name}.db"
+
+    @property
+    def tune_lock(self) -> Path:
+        """Held by `sora tune`."""
+        return self.state / "tune.lock"
+
+    @property
     def inbox(self) -> Path:
         """Corrections that are waiting for review."""
         return self.state / "inbox"

@@ -92,3 +92,25 @@ def selective(confidence: np.ndarray, right: np.ndarray, below: float) -> dict[s
     sure = confidence >= below
     measured = {"coverage": float(sure.mean())} if len(sure) else {}
     return measured | ({"sure_precision": float(right[sure].mean())} if sure.any() else {})
+
+
+def clustered_mean(values: np.ndarray, clusters: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
+    """The mean of `values`, `(n,) float`, and its interval if those of one cluster, `(n,) int`, are not independent.
+
+    The variance is that of the clusters' sums of residuals (Liang & Zeger 1986), with t quantiles of one degree of
+    freedom less than there are clusters: with few clusters the interval is wide.
+
+    Raises:
+        ValueError: fewer than two clusters.
+    """
+    from scipy.stats import t
+
+    number = np.unique(clusters, return_inverse=True)[1]
+    count = int(number.max(initial=-1)) + 1
+    if count < 2:
+        raise ValueError("an interval needs two clusters")
+    mean = float(values.mean())
+    residuals = np.bincount(number, weights=values - mean, minlength=count)
+    error = math.sqrt(count / (count - 1) * float((residuals**2).sum())) / len(values)
+    half = float(t.ppf(0.5 + confidence / 2, count - 1)) * error
+    return mean, mean - half, mean + half

@@ -1,7 +1,8 @@
 """One fold of a cross-validation: train on one part of the videos, answer for another, keep the answers in one file.
 
-For figures (`benchmarks/accuracy/`) and for the search for wrong labels (`sora data audit`). Training runs as in the
-nightly, in child processes; a killed fold resumes after its last epoch, a finished one is never trained again.
+For figures (`benchmarks/accuracy/`), the search for wrong labels (`sora data audit`) and for settings (`sora tune`).
+Training runs as in the nightly, in child processes; a killed fold resumes after its last epoch, a finished one is never
+trained again.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def answers(
     judged: Split,
     features: Path | None = None,
     on_event: Emit = lambda event: None,
+    env: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Trains on the table's `train` (early stopping on its `val`) and answers for its `judged` videos.
 
@@ -56,7 +58,9 @@ def answers(
         table: `sha256, path, label, split`, and the facts of `data.table.COLUMNS` that are known. A video that must not
             be touched is not in it.
         features: the bank, for a model that reads one.
-        on_event: gets the events of `training.run` and `evaluation.run`.
+        on_event: gets the events of `training.run` and `evaluation.run`; what it raises ends the fold, which goes on
+            with the next call.
+        env: adds to the training's environment (CUDA_VISIBLE_DEVICES).
 
     Returns:
         {"videos": [{"sha256", "path", "label", "predicted", "probabilities"}], "metrics": of the judged videos,
@@ -83,7 +87,7 @@ def answers(
         out=str(folder / "fit"),
         features="" if features is None else str(features),
     )
-    fitted = training.run(job, on_event, log=folder / "training.log")
+    fitted = training.run(job, on_event, log=folder / "training.log", env=env)
     # With a recipe the model counts as registered: no page is drawn and no temperature fitted; a fold needs neither.
     recipe = Recipe(
         settings.clip.spec(),

@@ -17,11 +17,14 @@ from sora.registry.rest import Rest
 from sora.registry.runs import Runs
 from sora.registry.versions import ChampionRef, Versions
 
+SEARCHES = "/tune"  # no project's name holds a slash
+
 
 class Registry:
     """Everything that Sora keeps in MLflow. Cheap to make: no request is sent before the first call.
 
-    `runs` is the experiment. The registry itself has the methods for versions and the champion; each hands
+    `runs` is the experiment. `searches` is another one, for `sora tune`: what looks for judged runs, for the newest run
+    or for a history must not find trials. The registry itself has the methods for versions and the champion; each hands
     the call to the part that does it, which has the details.
 
     Moves of the champion must not overlap: the caller holds a lock of the project around `promote`, `rollback` and
@@ -41,6 +44,7 @@ class Registry:
         self._rest = Rest(tracking_uri, login)
         self.tracking_uri = self._rest.uri
         self.runs = Runs(self._rest, name)
+        self.searches = Runs(self._rest, f"{name}{SEARCHES}")
         self._judged = JudgedRuns(self.runs)
         self._model = RegisteredModel(self._rest, name)
         self._versions = Versions(self._rest, self._model, self.runs)

@@ -102,6 +102,7 @@ def test_places_on_disk_stay() -> None:
     assert project.database("prefect") == Path(".sora/prefect/prefect.db")
     assert project.artifacts == Path(".sora/mlflow/artifacts")
     assert project.log("worker") == Path(".sora/logs/worker.log")
+    assert project.tune_study("log_loss-1") == Path(".sora/tune/log_loss-1.db")
     assert project.stage_counts("shards") == Path(".sora/stages/shards.json")
     names = {
         "secret": "secret",
@@ -123,6 +124,10 @@ def test_places_on_disk_stay() -> None:
         "splits_copies": "splits",
         "check": "check",
         "audit": "audit",
+        "tune": "tune",
+        "tune_folds": "tune/folds",
+        "tune_page": "tune/index.html",
+        "tune_lock": "tune.lock",
         "inbox": "inbox",
         "work": "work",
         "training": "training",

@@ -238,3 +238,21 @@ def test_something_else_at_the_address(server: SimpleNamespace) -> None:
     with pytest.raises(ServiceError, match="not an MLflow server"):
         rest._call("GET", "/health")
     rest.close()
+
+
+def test_searches_are_never_taken_for_runs(registry: Registry) -> None:
+    """`sora tune` logs into an experiment of its own: nothing that looks for runs, judged or not, finds a trial."""
+    parent = registry.searches.start_run("tune x", tags={"tune": "x"})
+    tags = {"tune": "x", "mlflow.parentRunId": parent, "judged": "true", "test_digest": "ab12", "version": "1"}
+    child = registry.searches.start_run("trial 1", params={"train.learning_rate": 0.1}, tags=tags)
+    registry.searches.log_metrics(child, {"log_loss": 0.5}, step=1)
+    registry.searches.finish(child)
+    registry.searches.finish(parent)
+    assert registry.searches.name == f"{registry.runs.name}/tune"
+    assert registry.last_judged() is None and registry.judged_ledger() is None
+    assert registry.times_judged("ab12") == 0
+    assert registry.versions() == [] and registry.champion() is None  # what `sora models` and `sora gc` read
+    assert list(registry.runs.search_runs()) == [] and registry.runs.own_tags(10) == []
+    found = {run["info"]["run_id"]: run for run in registry.searches.search_runs()}
+    assert set(found) == {parent, child}
+    assert {"key": "mlflow.parentRunId", "value": parent} in found[child]["data"]["tags"]

@@ -87,7 +87,7 @@ def render(
             classes=classes[:MOST_CLASSES],
             left_out=max(0, len(classes) - MOST_CLASSES),
             slices=_grouped(test.slices),
-            images={name: _address("png", content) for name, content in images.items()},
+            images={name: address("png", content) for name, content in images.items()},
             mistakes=[(mistake, jpeg(mistake.strip)) for mistake in worst],
             tried=tried,
             wrong=sum(video["predicted"] != video["label"] for video in test.videos),
@@ -151,8 +151,9 @@ def jpeg(pixels: np.ndarray) -> str:
     import cv2
 
     encoded = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
-    return _address("jpeg", encoded.tobytes())
+    return address("jpeg", encoded.tobytes())
 
 
-def _address(kind: str, content: bytes) -> str:
+def address(kind: str, content: bytes) -> str:
+    """A picture (`png`, `jpeg`) as a data URI for a page."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from sora import tasks
 from sora.core import statistics
 from sora.core.records import EvalReport, Tried
+from sora.core.trials import Metric, Trial, better
 from sora.judging.report import measure
 from sora.judging.report.mistakes import Mistake
 
@@ -217,4 +218,40 @@ def contact_sheet(mistakes: Sequence[Mistake]) -> bytes:
         axis.spines[:].set_visible(False)
     for axis in axes[len(mistakes) :]:
         axis.set_axis_off()
+    return _png(figure)
+
+
+def search(trials: Sequence[Trial], metric: Metric) -> bytes:
+    """Each trial's mean over its folds, by number; the best so far as a line, the present settings as a dashed one."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _figure(9, 3.6)
+    axis = figure.add_subplot()
+    complete = [(trial.number, trial.score) for trial in trials if trial.state == "complete" and trial.folds]
+    pruned = [(trial.number, trial.score) for trial in trials if trial.state == "pruned" and trial.folds]
+    if pruned:
+        axis.plot(*zip(*pruned, strict=True), "x", color=FAINT, markersize=6, label="given up early")
+    if complete:
+        numbers, scores = zip(*complete, strict=True)
+        best = (np.maximum if better(metric) > 0 else np.minimum).accumulate(np.array(scores, float))
+        axis.plot(numbers, scores, "o", color=BLUE, markersize=6, label="complete")
+        axis.step(numbers, best, where="post", color=GREEN, linewidth=1.8, label="best so far")
+    for trial in trials:
+        if trial.baseline and trial.score is not None:
+            axis.axhline(trial.score, color=ORANGE, linewidth=1.2, linestyle=(0, (4, 4)), label="present settings")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _bare(axis, xlabel="trial", ylabel=f"{metric.replace('_', ' ')}, mean over folds")
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _png(figure)
+
+
+def importance(shares: Mapping[str, float]) -> bytes:
+    """Settings and the share of the variance that each explains, the largest at the top."""
+    known = sorted(shares.items(), key=lambda item: item[1])
+    figure = _figure(7, 0.9 + 0.28 * max(len(known), 1))
+    axis = figure.add_subplot()
+    axis.barh(range(len(known)), [share for _, share in known], color=BLUE, height=0.6)
+    axis.set_yticks(range(len(known)), [plain(name) for name, _ in known])
+    _bare(axis, xlim=(0, 1), xlabel="share of the variance that it explains (fANOVA)")
     return _png(figure)
