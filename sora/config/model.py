@@ -27,7 +27,7 @@ class Model(Section):
     # See `sora/model/probes.py`.
     probe: Literal["none", "appearance", "motion", "both"] = Field(
         "none",
-        description="`none`: networks are trained. Otherwise logistic regression reads features that are computed "
+        description="With `none` networks are trained. Otherwise logistic regression reads features that are computed "
         "once: what a frozen backbone sees (`appearance`), histograms of optical flow (`motion`, needs clip.flow), or "
         "`both`.",
     )

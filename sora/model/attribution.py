@@ -20,7 +20,6 @@ import keras
 from keras import ops
 
 from sora.core.errors import ServiceError
-from sora.core.tensors import VIDEO
 from sora.model import streams
 
 
@@ -48,7 +47,7 @@ def split(model: keras.Model) -> Parts:
     """
     layers = {layer.name: layer for layer in model.layers}
     low, high = layers.get("low"), layers.get("high")
-    if low is None and (high is None or layers["key_frames"].count < model.get_layer(VIDEO).output.shape[1]):
+    if low is None and (high is None or layers["key_frames"].count < model.inputs[0].shape[1]):
         raise ServiceError(
             "this model has no network that sees every frame, so it can't tell moments apart",
             fix="explain a model that sees every frame: the presets `small` or `appearance`",

@@ -5,10 +5,10 @@ Heads read it in training (`sora.model.probes`). The model that is served holds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from sora.core.tensors import VIDEO, Clips, TensorSpec
 if TYPE_CHECKING:
     import keras
 
+BATCH = 4  # clips
 APPEARANCE = "appearance"  # the tensor: `(frames, channels) float16`, all levels side by side
 
 
@@ -43,7 +44,10 @@ class Bank:
 
     def compute(self, clips: Clips) -> Mapping[str, np.ndarray]:
         """The features of some clips."""
-        return {APPEARANCE: self._call(clips.video)}
+        # Always as many: another number would be traced again, for seconds.
+        padded = clips.padded(-(-len(clips) // BATCH) * BATCH).video
+        parts = [self._model.predict_on_batch(padded[start : start + BATCH]) for start in range(0, len(padded), BATCH)]
+        return {APPEARANCE: np.concatenate(parts)[: len(clips)].astype(np.float16)}
 
     @cached_property
     def _model(self) -> keras.Model:
@@ -60,24 +64,3 @@ class Bank:
         if isinstance(layer, BackboneStream):
             pretrained.give(layer)
         return keras.Model(video, keras.layers.Concatenate()(levels) if len(levels) > 1 else levels[0])
-
-    @cached_property
-    def _call(self) -> Callable[[np.ndarray], np.ndarray]:
-        return _compiled(self._model)
-
-
-def _compiled(model: Any) -> Callable[[np.ndarray], np.ndarray]:
-    import keras
-
-    if keras.config.backend() != "tensorflow":
-        return lambda clips: np.asarray(model.predict_on_batch(clips), np.float16)
-    import tensorflow as tf
-
-    signature = [tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8)]
-
-    @tf.function(input_signature=signature, autograph=False)  # type: ignore[untyped-decorator]  # TensorFlow has no types
-    def call(clips: Any) -> Any:
-        return tf.cast(model(clips, training=False), tf.float16)
-
-    function = call.get_concrete_function()
-    return lambda clips: np.asarray(function(tf.constant(clips)))

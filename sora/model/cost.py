@@ -10,6 +10,7 @@ import keras
 from sora.core.tensors import Shape
 from sora.model.backbone import BiasConv
 from sora.model.fusion import GramMatrix
+from sora.model.probes import RbfKernel
 from sora.model.residual import FrameConv, ResidualBlock
 
 FLOAT = 4  # bytes
@@ -32,6 +33,8 @@ def flops(layer: keras.layers.Layer) -> int:
         return 2 * _numbers(layer.compute_output_shape(shape)) * layer.size**2 * int(shape[-1] if layer.filters else 1)
     if isinstance(layer, keras.layers.Dense):
         return 2 * _numbers(shape) * int(layer.units)
+    if isinstance(layer, RbfKernel):
+        return 2 * _numbers(shape) * layer.anchors
     if isinstance(layer, GramMatrix):
         return 2 * _numbers(shape) * int(shape[-1])
     inner = _inner(layer)

@@ -15,7 +15,7 @@ rotation of the features, so it loses nothing, and the logits are linear in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -196,8 +196,26 @@ def assemble(config: Model, clip: ClipSpec, branches: Sequence[Branch]) -> keras
     return keras.Model(inputs[0] if len(inputs) == 1 else inputs, logits, name="sora")
 
 
+def untrained(config: Model, clip: ClipSpec, classes: int, clips: int = 200) -> keras.Model:
+    """A model of the size that `clips` training clips would give, all of whose answers are equal. For `auto` it is the
+    largest of the probes that it may choose.
+    """
+    features = {"appearance": ("appearance",), "motion": ("motion",)}.get(config.probe, ("appearance", "motion"))
+    shape = MODALITY.tensors(replace(clip, flow=clip.flow or 1))[FLOW].shape
+    branches = []
+    for one in features:
+        channels = clips if one == "motion" else STATISTICS * sum(stream(config.backbone, trainable=False).channels)
+        kernel = Kernel(
+            np.zeros(shape, np.float32), np.ones(shape, np.float32), np.zeros((clips, *shape), np.float32), 1.0
+        )
+        embedding = Linear(np.zeros((channels, clips), np.float32), np.zeros(clips, np.float32))
+        logits = Linear(np.zeros((clips, classes), np.float32), np.zeros(classes, np.float32))
+        branches.append(Branch(one, kernel if one == "motion" else None, embedding, logits))
+    return assemble(config, replace(clip, flow=clip.flow or 1), branches)
+
+
 def _dense(weights: Linear, name: str) -> keras.layers.Layer:
-    layer = keras.layers.Dense(weights.kernel.shape[1], dtype="float32", name=name)
+    layer = keras.layers.Dense(weights.kernel.shape[1], dtype="float32", name=name, trainable=False)
     layer.build((None, weights.kernel.shape[0]))
     layer.set_weights([weights.kernel, weights.bias])
     return layer

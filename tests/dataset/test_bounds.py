@@ -133,6 +133,7 @@ def test_the_manifest_depends_on_the_limits_and_nothing_else_does(tmp_path: Path
     assert bounds_of(settings(min_side=8)) == ""
     assert [stage for stage in plain if plain[stage] != changed[stage]] == ["manifest"]
     project = Project(tmp_path)
+    project.dvc_yaml.write_text("stages: {manifest: {}}")
     project.params_file.write_text(yaml.safe_dump({"validate": {"max_frames": 20}}))
     versioning.write_code_lock(project)
     assert yaml.safe_load((tmp_path / versioning.CODE_LOCK).read_text())["manifest"] != plain["manifest"]

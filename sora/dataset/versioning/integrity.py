@@ -57,10 +57,12 @@ def _fault(name: str, text: str) -> str:
         else:
             own = [stage for name, stage in value["stages"].items() if name in provenance.STAGES]
             entries = [entry for stage in own for entry in (*stage["deps"], *stage["outs"])]
-        wrong = [entry for entry in entries if not (entry["path"] and _MD5.fullmatch(str(entry["md5"])))]
+        wrong = [
+            entry for entry in entries if not (entry["path"] and _MD5.fullmatch(str(entry["md5"])) and "size" in entry)
+        ]
     except (AttributeError, KeyError, IndexError, TypeError) as error:
         return f"is torn: it is not what DVC writes ({error!r})"
-    return f"is torn: {wrong[0]['md5']!r} is not an MD5" if wrong else ""
+    return f"is torn: {wrong[0]} is not what DVC writes of a file" if wrong else ""
 
 
 def _how_to_restore(project: Project, name: str) -> str:

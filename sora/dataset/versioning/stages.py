@@ -109,7 +109,7 @@ def features(project: Project) -> dict[str, int]:
         shutil.rmtree(project.features, ignore_errors=True)
     if not model.bank:
         project.features.mkdir(parents=True)
-        (project.features / "none").write_text("the model reads no features of a backbone\n", encoding="utf-8")
+        project.features.joinpath("none").write_text("the model reads no features of a backbone\n", encoding="utf-8")
         return {"computed": 0}
     shards = ShardSet.open(project.shards)
     bank = Bank(model.backbone, shards.spec)
