@@ -20,7 +20,7 @@ from sora.core.files import atomic
 from sora.core.ledger import Recorded
 from sora.core.progress import say
 from sora.core.records import Decision
-from sora.learning.training import TrainResult
+from sora.learning.jobs import TrainResult
 from sora.registry import JudgedRun, RegistryPort, Smoke
 
 NO_HISTORY = "no_history"  # tag of a run that found assigned splits, but no run that assigned them
@@ -153,7 +153,7 @@ def _candidate(
         evaluation = steps.evaluate(night, work, fitted)
         version = work.once(REGISTER, lambda: steps.register(night, case, run_id, fitted, evaluation))
         decision = work.once(JUDGE, lambda: steps.judge(night, case, evaluation, version))
-        reasons = (*decision.reasons, *plain.in_words(fitted.tried), *doubts)
+        reasons = (*decision.reasons, *plain.in_words(fitted.tried), *fitted.notes, *doubts)
         result = NightResult("refused", case.key.data_version, run_id, version, reasons, evaluation.test_metrics())
         if decision.promote:
             failure = steps.promote(night, version, reasons, smoke)

@@ -25,7 +25,7 @@ from sora.config import Project
 from sora.core.errors import DiskFull, RunActive, ServiceError, SoraError
 from sora.core.processes import die_with_parent
 from sora.core.progress import say
-from sora.learning.training import TrainResult
+from sora.learning.jobs import TrainResult
 from sora.operations import nightly_log
 from sora.operations.lock import run_lock
 

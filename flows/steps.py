@@ -20,7 +20,7 @@ from sora.core.ledger import Recorded
 from sora.core.processes import Emit, Event
 from sora.core.progress import Bar, bar, say
 from sora.core.records import Decision, Tried
-from sora.learning.training import TrainJob, TrainResult
+from sora.learning.jobs import TrainJob, TrainResult
 from sora.registry import Registry, RunsPort, Smoke
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from sora.core import provenance
 from sora.core.errors import InputError, ServiceError
 from sora.core.processes import Emit
 from sora.core.progress import Bar, bar, say
-from sora.learning.training import HELD_OUT_FILE, TrainResult
+from sora.learning.jobs import HELD_OUT_FILE, TrainResult
 from sora.registry import Registry, RunsPort
 
 HANDOVER = PurePosixPath("handover/table.parquet")  # artifacts of the run: to the worker …

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 from sora.core.files import atomic
 from sora.core.progress import say
 from sora.core.records import Decision
-from sora.learning.training import TrainResult
+from sora.learning.jobs import TrainResult
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ from sora.dataset.quality import validate
 from sora.judging import evaluation
 from sora.judging import gate as promotion
 from sora.learning import audit, crossval, training
-from sora.learning.training import TrainJob
+from sora.learning.jobs import TrainJob
 from sora.registry import ChampionRef
 from sora.runtime.predictor import ModelRefused, Predictor, Smoke, predict_files
 from sora.serving.source import ModelCache

@@ -111,11 +111,11 @@ def _clip() -> list[Any]:
 def _losses(work: Path, out: Path, joined: pd.DataFrame, classes: tuple[str, ...]) -> list[float]:
     """Losses of two tiny epochs, in a child as ever: it alone imports TensorFlow."""
     from sora.config import Model, Train
-    from sora.learning import training
+    from sora.learning import jobs, training
     from tests.clips import SMALL
 
     joined.to_csv(work / "table.csv", index=False)
-    job = training.TrainJob(
+    job = jobs.TrainJob(
         shards=str(out),
         table=str(work / "table.csv"),
         classes=list(classes),

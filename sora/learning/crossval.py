@@ -20,7 +20,7 @@ from sora.core.processes import Emit
 from sora.core.records import Recipe, Split
 from sora.judging import evaluation
 from sora.learning import training
-from sora.learning.training import TrainJob
+from sora.learning.jobs import TrainJob
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +64,7 @@ def answers(
 
     Returns:
         {"videos": [{"sha256", "path", "label", "predicted", "probabilities"}], "metrics": of the judged videos,
-        "training": `training.TrainResult` without the model, "train": and "val": videos}.
+        "training": `jobs.TrainResult` without the model, "train": and "val": videos}.
 
     Raises: as `training.run` and `evaluation.run`.
     """

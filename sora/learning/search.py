@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ from sora.core.records import Tried
 from sora.core.tensors import FLOW
 from sora.dataset import folds
 from sora.learning import probing
+from sora.media.video import flow
 from sora.model.bank import APPEARANCE
 from sora.model.probes import Branch, over_time
 
@@ -40,6 +41,7 @@ _DEFAULTS = {"appearance": 1e-1, "motion": 10.0}  # strengths where nothing can 
 READS = {"appearance": ("appearance",), "motion": ("motion",), "both": ("appearance", "motion")}  # `model.probe`
 # `auto` tries them in this order, the cheapest to serve first: of equals the earlier is kept.
 CANDIDATES = ("motion", "appearance", "both")
+_SURE = 1e-3  # chance that a note about mirroring is wrong
 _PRICE = 1.0  # nats a fitted weight must save over all videos (Akaike 1974)
 
 
@@ -66,12 +68,14 @@ class Evidence:
 class Choice:
     """The solved probes, what was tried, and the answers that were given for each clip by a fold that had not seen it.
 
-    `held_out` is `(clips, classes) float32` in the order of the evidence; None if nothing could be held out.
+    `held_out` is `(clips, classes) float32` in the order of the evidence; None if nothing could be held out. `notes` is
+    for people.
     """
 
     branches: tuple[Branch, ...]
     tried: tuple[Tried, ...]
     held_out: np.ndarray | None
+    notes: tuple[str, ...] = ()
 
 
 def gather(shards: ShardSet, bank: ShardSet | None, table: pd.DataFrame, classes: int, task: Task) -> Evidence:
@@ -146,11 +150,14 @@ def candidates(model: Model, evidence: Evidence) -> tuple[str, ...]:
     return can
 
 
-def choose(evidence: Evidence, model: Model, train: Train, out: Path, emit: Emit) -> Choice:
+def choose(
+    evidence: Evidence, model: Model, train: Train, out: Path, emit: Emit, classes: Sequence[str] = ()
+) -> Choice:
     """Compares the candidates, and solves the best one on all the evidence.
 
     Args:
         out: a folder for what is finished; the same search there goes on with it.
+        classes: their names, for the notes.
 
     Raises:
         InputError: nothing can be tried.
@@ -159,17 +166,23 @@ def choose(evidence: Evidence, model: Model, train: Train, out: Path, emit: Emit
 
     # One thread: the matrices are small, and on a busy machine threads that wait for each other took 70 times as long.
     with threadpool_limits(1, user_api="blas"):
-        return _chosen(evidence, model, train, out, emit)
+        return _chosen(evidence, model, train, out, emit, classes)
 
 
-def _chosen(evidence: Evidence, model: Model, train: Train, out: Path, emit: Emit) -> Choice:
+def _chosen(evidence: Evidence, model: Model, train: Train, out: Path, emit: Emit, classes: Sequence[str]) -> Choice:
     names = candidates(model, evidence)
     parts = _parts(evidence, train.seed)
     if parts is None:
         emit({"event": "note", "message": "too few groups to compare candidates: the last one is taken unexamined"})
         return _without_evidence(evidence, names, model, train)
-    needed = sorted({feature for name in names for feature in READS[name]})
-    answers = {feature: _answers(evidence, feature, parts, model, train, out, emit) for feature in needed}
+    answers: dict[str, _Answers] = {}
+    end = time.monotonic() + 60 * train.minutes
+    for feature in dict.fromkeys(feature for name in names for feature in READS[name]):
+        if answers and time.monotonic() > end:
+            emit({"event": "note", "message": f"no time is left for {feature}: train.minutes is {train.minutes:g}"})
+            continue
+        answers[feature] = _answers(evidence, feature, parts, model, train, out, emit)
+    names = tuple(name for name in names if all(feature in answers for feature in READS[name]))
     compared = [_compared(name, [answers[feature] for feature in READS[name]], evidence, model) for name in names]
     best = min(range(len(names)), key=lambda place: (compared[place].cost, place))
     tried = tuple(replace(one.tried, chosen=place == best) for place, one in enumerate(compared))
@@ -179,7 +192,8 @@ def _chosen(evidence: Evidence, model: Model, train: Train, out: Path, emit: Emi
         _solved(evidence, one.feature, np.ones(len(evidence.owner), bool), one.strength, model, train, weight)
         for one, weight in zip(solved, winner.weights, strict=True)
     )
-    return Choice(branches, tried, winner.logits.astype(np.float32))
+    notes = tuple(filter(None, [_mirroring(evidence, answers, model, classes)]))
+    return Choice(branches, tried, winner.logits.astype(np.float32), notes)
 
 
 def _parts(evidence: Evidence, seed: int) -> np.ndarray | None:
@@ -193,11 +207,15 @@ def _parts(evidence: Evidence, seed: int) -> np.ndarray | None:
 
 @dataclass(frozen=True, slots=True)
 class _Answers:
-    """What one feature's probe answers for each clip in the fold that leaves its video out, at the best strength."""
+    """What one feature's probe answers for each clip in the fold that leaves its video out, at the best strength.
+
+    `mirrored` are the answers for the clips' mirror images, where they are known without their pictures.
+    """
 
     feature: str
     strength: float
     logits: np.ndarray
+    mirrored: np.ndarray | None
     seconds: float
 
 
@@ -206,29 +224,33 @@ def _answers(
 ) -> _Answers:
     began = time.monotonic()
     strengths = probing.STRENGTHS[feature]
-    logits = {one: np.zeros((len(evidence.owner), evidence.classes), np.float32) for one in strengths}
+    views = 2 if feature == "motion" else 1  # as it is, and mirrored
+    logits = {one: np.zeros((views, len(evidence.owner), evidence.classes), np.float32) for one in strengths}
     count = int(parts.max()) + 1
     for number in range(count):
         left_out = (parts == number)[evidence.owner]
         kept = out / f"{feature}-{number}.npz"
-        stored = _stored(kept, strengths, (int(left_out.sum()), evidence.classes))
+        stored = _stored(kept, strengths, (views, int(left_out.sum()), evidence.classes))
         if stored is None:
             stored = {}
             base = probing.basis(feature, evidence.features[feature][~left_out])
+            asked = evidence.features[feature][left_out]
             for one in strengths:
                 branch = _branch(base, evidence.targets[~left_out], evidence.classes, one, model, train)
-                stored[one] = branch(evidence.features[feature][left_out])
+                seen = (asked, flow.mirrored(asked)) if feature == "motion" else (asked,)
+                stored[one] = np.stack([branch(view) for view in seen])
             with atomic(kept) as file:
                 np.savez(file, allow_pickle=False, **{str(one): values for one, values in stored.items()})
         for one in strengths:
-            logits[one][left_out] = stored[one]
+            logits[one][:, left_out] = stored[one]
         emit({"event": "search", "candidate": feature, "done": number + 1, "total": count})
-    costs = {one: _cost(values, evidence, model)[0] for one, values in logits.items()}
+    costs = {one: _cost(values[0], evidence, model)[0] for one, values in logits.items()}
     best = min(strengths, key=lambda one: costs[one])
-    return _Answers(feature, best, logits[best], time.monotonic() - began)
+    mirrored = logits[best][1] if views > 1 else None
+    return _Answers(feature, best, logits[best][0], mirrored, time.monotonic() - began)
 
 
-def _stored(file: Path, strengths: Sequence[float], shape: tuple[int, int]) -> dict[float, np.ndarray] | None:
+def _stored(file: Path, strengths: Sequence[float], shape: tuple[int, int, int]) -> dict[float, np.ndarray] | None:
     """What an interrupted search kept of a fold, or None."""
     try:
         with np.load(file, allow_pickle=False) as kept:
@@ -288,6 +310,36 @@ def _compared(name: str, answers: list[_Answers], evidence: Evidence, model: Mod
         settings={one.feature: one.strength for one in answers},
     )
     return _Compared(tried, loss + _PRICE * (len(answers) - 1) / videos, weights, weighed)
+
+
+def _mirroring(evidence: Evidence, answers: Mapping[str, _Answers], model: Model, classes: Sequence[str]) -> str | None:
+    """In words, that a mirrored clip shows another class; None without a clear sign of it.
+
+    The sign: by its motion, a video is answered rightly and its mirror image wrongly far more often than the reverse.
+    """
+    from scipy.stats import binom
+
+    known = answers.get("motion")
+    if known is None or known.mirrored is None or evidence.truth.ndim != 1:
+        return None
+    task, videos = model.task, len(evidence.truth)
+    plain, turned = (
+        task.video_probabilities(one, evidence.owner, videos).argmax(axis=1) for one in (known.logits, known.mirrored)
+    )
+    right, still = plain == evidence.truth, turned == evidence.truth
+    lost, won = int((right & ~still).sum()), int((~right & still).sum())
+    if not lost or binom.sf(lost - 1, lost + won, 0.5) > _SURE:
+        return None
+    pairs = []
+    for number, name in enumerate(classes):
+        own = turned[(evidence.truth == number) & right]
+        if len(own) and (other := int(np.bincount(own).argmax())) != number:
+            pairs.append(f"{name!r} looks like {classes[other]!r}")
+    return (
+        f"mirrored left to right, {lost} of {int(right.sum())} videos change their class by their motion"
+        + (f" ({', '.join(pairs)})" if pairs else "")
+        + ": train.flip must not mirror them"
+    )
 
 
 def _right(shares: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import statistics
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +21,8 @@ from sora.config import Model, Train
 from sora.core import files
 from sora.core.errors import InputError, ServiceError
 from sora.core.processes import Emit, child_main, run_child
-from sora.core.records import ClipSpec, Tried
+from sora.core.records import ClipSpec
+from sora.learning.jobs import MODEL_FILE, TrainJob, TrainResult, labelled, open_shards, save
 
 if TYPE_CHECKING:
     import keras
@@ -32,56 +31,8 @@ if TYPE_CHECKING:
 
     from sora.learning import loop
     from sora.store.batches import Batches
-    from sora.store.shards import ShardSet
-    from sora.tasks import Task
 
-MODEL_FILE = "model.keras"
 CHECKPOINT_FILE = "checkpoint.npz"
-HELD_OUT_FILE = "held_out.npz"  # sha256, clip, logits
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """What the child needs; `to_dict` makes it JSON-able."""
-
-    shards: str  # folder
-    table: str  # parquet or CSV file: sha256, label, split and, for a search, unit (`sora.dataset.splits.units`)
-    classes: Sequence[str]  # in the order of the logits
-    model: dict[str, Any]  # settings.Model
-    train: dict[str, Any]  # settings.Train
-    clip: dict[str, Any]  # records.ClipSpec; must be the shards' own
-    out: str  # folder for this job only: for the checkpoint and, at the end, the model
-    features: str = ""  # folder of the bank of features; "": there is none
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "classes": list(self.classes)}
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> TrainJob:
-        return cls(**value)
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """The result. Epochs count from 1."""
-
-    model: str  # file, without optimiser, float32; the weights of the best epoch
-    best_epoch: int
-    epochs: int  # trained epochs, including those before a resumption
-    history: list[dict[str, float]]  # one entry per epoch: epoch, loss, accuracy, val_…, seconds, clips_per_second
-    seconds: float  # of all epochs
-    clips_per_second: float  # of training only: the median epoch, without the first, which traces
-    parameters: int
-    resumed_from: int  # epochs that an interrupted run had finished; 0: none
-    tried: list[Tried] = field(default_factory=list)  # what a search compared
-    held_out: str = ""  # file: answers for clips of train and validation by folds that had not seen them; "": none
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> TrainResult:
-        return cls(**{**value, "tried": [Tried.from_dict(one) for one in value.get("tried", ())]})
 
 
 def run(
@@ -119,7 +70,9 @@ def fit(job: TrainJob, emit: Emit = lambda event: None, *, devices: Sequence[str
     """
     train, model = Train(**job.train), Model(**job.model)
     if model.preset == "auto" or model.probe != "none":
-        return _searched(job, model, train, emit)
+        from sora.learning import probed
+
+        return probed.fit(job, emit)
     footage = _footage(job, train)
     if not footage.validation.clips:
         emit({"event": "note", "message": "no validation clips: early stopping watches the training loss instead"})
@@ -141,67 +94,9 @@ def fit(job: TrainJob, emit: Emit = lambda event: None, *, devices: Sequence[str
     return _result(job, fitting)
 
 
-def _searched(job: TrainJob, model: Model, train: Train, emit: Emit) -> TrainResult:
-    """A probe: solved, not trained in epochs."""
-    import numpy as np
-
-    from sora.learning import search
-    from sora.model import probes
-    from sora.store.shards import ShardSet
-
-    began = time.monotonic()
-    out = Path(job.out)
-    with files.writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    shards, table = _open(job), _table(job, model.task)
-    bank = ShardSet.open(Path(job.features)) if job.features and model.bank else None
-    evidence = search.gather(shards, bank, table, len(job.classes), model.task)
-    emit(
-        {
-            "event": "start",
-            "train": len(evidence.owner),
-            "val": 0,
-            "parameters": 0,
-            "device": "cpu",
-            "precision": "float32",
-            "resumed_from": 0,
-        }
-    )
-    key = hashlib.sha256(json.dumps([job.to_dict() | {"out": ""}, _rows_of(table)]).encode()).hexdigest()[:16]
-    kept = out / f"search-{key}"
-    with files.writing(kept):
-        kept.mkdir(exist_ok=True)
-    choice = search.choose(evidence, model, train, kept, emit)
-    network = probes.assemble(model, ClipSpec.from_dict(job.clip), choice.branches)
-    _save(network, out / MODEL_FILE)
-    held_out = ""
-    if choice.held_out is not None:
-        held_out = str(out / HELD_OUT_FILE)
-        with files.atomic(Path(held_out)) as file:
-            np.savez(file, sha256=evidence.sha256, clip=evidence.clip, logits=choice.held_out)
-    seconds = time.monotonic() - began
-    return TrainResult(
-        model=str(out / MODEL_FILE),
-        best_epoch=0,
-        epochs=0,
-        history=[],
-        seconds=seconds,
-        clips_per_second=len(evidence.owner) / seconds,
-        parameters=network.count_params(),
-        resumed_from=0,
-        tried=list(choice.tried),
-        held_out=held_out,
-    )
-
-
-def _rows_of(table: pd.DataFrame) -> str:
-    columns = [name for name in ("sha256", "label", "split", "unit") if name in table]
-    return str(table[columns].to_csv(index=False))
-
-
 @dataclass(frozen=True)
 class _Footage:
-    """The batches for training and validation. `table` is the job's, see `_table`."""
+    """The batches for training and validation. `table` is the job's, see `jobs.labelled`."""
 
     table: pd.DataFrame
     training: Batches
@@ -227,8 +122,8 @@ def _footage(job: TrainJob, train: Train) -> _Footage:
     from sora.store.batches import Batches
 
     task = Model(**job.model).task
-    shards = _open(job)
-    table = _table(job, task)
+    shards = open_shards(job)
+    table = labelled(job, task)
     training = Batches(
         shards,
         table[table["split"] == "train"],
@@ -303,7 +198,7 @@ def _result(job: TrainJob, fitting: _Fitting) -> TrainResult:
     final = _built(job)
     final.set_weights(fitting.end.best)
     path = Path(job.out) / MODEL_FILE
-    _save(final, path)
+    save(final, path)
     history = fitting.end.state["history"]
     rates = [epoch["clips_per_second"] for epoch in history]
     return TrainResult(
@@ -323,43 +218,6 @@ def _built(job: TrainJob) -> keras.Model:
     from sora.model import classifier
 
     return classifier.build(Model(**job.model), ClipSpec.from_dict(job.clip), len(job.classes))
-
-
-def _open(job: TrainJob) -> ShardSet:
-    from sora.store.shards import ShardSet
-
-    shards, clip = ShardSet.open(Path(job.shards)), ClipSpec.from_dict(job.clip)
-    if shards.spec != clip:
-        raise InputError(
-            f"the shards in {job.shards} hold {shards.spec}, but the settings want {clip}",
-            fix="`sora run` prepares them again",
-        )
-    return shards
-
-
-def _table(job: TrainJob, task: Task) -> pd.DataFrame:
-    """The job's table with `label_index`, as the task's `index` returns it, sorted by sha256."""
-    import pandas as pd
-
-    table = pd.read_parquet(job.table) if job.table.endswith(".parquet") else pd.read_csv(job.table, dtype=str)
-    single = task.single(table["label"])
-    unknown = sorted(set(single) - set(job.classes))
-    if unknown:
-        raise InputError(
-            f"the table has a label that is not a class: {unknown[0]!r}", fix="add it to `classes` in params.yaml"
-        )
-    trained = set(task.single(table.loc[table["split"] == "train", "label"]))
-    if not trained:
-        raise InputError("no clip to train on: the split `train` is empty", fix="add videos or groups")
-    empty = [name for name in job.classes if name not in trained]
-    if empty:
-        raise InputError(
-            f"no clip to train on of class {', '.join(map(repr, empty))}",
-            fix="add videos of it (from more than one group), or remove it from `classes` in params.yaml",
-        )
-    numbers = {name: number for number, name in enumerate(job.classes)}
-    index = [task.index(label, numbers) for label in table["label"]]
-    return table.assign(label_index=index).sort_values("sha256", ignore_index=True)
 
 
 def _fingerprint(job: TrainJob, table: pd.DataFrame, machine: Machine) -> str:
@@ -468,20 +326,6 @@ def _feed(data: loop.ClipDataset) -> loop.ClipDataset | tf.data.Dataset:
     options = tf.data.Options()
     options.autotune.enabled = False
     return dataset.apply(tf.data.experimental.assert_cardinality(len(batches))).prefetch(1).with_options(options)
-
-
-def _save(model: keras.Model, path: Path) -> None:
-    """Saves the whole model or nothing. Keras requires the suffix."""
-    draft = path.with_name("draft.keras")
-    with files.writing(path):
-        try:
-            model.save(draft)
-            with draft.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(draft, path)
-            files.sync_folder(path.parent)
-        finally:
-            draft.unlink(missing_ok=True)
 
 
 def _body(job: dict[str, Any], emit: Emit) -> dict[str, Any]:

@@ -130,7 +130,14 @@ def judge(
         done = (place / crossval.FOLD_FILE).exists()
         with nullcontext({}) if done else hold() as env:
             answer = crossval.answers(
-                place, project.shards, table, settings, judged="test", on_event=_of(number, on_event), env=dict(env)
+                place,
+                project.shards,
+                table,
+                settings,
+                judged="test",
+                features=project.features if settings.model.bank else None,
+                on_event=_of(number, on_event),
+                env=dict(env),
             )
         scores.append(float(answer["metrics"][plan.metric]))
         means.append(float(np.mean(scores)))

@@ -20,7 +20,7 @@ from sora.core.errors import ServiceError
 from sora.core.ledger import Recorded
 from sora.core.records import Decision, Recipe
 from sora.judging.evaluation import EvalOutcome
-from sora.learning.training import TrainResult
+from sora.learning.jobs import TrainResult
 from sora.registry import Smoke
 from tests.registry.conftest import answers, fails, recipe, report
 from tests.registry.fake import FakeRegistry

@@ -25,7 +25,7 @@ from sora.config.credentials import secret
 from sora.core.errors import ServiceError
 from sora.core.processes import quiet_environment
 from sora.core.progress import bar
-from sora.learning.training import TrainResult
+from sora.learning.jobs import TrainResult
 from sora.registry import Registry
 from tests.videos import make_folder
 

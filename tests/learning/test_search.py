@@ -152,3 +152,30 @@ def test_without_features_it_says_what_to_set(tmp_path: Path) -> None:
     assert chosen(choose(motion, AUTO, TRAIN, tmp_path, quiet)) == "motion"
     with pytest.raises(InputError):
         choose(motion, Model(preset="appearance"), TRAIN, tmp_path, quiet)
+
+
+def test_a_mirror_that_changes_the_class_is_said(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from sora.media.video import flow
+
+    data = evidence()
+    vectors = np.abs(np.random.default_rng(1).normal(0, 0.1, (60, 368))).astype(np.float32)
+    vectors[:, 0:96:8] += data.truth[:, None]  # to the right
+    vectors[:, 4:96:8] += 1 - data.truth[:, None]  # to the left
+    found = choose(replace(data, features={"motion": vectors}), AUTO, TRAIN, tmp_path, quiet, ("left", "right"))
+    [note] = found.notes
+    assert "'left' looks like 'right'" in note and "train.flip" in note
+    same = tmp_path / "same"
+    same.mkdir()
+    both = vectors + flow.mirrored(vectors)  # its own mirror image
+    both[:, 2] += 3 * data.truth
+    both = both + flow.mirrored(both)
+    assert choose(replace(data, features={"motion": both}), AUTO, TRAIN, same, quiet, ("left", "right")).notes == ()
+
+
+def test_time_is_bounded(tmp_path: Path) -> None:
+    said: list[dict[str, Any]] = []
+    found = choose(evidence(), AUTO, Train(minutes=1e-9), tmp_path, said.append)
+    assert [one.name for one in found.tried] == ["motion"]  # one at least, the cheapest
+    assert any("no time is left for appearance" in event.get("message", "") for event in said)

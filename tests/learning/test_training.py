@@ -20,8 +20,8 @@ import pytest
 from sora.config import Model, Train
 from sora.core.errors import DiskFull, InputError, ServiceError
 from sora.core.records import ClipSpec
-from sora.learning import training
-from sora.learning.training import TrainJob
+from sora.learning import jobs, training
+from sora.learning.jobs import TrainJob
 from tests.clips import CLASSES, SMALL, SPEC, make_shards
 
 Events = list[dict[str, Any]]
@@ -121,7 +121,7 @@ def test_the_child_dies_with_its_parent(job: Callable[..., TrainJob], tmp_path: 
     file = tmp_path / "job.json"
     file.write_text(json.dumps(job(epochs=10_000).to_dict()))
     code = (
-        "import json, sys; from sora.learning import training; from sora.learning.training import TrainJob\n"
+        "import json, sys; from sora.learning import jobs, training; from sora.learning.jobs import TrainJob\n"
         "def show(event): print(event['event'], flush=True)\n"
         f"training.run(TrainJob.from_dict(json.load(open({str(file)!r}))), show)"
     )
@@ -258,7 +258,7 @@ def test_a_full_disk_at_the_end_leaves_no_half_model(job: Callable[..., TrainJob
     try:
         with pytest.raises(DiskFull):
             training.fit(job(epochs=1))
-        assert not (out / training.MODEL_FILE).exists() and not list(out.glob("*.keras"))
+        assert not (out / jobs.MODEL_FILE).exists() and not list(out.glob("*.keras"))
     finally:
         subprocess.run(["umount", str(out)], check=True)
 
@@ -319,8 +319,8 @@ import json, sys
 import tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from sora.learning import training
-job = training.TrainJob.from_dict(json.load(open(sys.argv[1])))
+from sora.learning import jobs, training
+job = jobs.TrainJob.from_dict(json.load(open(sys.argv[1])))
 events = []
 result = training.fit(job, events.append, devices=["CPU:0", "CPU:1"])
 print(json.dumps([events[0], result.to_dict()]))
@@ -354,8 +354,8 @@ def test_jax_trains_from_shards_without_tensorflow(job: Callable[..., TrainJob],
     file.write_text(json.dumps(job(epochs=2, ema=0.5, mix_up=0.2).to_dict()))
     code = (
         "import json, sys; sys.modules['tensorflow'] = None\n"
-        "from sora.learning import training\n"
-        f"result = training.fit(training.TrainJob.from_dict(json.load(open({str(file)!r}))))\n"
+        "from sora.learning import jobs, training\n"
+        f"result = training.fit(jobs.TrainJob.from_dict(json.load(open({str(file)!r}))))\n"
         "print(json.dumps(result.to_dict()))"
     )
     done = subprocess.run(
