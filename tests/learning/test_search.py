@@ -12,6 +12,7 @@ from sora.config import Model, Train
 from sora.core.errors import InputError
 from sora.learning import probing, search
 from sora.learning.search import Evidence, choose
+from sora.media.video.clips import FLOW_LENGTH
 from sora.tasks import SINGLE
 
 AUTO = Model(preset="auto")
@@ -30,7 +31,9 @@ def evidence(
     def features(strength: float) -> np.ndarray:
         own = np.zeros((1, 40))
         own[0, :4] = strength
-        return np.asarray(chance.normal(0, 1, (len(owner), 40)) + side * own, np.float32)
+        drawn = np.zeros((len(owner), FLOW_LENGTH), np.float32)
+        drawn[:, :40] = chance.normal(0, 1, (len(owner), 40)) + side * own
+        return drawn
 
     return Evidence(
         sha256=np.array([f"{one:064x}" for one in owner], "U64"),
