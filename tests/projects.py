@@ -22,7 +22,9 @@ def _template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         videos = make_folder(folder / "videos", groups=4, frames=16)
         projects.init(folder / "project", videos)
         params = folder / "project" / "params.yaml"
-        text = params.read_text().replace("height: 112", "height: 32").replace("width: 112", "width: 32")
+        text = params.read_text().replace("height: 224", "height: 32").replace("width: 224", "width: 32")
+        # A network, without features and optical flow: `tests/e2e/test_auto.py` has what `sora init` writes.
+        text = text.replace("preset: auto", "preset: small").replace("flow: 16", "flow: 0")
         params.write_text(text.replace("group_pattern: null", "group_pattern: '/g(\\d+)_'"))
         yield folder / "project"
 
