@@ -83,12 +83,20 @@ def _served(project: Project) -> Iterator[None]:
         os.environ.setdefault(name, value)
     # Prefect's own lines, including tracebacks of failed tasks, go to its server; the terminal shows Sora's.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL", "CRITICAL")  # of its own threads
     with servers(project) as addresses:
         os.environ.update(environment(project, addresses))
+        import httpx
         from prefect.logging.handlers import APILogHandler
 
         try:
             yield
+        except httpx.TransportError as error:
+            raise ServiceError(
+                f"the Prefect server of this run does not answer any more: {error}",
+                fix=f"run the same command again: it goes on after its last finished step ({project.log('prefect')} "
+                "says how the server ended)",
+            ) from error
         finally:
             # While their server is up: at its exit Python would wait a minute for one that is gone, after Ctrl-C too.
             APILogHandler().flush()
