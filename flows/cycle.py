@@ -77,6 +77,8 @@ def run(night: Night, *, force: bool = False, steps: Steps | None = None) -> Nig
     key = RunKey.of(night.settings, steps.version_data(project))
     if judged is not None and not force and key.is_of(judged):
         say("nothing changed since the last judged run: data, parameters and code are the same")
+        # It may have been killed after its verdict, before it removed what it worked in.
+        Work(project.work / key.name).remove()
         reason = "data, parameters and code are as in the last judged run; --force trains anyway"
         return NightResult("unchanged", key.data_version, judged.run_id, judged.version, (reason,), judged.metrics)
     steps.reproduce(project)

@@ -151,7 +151,7 @@ class Tried:
     log_loss: float  # nats a video
     videos: int
     seconds: float  # that it took
-    settings: dict[str, float] = field(default_factory=dict)  # what was chosen for it
+    settings: dict[str, str] = field(default_factory=dict)  # what was chosen for it
     chosen: bool = False
 
     def to_dict(self) -> dict[str, Any]:

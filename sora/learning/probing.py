@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sora.media.video.flow import COLUMNS
 from sora.model.probes import Branch, Kernel, Linear
 
 if TYPE_CHECKING:
@@ -15,10 +16,27 @@ if TYPE_CHECKING:
 
 MAX_ANCHORS = 1024  # of the kernel: a served model carries them
 MAX_EMBEDDING = 1024
-STRENGTHS: dict[str, tuple[float, ...]] = {  # feature → inverse regularisation strengths to choose from
-    "appearance": (1e-3, 1e-2, 1e-1, 1.0),
-    "motion": (1.0, 3.0, 10.0, 30.0),
+_LEFT_OUT = 1e12  # scale of a column that is not read
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How a probe is solved: the inverse of its penalty, and the part of the features that it reads, see
+    `flow.COLUMNS`.
+    """
+
+    strength: float
+    columns: str = "all"
+
+    def __str__(self) -> str:
+        return f"{self.strength:g} {self.columns}"
+
+
+SETTINGS: dict[str, tuple[Setting, ...]] = {  # feature → settings to choose from
+    "appearance": tuple(Setting(strength) for strength in (1e-3, 1e-2, 1e-1, 1.0)),
+    "motion": tuple(Setting(strength, columns) for columns in COLUMNS for strength in (1.0, 3.0, 10.0, 30.0)),
 }
+DEFAULTS = {"appearance": Setting(1e-1), "motion": Setting(10.0)}  # where nothing can be compared
 _FLAT = 1e-2  # a channel's scale is at least this share of the median channel's
 _ABSENT = -30.0  # logit of a class without a training clip
 _STEPS = 2000
@@ -37,8 +55,8 @@ class Basis:
     vectors: np.ndarray
 
 
-def basis(features: str, x: np.ndarray) -> Basis:
-    """Standardises and rotates `(clips, channels) float32`.
+def basis(features: str, x: np.ndarray, columns: str = "all") -> Basis:
+    """Standardises and rotates `(clips, channels) float32`, of motion only the named columns.
 
     Regularised logistic regression looks at nothing outside the span of its training clips (the representer theorem:
     Schölkopf, Herbrich and Smola 2001), so the rotation onto that span changes no answer and leaves as many numbers as
@@ -46,8 +64,9 @@ def basis(features: str, x: np.ndarray) -> Basis:
     """
     x = x.astype(np.float32)
     mean, scale = x.mean(0), x.std(0)
-    scale = np.maximum(scale, max(_FLAT * float(np.median(scale)), 1e-6))
+    scale = np.maximum(scale, max(_FLAT * float(np.median(scale)), 1e-6)).astype(np.float32)
     if features == "motion":
+        scale[np.setdiff1d(np.arange(len(scale)), COLUMNS[columns])] = _LEFT_OUT
         kernel = _kernel(x, mean, scale)
         values = kernel(x)
         mean, scale = np.zeros(values.shape[1], np.float32), np.ones(values.shape[1], np.float32)

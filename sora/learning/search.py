@@ -26,6 +26,7 @@ from sora.core.records import Tried
 from sora.core.tensors import FLOW
 from sora.dataset import folds
 from sora.learning import probing
+from sora.learning.probing import Setting
 from sora.media.video import flow
 from sora.model.bank import APPEARANCE
 from sora.model.probes import Branch, over_time
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from sora.tasks import Task
 
 FOLDS = 5
-_DEFAULTS = {"appearance": 1e-1, "motion": 10.0}  # strengths where nothing can be compared
 READS = {"appearance": ("appearance",), "motion": ("motion",), "both": ("appearance", "motion")}  # `model.probe`
 # `auto` tries them in this order, the cheapest to serve first: of equals the earlier is kept.
 CANDIDATES = ("motion", "appearance", "both")
@@ -189,7 +189,7 @@ def _chosen(evidence: Evidence, model: Model, train: Train, out: Path, emit: Emi
     winner = compared[best]
     solved = [answers[feature] for feature in READS[names[best]]]
     branches = tuple(
-        _solved(evidence, one.feature, np.ones(len(evidence.owner), bool), one.strength, model, train, weight)
+        _solved(evidence, one.feature, np.ones(len(evidence.owner), bool), one.setting, model, train, weight)
         for one, weight in zip(solved, winner.weights, strict=True)
     )
     notes = tuple(filter(None, [_mirroring(evidence, answers, model, classes)]))
@@ -207,13 +207,13 @@ def _parts(evidence: Evidence, seed: int) -> np.ndarray | None:
 
 @dataclass(frozen=True, slots=True)
 class _Answers:
-    """What one feature's probe answers for each clip in the fold that leaves its video out, at the best strength.
+    """What one feature's probe answers for each clip in the fold that leaves its video out, at the best setting.
 
     `mirrored` are the answers for the clips' mirror images, where they are known without their pictures.
     """
 
     feature: str
-    strength: float
+    setting: Setting
     logits: np.ndarray
     mirrored: np.ndarray | None
     seconds: float
@@ -223,54 +223,57 @@ def _answers(
     evidence: Evidence, feature: str, parts: np.ndarray, model: Model, train: Train, out: Path, emit: Emit
 ) -> _Answers:
     began = time.monotonic()
-    strengths = probing.STRENGTHS[feature]
+    settings = probing.SETTINGS[feature]
     views = 2 if feature == "motion" else 1  # as it is, and mirrored
-    logits = {one: np.zeros((views, len(evidence.owner), evidence.classes), np.float32) for one in strengths}
+    logits = {one: np.zeros((views, len(evidence.owner), evidence.classes), np.float32) for one in settings}
     count = int(parts.max()) + 1
     for number in range(count):
         left_out = (parts == number)[evidence.owner]
         kept = out / f"{feature}-{number}.npz"
-        stored = _stored(kept, strengths, (views, int(left_out.sum()), evidence.classes))
+        stored = _stored(kept, settings, (views, int(left_out.sum()), evidence.classes))
         if stored is None:
             stored = {}
-            base = probing.basis(feature, evidence.features[feature][~left_out])
             asked = evidence.features[feature][left_out]
-            for one in strengths:
-                branch = _branch(base, evidence.targets[~left_out], evidence.classes, one, model, train)
+            bases = {
+                columns: probing.basis(feature, evidence.features[feature][~left_out], columns)
+                for columns in dict.fromkeys(one.columns for one in settings)
+            }
+            for one in settings:
+                branch = _branch(bases[one.columns], evidence.targets[~left_out], evidence.classes, one, model, train)
                 seen = (asked, flow.mirrored(asked)) if feature == "motion" else (asked,)
                 stored[one] = np.stack([branch(view) for view in seen])
             with atomic(kept) as file:
                 np.savez(file, allow_pickle=False, **{str(one): values for one, values in stored.items()})
-        for one in strengths:
+        for one in settings:
             logits[one][:, left_out] = stored[one]
         emit({"event": "search", "candidate": feature, "done": number + 1, "total": count})
     costs = {one: _cost(values[0], evidence, model)[0] for one, values in logits.items()}
-    best = min(strengths, key=lambda one: costs[one])
+    best = min(settings, key=lambda one: costs[one])
     mirrored = logits[best][1] if views > 1 else None
     return _Answers(feature, best, logits[best][0], mirrored, time.monotonic() - began)
 
 
-def _stored(file: Path, strengths: Sequence[float], shape: tuple[int, int, int]) -> dict[float, np.ndarray] | None:
+def _stored(file: Path, settings: Sequence[Setting], shape: tuple[int, int, int]) -> dict[Setting, np.ndarray] | None:
     """What an interrupted search kept of a fold, or None."""
     try:
         with np.load(file, allow_pickle=False) as kept:
-            stored = {one: kept[str(one)] for one in strengths}
+            stored = {one: kept[str(one)] for one in settings}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
     return stored if all(values.shape == shape for values in stored.values()) else None
 
 
 def _branch(
-    base: probing.Basis, targets: np.ndarray, classes: int, strength: float, model: Model, train: Train
+    base: probing.Basis, targets: np.ndarray, classes: int, setting: Setting, model: Model, train: Train
 ) -> Branch:
-    return probing.solve(base, targets, classes, model.task, strength, class_weights=train.class_weights)
+    return probing.solve(base, targets, classes, model.task, setting.strength, class_weights=train.class_weights)
 
 
 def _solved(
-    evidence: Evidence, feature: str, rows: np.ndarray, strength: float, model: Model, train: Train, weight: float
+    evidence: Evidence, feature: str, rows: np.ndarray, setting: Setting, model: Model, train: Train, weight: float
 ) -> Branch:
-    base = probing.basis(feature, evidence.features[feature][rows])
-    branch = _branch(base, evidence.targets[rows], evidence.classes, strength, model, train)
+    base = probing.basis(feature, evidence.features[feature][rows], setting.columns)
+    branch = _branch(base, evidence.targets[rows], evidence.classes, setting, model, train)
     return replace(branch, logits=branch.logits.scaled(weight))
 
 
@@ -307,7 +310,7 @@ def _compared(name: str, answers: list[_Answers], evidence: Evidence, model: Mod
         log_loss=loss,
         videos=videos,
         seconds=sum(one.seconds for one in answers),
-        settings={one.feature: one.strength for one in answers},
+        settings={one.feature: str(one.setting) for one in answers},
     )
     return _Compared(tried, loss + _PRICE * (len(answers) - 1) / videos, weights, weighed)
 
@@ -379,6 +382,6 @@ def _without_evidence(evidence: Evidence, names: Sequence[str], model: Model, tr
     rows = evidence.is_train[evidence.owner]
     weight = 1 / len(READS[name])
     branches = tuple(
-        _solved(evidence, feature, rows, _DEFAULTS[feature], model, train, weight) for feature in READS[name]
+        _solved(evidence, feature, rows, probing.DEFAULTS[feature], model, train, weight) for feature in READS[name]
     )
     return Choice(branches, (), None)

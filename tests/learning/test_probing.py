@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from sora.learning import probing
+from sora.media.video.clips import FLOW_LENGTH
 from sora.tasks import MULTI, SINGLE
 
 
-def blobs(classes: int, each: int = 20, channels: int = 30, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def blobs(classes: int, each: int = 20, channels: int = FLOW_LENGTH, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     chance = np.random.default_rng(seed)
     centres = chance.normal(0, 2, (classes, channels))
     targets = np.repeat(np.arange(classes), each)
@@ -77,3 +78,13 @@ def test_more_clips_than_a_kernel_carries(monkeypatch: pytest.MonkeyPatch) -> No
     assert base.kernel is not None and len(base.kernel.anchors) == 16 and len(base.vectors) == 80
     branch = probing.solve(base, targets, 2, SINGLE, 3.0, class_weights=True)
     assert (branch(x).argmax(axis=1) == targets).mean() > 0.9
+
+
+def test_what_is_not_read_changes_nothing() -> None:
+    from sora.media.video.flow import COLUMNS
+
+    x, targets = blobs(2)
+    branch = probing.solve(probing.basis("motion", x, "cells"), targets, 2, SINGLE, 3.0, class_weights=True)
+    other = x.copy()
+    other[:, COLUMNS["order"]] = 7
+    assert np.array_equal(branch(other), branch(x)) and (branch(x).argmax(axis=1) == targets).all()

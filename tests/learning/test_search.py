@@ -12,6 +12,7 @@ from sora.config import Model, Train
 from sora.core.errors import InputError
 from sora.learning import probing, search
 from sora.learning.search import Evidence, choose
+from sora.media.video import flow
 from sora.media.video.clips import FLOW_LENGTH
 from sora.tasks import SINGLE
 
@@ -84,15 +85,15 @@ def test_answers_that_are_held_out_come_from_folds_that_divide_no_unit(
     seen: list[set[int]] = []
     real = probing.basis
 
-    def spy(features: str, x: np.ndarray) -> probing.Basis:
+    def spy(features: str, x: np.ndarray, columns: str = "all") -> probing.Basis:
         rows = {tuple(row): place for place, row in enumerate(data.features[features])}
         seen.append({int(data.unit[data.owner[rows[tuple(row)]]]) for row in x})
-        return real(features, x)
+        return real(features, x, columns)
 
     monkeypatch.setattr(probing, "basis", spy)
     found = choose(data, AUTO, TRAIN, tmp_path, quiet)
     assert found.held_out is not None and found.held_out.shape == (60, 2)
-    folds = seen[: search.FOLDS]
+    folds = seen[: search.FOLDS * len(flow.COLUMNS) : len(flow.COLUMNS)]  # motion is first
     assert all(set(range(12)) - fold for fold in folds)
     assert sum(len(set(range(12)) - fold) for fold in folds) == 12  # every unit is left out once, whole
 
@@ -105,19 +106,19 @@ def test_it_is_the_same_every_time_and_resumes(tmp_path: Path, monkeypatch: pyte
     count = 0
     real = probing.basis
 
-    def dies(features: str, x: np.ndarray) -> probing.Basis:
+    def dies(features: str, x: np.ndarray, columns: str = "all") -> probing.Basis:
         nonlocal count
         count += 1
-        if count == 4:
+        if count == 8:
             raise KeyboardInterrupt
-        return real(features, x)
+        return real(features, x, columns)
 
     monkeypatch.setattr(probing, "basis", dies)
     with pytest.raises(KeyboardInterrupt):
         choose(evidence(), AUTO, TRAIN, place, quiet)
     count = 100
     again = choose(evidence(), AUTO, TRAIN, place, quiet)
-    assert count < 100 + 2 * search.FOLDS  # the finished folds were not solved again
+    assert count < 100 + search.FOLDS * (1 + len(flow.COLUMNS))  # the finished folds were not solved again
     assert whole.held_out is not None and again.held_out is not None
     assert np.array_equal(whole.held_out, again.held_out)
     for one, other in zip(whole.branches, again.branches, strict=True):
@@ -160,10 +161,8 @@ def test_without_features_it_says_what_to_set(tmp_path: Path) -> None:
 def test_a_mirror_that_changes_the_class_is_said(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from sora.media.video import flow
-
     data = evidence()
-    vectors = np.abs(np.random.default_rng(1).normal(0, 0.1, (60, 368))).astype(np.float32)
+    vectors = np.abs(np.random.default_rng(1).normal(0, 0.1, (60, FLOW_LENGTH))).astype(np.float32)
     vectors[:, 0:96:8] += data.truth[:, None]  # to the right
     vectors[:, 4:96:8] += 1 - data.truth[:, None]  # to the left
     found = choose(replace(data, features={"motion": vectors}), AUTO, TRAIN, tmp_path, quiet, ("left", "right"))

@@ -12,6 +12,7 @@ from sora.config import Model
 from sora.core.records import ClipSpec
 from sora.core.tensors import FLOW, VIDEO, Clips
 from sora.learning import probing
+from sora.media.video.clips import FLOW_LENGTH
 from sora.model import attribution, classifier, probes
 from sora.model.bank import APPEARANCE, Bank
 from sora.tasks import SINGLE
@@ -25,7 +26,7 @@ def clips() -> Clips:
     chance = np.random.default_rng(0)
     video = chance.integers(0, 256, (12, 4, 32, 32, 3), np.uint8)
     video[6:] //= 2
-    return Clips({VIDEO: video, FLOW: chance.random((12, 368), np.float32).astype(np.float16)})
+    return Clips({VIDEO: video, FLOW: chance.random((12, FLOW_LENGTH), np.float32).astype(np.float16)})
 
 
 @pytest.fixture(scope="module")

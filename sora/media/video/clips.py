@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sora.core.records import ClipSpec, ClipWindow
 
-FLOW_LENGTH = 368  # numbers of `flow.vector`, here because processes without OpenCV need to know it
+FLOW_LENGTH = 752  # numbers of `flow.vector`, here because processes without OpenCV need to know it
 
 
 def spread(start: int, length: int, count: int) -> tuple[int, ...]:

@@ -30,15 +30,17 @@ def moved(right: int, down: int, moments: int = 8) -> tuple[np.ndarray, np.ndarr
 def test_the_strongest_direction_is_that_of_the_motion(right: int, down: int, direction: int) -> None:
     vector = flow.vector(*moved(right, down))
     assert vector.shape == (FLOW_LENGTH,) and vector.dtype == np.float16 and np.isfinite(vector).all()
-    cells = vector[: flow.ROWS * flow.COLUMNS * flow.DIRECTIONS].reshape(-1, flow.DIRECTIONS)
+    cells = vector[: flow.DOWN * flow.ACROSS * flow.DIRECTIONS].reshape(-1, flow.DIRECTIONS)
     assert (cells.argmax(axis=1) == direction).mean() > 0.8
     # All of the picture moves alike: less its median nothing is left.
-    assert vector[FLOW_LENGTH // 2 :][: cells.size].max() < 0.5 * cells.max()
+    assert vector[flow.COLUMNS["cells"]][cells.size :].max() < 0.5 * cells.max()
+    assert vector[flow.COLUMNS["order"]].max() < 0.5 * cells.max()
 
 
 def test_a_still_clip_has_no_motion() -> None:
     before, _ = moved(0, 0)
-    assert np.abs(flow.vector(before, before)[: FLOW_LENGTH // 2 - 24]).max() < 0.1
+    vector = flow.vector(before, before)
+    assert max(vector[flow.COLUMNS[name]].max() for name in ("cells", "order")) < 0.1
 
 
 def test_mirroring_the_vector_is_mirroring_the_clip() -> None:
@@ -48,6 +50,20 @@ def test_mirroring_the_vector_is_mirroring_the_clip() -> None:
     turned = flow.mirrored(flow.vector(before, after)).astype(np.float32)
     assert np.abs(seen - turned).mean() < 0.15 * np.abs(turned).mean()
     assert np.array_equal(flow.mirrored(turned), flow.vector(before, after).astype(np.float32))  # twice is once
+
+
+def test_the_order_of_two_motions_is_seen() -> None:
+    """A square goes right, then left, before a still room; and the other way round."""
+    room = texture()
+    places = [20, 24, 28, 32, 32, 28, 24, 20]
+    before, after = np.stack([room] * 8), np.stack([room] * 8)
+    for moment, (place, step) in enumerate(zip(places, [4] * 4 + [-4] * 4, strict=True)):
+        before[moment, 40:60, place : place + 24] = texture()[:20, :24]
+        after[moment, 40:60, place + step : place + step + 24] = texture()[:20, :24]
+    first, second = flow.vector(before, after), flow.vector(before[::-1].copy(), after[::-1].copy())
+    assert np.abs(first - second)[flow.COLUMNS["cells"]].max() < 0.01  # without the order they are alike
+    order = first[flow.COLUMNS["order"]].reshape(flow.QUARTERS, -1, flow.DIRECTIONS).sum(axis=1)
+    assert order[0, 0] > 2 * order[0, 4] and order[-1, 4] > 2 * order[-1, 0]
 
 
 def test_a_clip_carries_its_motion(tmp_path: Path) -> None:
