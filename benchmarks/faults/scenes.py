@@ -29,9 +29,9 @@ SceneName = Literal["unchanged", "new", "fitted"]
 LIMIT = 300.0  # seconds a verb may take on a busy machine
 TINY: dict[str, dict[str, Any]] = {
     "split": {"group_pattern": r"(g\d+)_"},
-    "clip": {"frames": 8, "height": 32, "width": 32},
+    "clip": {"frames": 8, "height": 32, "width": 32, "flow": 0},
     "shards": {"buckets": 4, "workers": 1},
-    "model": {"low_filters": [16], "high_filters": [16], "key_frames": 2, "embedding": 16},
+    "model": {"preset": "small", "low_filters": [16], "high_filters": [16], "key_frames": 2, "embedding": 16},
     "train": {"epochs": 2, "batch": 8},
     "gate": {"min_test": 2, "max_ece": 1.0},
 }

@@ -33,7 +33,12 @@ def make_project(folder: Path, versions: int = 1, epochs: int = 2) -> Path:
     project = folder / "fights300"
     timed([*SORA, "init", str(project), "--data", str(SHARED / "fights300")], folder)
     for seed in range(versions):
-        change_params(project, train={"epochs": epochs, "seed": seed})
+        change_params(
+            project,
+            clip={"height": 112, "width": 112, "flow": 0},
+            model={"preset": "small"},
+            train={"epochs": epochs, "seed": seed},
+        )
         timed([*SORA, "run", "--force", "--json"], project)
     return project
 

@@ -48,7 +48,8 @@ def measure(number: int) -> dict[str, float | int]:
             project,
             validate={"duplicates": False},
             split={"group_pattern": "(g[0-9]+)_"},
-            clip={"frames": 16, "height": 64, "width": 64},
+            clip={"frames": 16, "height": 64, "width": 64, "flow": 0},
+            model={"preset": "small"},
             train={"epochs": 1},
         )
         check = timed([*SORA, "check", "--json"], project, ok=(0, 1), memory=True)

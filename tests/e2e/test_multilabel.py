@@ -32,7 +32,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         project,
         clip={"frames": 8, "height": 32, "width": 32},
         shards={"buckets": 2, "workers": 1},
-        model=SMALL,
+        model={"preset": "small", **SMALL},
         split={"val": 0.2, "test": 0.3},
         train={"epochs": 25, "batch": 8, "patience": 25, "learning_rate": 0.005, "flip": [["left", "right"]]},
         gate={"min_test": 8},
