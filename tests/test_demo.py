@@ -58,9 +58,10 @@ def test_the_repository_remote_holds_that_set_and_nothing_else(repository: Path)
 
 def test_the_lock_is_of_this_code(repository: Path) -> None:
     """Else `make run` in a clean clone would leave changed files behind."""
-    assert (repository / versioning.CODE_LOCK).read_text() == code_lock_text()
+    backbone = Project(repository).settings().model.backbone
+    assert (repository / versioning.CODE_LOCK).read_text() == code_lock_text(backbone=backbone)
     stages = yaml.safe_load((repository / "dvc.lock").read_text())["stages"]
-    for stage, code in provenance.stages().items():
+    for stage, code in provenance.stages(backbone=backbone).items():
         assert stages[stage]["params"][versioning.CODE_LOCK][stage] == code
     settings = yaml.safe_load((repository / "params.yaml").read_text())
     for stage in stages.values():

@@ -368,12 +368,17 @@ def _weights(logits: list[np.ndarray], evidence: Evidence, model: Model) -> tupl
         shares = task.video_probabilities(_sum(logits, turned), evidence.owner, videos)
         return task.log_loss(shares, evidence.truth)
 
-    start, bounds = [weight / len(logits) for weight in alone], [(0, 10)] * len(logits)
-    return tuple(float(weight) for weight in minimize(cost, start, method="L-BFGS-B", bounds=bounds).x)
+    # From each alone and from the middle between them: the best end counts.
+    starts = [[weight / len(logits) for weight in alone]]
+    starts += [[weight if place == one else 0.0 for place, weight in enumerate(alone)] for one in range(len(alone))]
+    bounds = [(0, 10)] * len(logits)
+    ends = [minimize(cost, start, method="L-BFGS-B", bounds=bounds) for start in starts]
+    return tuple(float(weight) for weight in min(ends, key=lambda end: end.fun).x)
 
 
 def _sum(logits: Sequence[np.ndarray], weights: Sequence[float] | np.ndarray) -> np.ndarray:
-    return sum((one * np.float32(w) for one, w in zip(logits, weights, strict=True)), np.zeros_like(logits[0]))
+    # In double precision: single hides the small steps by which a minimum is looked for.
+    return sum((one * float(w) for one, w in zip(logits, weights, strict=True)), np.zeros(logits[0].shape))
 
 
 def _without_evidence(evidence: Evidence, names: Sequence[str], model: Model, train: Train) -> Choice:

@@ -68,6 +68,13 @@ def test_the_evidence_decides(appearance: float, motion: float, expected: str, t
     assert tuple(branch.features for branch in found.branches) == search.READS[expected]
 
 
+def test_two_are_never_worse_than_one_of_them(tmp_path: Path) -> None:
+    """Its weights are fitted: the weight 0 for the useless one is among them."""
+    found = choose(evidence(appearance=0.0, motion=2.0, videos=200, units=40), AUTO, TRAIN, tmp_path, quiet)
+    loss = {one.name: one.log_loss for one in found.tried}
+    assert loss["both"] <= min(loss["motion"], loss["appearance"]) + 1e-3
+
+
 def test_what_is_claimed_holds_for_other_videos(tmp_path: Path) -> None:
     found = choose(evidence(appearance=0.6, motion=0.0, videos=200, units=40), AUTO, TRAIN, tmp_path, quiet)
     others = evidence(appearance=0.6, motion=0.0, videos=2000, units=400, seed=1)
