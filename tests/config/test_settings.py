@@ -234,4 +234,4 @@ def test_others_import_from_the_room_and_not_from_its_files() -> None:
 
 def test_the_project_of_this_repository_is_its_own_values() -> None:
     settings = Project(REPOSITORY).settings()
-    assert settings.name == "sora-demo" and settings.model.preset == "demo"
+    assert settings.name == "sora-demo" and settings.model.preset == "auto"
