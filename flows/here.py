@@ -10,6 +10,7 @@ from typing import Any
 
 from sora.config import Project
 from sora.core.errors import RunActive, ServiceError, SoraError
+from sora.core.files import remove_abandoned_folders
 from sora.core.processes import QUIET_ENV
 from sora.core.trials import Found, Metric
 from sora.operations.lock import require_free
@@ -84,6 +85,7 @@ def _served(project: Project) -> Iterator[None]:
     # Prefect's own lines, including tracebacks of failed tasks, go to its server; the terminal shows Sora's.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL", "CRITICAL")  # of its own threads
+    remove_abandoned_folders()  # of killed ones: this run may end without making one of its own
     with servers(project) as addresses:
         os.environ.update(environment(project, addresses))
         import httpx

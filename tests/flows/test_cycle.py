@@ -127,7 +127,11 @@ def test_a_night_promotes_and_the_next_has_nothing_to_do(night: Night, played: P
     assert (night.project.state / "last_evaluation" / "index.html").read_text() == "page"
     assert not list((night.project.state / "work").iterdir())
     before = list(played.calls)
+    # A run that is killed after its verdict leaves its folder behind.
+    left = night.project.work / RunKey.of(night.settings, value["data_version"]).name
+    left.mkdir()
     again = cycle.run(night, steps=played.steps()).to_dict()
+    assert not left.exists()
     assert (again["outcome"], again["version"], again["pages"]) == ("unchanged", 1, [])
     assert played.calls == before
     assert cycle.run(night, force=True, steps=played.steps()).version == 2
