@@ -22,8 +22,8 @@ from sora.core.processes import start_child
 MARK = "SORA_FAULTS_CASE"
 # Role → what its command line holds. The first that fits names the process.
 _ROLES = (
-    ("prefect", ("prefect.server.api.server",)),
-    ("mlflow", ("mlflow.server",)),
+    ("prefect", ("flows.server:",)),
+    ("mlflow", ("sora.registry.server:",)),
     ("worker", ("flows.worker", "prefect worker start")),
     ("flow run", ("prefect.engine", "prefect flow-run execute", "prefect.flow_engine")),
     ("training", ("sora.learning.training",)),
@@ -110,13 +110,15 @@ def _belongs(process: psutil.Process, folder: str) -> bool:
 def role_of(process: psutil.Process) -> str:
     """What the process does, in a word; its program's name where nobody knows it."""
     try:
-        command = " ".join(process.cmdline())
-        for name, words in _ROLES:
-            if any(word in command for word in words):
-                return name
-        return str(process.name())
+        return role_in(process.cmdline()) or str(process.name())
     except psutil.Error:
         return "gone"
+
+
+def role_in(command: Sequence[str]) -> str | None:
+    """The role of a process with this command line; None if nobody knows it."""
+    line = " ".join(command)
+    return next((name for name, words in _ROLES if any(word in line for word in words)), None)
 
 
 def kill(processes: Sequence[psutil.Process], number: int = signal.SIGKILL) -> None:

@@ -18,9 +18,11 @@ import pytest
 from benchmarks.faults.__main__ import CASES, SHARES, plan, summary
 from benchmarks.faults.inject import FAULTS
 from benchmarks.faults.invariants import check, spoken
-from benchmarks.faults.processes import Case, Verb, sora
+from benchmarks.faults.processes import Case, Verb, role_in, sora
 from benchmarks.faults.proxy import Proxy
 from benchmarks.faults.scenes import Scenes, case_of
+from sora.config import Project
+from sora.operations.servers.describe import server_of
 from tests.faults.test_webhook import server
 
 
@@ -30,6 +32,12 @@ def test_the_plan_is_the_same_whenever_it_is_asked() -> None:
     assert Counter(one.fault for one in planned) == SHARES and set(SHARES) == set(FAULTS)
     assert planned != [plan(number, 13) for number in range(CASES)]
     assert all(0 <= one.share < 1 for one in planned)
+
+
+@pytest.mark.parametrize("name", ["prefect", "mlflow"])
+def test_servers_are_known_by_what_starts_them(name: str, tmp_path: Path) -> None:
+    assert role_in(server_of(Project(tmp_path), name).command("127.0.0.1", 1)) == name
+    assert role_in(["python", "-m", "something.else"]) is None
 
 
 def test_the_proxy_passes_and_fails() -> None:
