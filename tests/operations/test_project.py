@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sora.config import Project, Settings, parse
+from sora.config import Project, Settings, of_new_project, parse
 from sora.core.errors import DiskFull, InputError, SettingsError
 from sora.dataset import versioning
 from sora.operations import project as projects
@@ -38,7 +38,7 @@ def test_this_repository_and_new_projects_have_one_pipeline(repository: Path) ->
 
 def test_the_template_shows_every_default(repository: Path) -> None:
     text = projects.params_text("sora", ["a", "b"])
-    assert parse(text) == Settings(name="sora", classes=("a", "b"))
+    assert parse(text) == of_new_project({"name": "sora", "classes": ["a", "b"]})
     given, known = yaml.safe_load(text), Settings(name="sora").to_dict()
     assert given.keys() == known.keys()
     for section in ("validate", "split", "clip", "shards", "train", "gate", "schedule", "alert", "services"):
