@@ -361,8 +361,8 @@ def main(arguments: list[str] | None = None) -> int:
         say("stopped; the same command goes on")
         return 130
     if entries:
-        shown = ("protocol", "accuracy", "spread", "low", "high", "folds", "commit")
-        table("Accuracy", [{"name": label_of(entry), **{key: entry[key] for key in shown}} for entry in entries])
+        shown = ("protocol", "accuracy", "spread", "low", "high", "ece", "folds", "commit")
+        table("Accuracy", [{"name": label_of(entry), **{key: entry.get(key) for key in shown}} for entry in entries])
     return 0
 
 

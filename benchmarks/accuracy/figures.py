@@ -34,7 +34,7 @@ def summarise(folds: Sequence[FoldRecord], videos: pd.DataFrame) -> dict[str, An
         videos: `sha256, unit`; of the former the first digits count.
     """
     rows = pd.DataFrame(
-        {"seed": fold.seed, "fold": fold.fold, "sha256": one.sha256, "right": one.right}
+        {"seed": fold.seed, "fold": fold.fold, "sha256": one.sha256, "right": one.right, "sure": max(one.probabilities)}
         for fold in folds
         for one in fold.answers
     )
@@ -53,6 +53,8 @@ def summarise(folds: Sequence[FoldRecord], videos: pd.DataFrame) -> dict[str, An
         "interval": f"95 %, bootstrap over {over}",
         "by_seed": [float(share) for share in by_seed],
         "by_fold": [float(share) for share in rows.groupby(["seed", "fold"])["right"].mean()],
+        # Of all seeds' answers together: the expected calibration error (`sora.core.statistics`).
+        "ece": statistics.expected_calibration_error(rows["sure"].to_numpy(), rows["right"].to_numpy()),
         "folds": len(folds),
         "videos": len(by_video),
         "parameters": folds[0].parameters,
