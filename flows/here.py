@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from sora.config import Project
-from sora.core.errors import RunActive, ServiceError, SoraError
+from sora.core.errors import InputError, RunActive, ServiceError, SoraError
 from sora.core.files import remove_abandoned_folders
 from sora.core.processes import QUIET_ENV
 from sora.core.trials import Found, Metric
@@ -118,6 +118,11 @@ def _result(state: Any) -> Any:
     error = state.result(raise_on_failure=False)
     if isinstance(error, SoraError):
         raise error
+    if isinstance(error, PermissionError) and error.filename:
+        raise InputError(
+            f"{error.filename} can't be used: {error.strerror}",
+            fix="give yourself the right to it (`chmod -R u+rwX`), or run as its owner",
+        ) from error
     raise ServiceError(f"the run ended as {state.name}: {state.message}") from (
         error if isinstance(error, BaseException) else None
     )

@@ -13,7 +13,7 @@ import pytest
 
 from flows import here
 from sora.config import Project
-from sora.core.errors import ServiceError
+from sora.core.errors import InputError, ServiceError
 from sora.core.processes import QUIET_ENV
 from sora.operations import servers
 from sora.operations.servers import Addresses
@@ -48,3 +48,21 @@ def test_a_server_that_dies_is_named_with_the_way_on(project: Project) -> None:
     with pytest.raises(ServiceError, match="does not answer any more") as caught, here._served(project):
         raise httpx.ConnectError("Connection refused")
     assert "run the same command again" in (caught.value.fix or "")
+
+
+def test_a_folder_of_somebody_else_is_named_with_the_fix() -> None:
+    class Failed:
+        name, message = "Failed", "Flow run encountered an exception"
+
+        def is_completed(self) -> bool:
+            return False
+
+        def is_cancelled(self) -> bool:
+            return False
+
+        def result(self, raise_on_failure: bool) -> BaseException:
+            return PermissionError(13, "Permission denied", "/data/dark")
+
+    with pytest.raises(InputError, match="/data/dark can't be used: Permission denied") as caught:
+        here._result(Failed())
+    assert "chmod" in (caught.value.fix or "")
