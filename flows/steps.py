@@ -80,8 +80,7 @@ def assign(night: Night, target: Path, recorded: Recorded | None) -> SplitFacts:
     assignment = splits.assign(accepted, splits.read(project.splits_file), settings)
     splits.append(project.splits_file, assignment)
     rejected |= {item.path for item in assignment.rejections}
-    bits = settings.validate_.near_duplicate_bits if settings.validate_.duplicates else None
-    joined = table.join(rows, rejected, assignment.ledger, bits)
+    joined = table.join(rows, rejected, assignment.ledger, settings.validate_.unit_bits)
     joined.to_parquet(target, index=False)
     for note in assignment.notes:
         say(note)
@@ -122,7 +121,7 @@ def job_for(prepared: Project, table: Path, settings: Settings, out: Path) -> Tr
     values = settings.to_dict()
     return TrainJob(
         shards=str(prepared.shards),
-        features=str(prepared.features) if settings.model.bank else "",
+        features=str(prepared.features),
         table=str(table),
         classes=list(settings.classes),
         model=values["model"],

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -130,7 +131,9 @@ def write(outcome: Outcome, folder: Path) -> None:
         value[name] = round(value[name], 2)
     target = folder / f"{outcome.plan.number:03d}.json"
     draft = target.with_suffix(".part")
-    draft.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    # Commands name packages by where this machine has them; a result is committed.
+    text = re.sub(r"/[^\s\"]*/(?=site-packages/)", "", json.dumps(value, indent=1))
+    draft.write_text(text + "\n", encoding="utf-8")
     draft.replace(target)
 
 

@@ -54,6 +54,11 @@ class Validate(FileBounds, Section):
         description="bytes, of each process that decodes; a video that needs more is `too_large`",
     )
 
+    @property
+    def unit_bits(self) -> int | None:
+        """How many bits near-duplicates may differ in to be one unit; None where the rules about them are off."""
+        return self.near_duplicate_bits if self.duplicates else None
+
     def decoding(self) -> dict[str, Any]:
         """Everything that limits the decoding of a file."""
         names = ("max_decode_seconds", "decode_memory")

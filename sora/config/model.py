@@ -81,6 +81,11 @@ class Model(Section):
     )
 
     @property
+    def solved(self) -> bool:
+        """Whether a probe is solved, instead of a network being trained."""
+        return self.preset == "auto" or self.probe != "none"
+
+    @property
     def bank(self) -> bool:
         """Whether the features of the frozen backbone are kept for every clip."""
         return self.backbone != "residual" and (self.preset == "auto" or self.probe in ("appearance", "both"))

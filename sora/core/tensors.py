@@ -74,6 +74,13 @@ class Clips:
         return self.tensors[VIDEO]
 
     @classmethod
+    def blank(cls, tensors: Mapping[str, TensorSpec], count: int) -> Clips:
+        """Clips of zeros."""
+        import numpy as np
+
+        return cls({name: np.zeros((count, *one.shape), one.dtype) for name, one in tensors.items()})
+
+    @classmethod
     def joined(cls, parts: Sequence[Clips]) -> Clips:
         """All clips of `parts`, which have the same tensors."""
         import numpy as np

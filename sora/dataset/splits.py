@@ -103,7 +103,7 @@ def assign(accepted: pd.DataFrame, ledger: pd.DataFrame, settings: Settings) -> 
     if accepted["sha256"].duplicated().any():  # only with the duplicate rules off
         order = np.lexsort((accepted["path"], accepted["sha256"]))
     videos = accepted.iloc[order].reset_index(drop=True)
-    bits = settings.validate_.near_duplicate_bits if settings.validate_.duplicates else None
+    bits = settings.validate_.unit_bits
     bound = _bind(videos, ledger)
     untangled = _untangle(videos, bound, units(videos, bits), bits)
     unit, kept = untangled.unit, np.ones(len(videos), bool)

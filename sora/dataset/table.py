@@ -20,7 +20,7 @@ def join(
     """Manifest rows that no rule rejected (`rejected` holds paths), with their splits from the ledger.
 
     Args:
-        bits: `validate.near_duplicate_bits`, or None: near-duplicates are not in one unit.
+        bits: `config.Validate.unit_bits`; None: near-duplicates are not in one unit.
 
     Returns a DataFrame with `COLUMNS`, one row per sha256, sorted by it.
     """
@@ -28,6 +28,17 @@ def join(
     usable = usable.assign(unit=splits.units(usable, bits))
     joined = usable.merge(ledger[["sha256", "split"]], on="sha256", how="inner", validate="many_to_one")
     return joined[list(COLUMNS)].drop_duplicates("sha256").sort_values("sha256", ignore_index=True)
+
+
+def usable(manifest: pd.DataFrame, rejected: Collection[str], bits: int | None) -> pd.DataFrame:
+    """Manifest rows that decode and that no rule rejected, one per sha256, sorted by it, with their `unit`.
+
+    Args:
+        bits: see `join`.
+    """
+    rows = manifest[manifest["error"].isna() & ~manifest["path"].isin(set(rejected))]
+    rows = rows.drop_duplicates("sha256").sort_values("sha256", ignore_index=True)
+    return rows.assign(unit=splits.units(rows, bits))
 
 
 def counts(table: pd.DataFrame, task: Task = SINGLE) -> dict[str, int]:

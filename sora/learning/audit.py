@@ -89,7 +89,7 @@ def audit(project: Project, *, folds: int = 5, progress: Bar = lambda done, tota
             table,
             settings,
             judged="test",
-            features=project.features if settings.model.bank else None,
+            features=project.features,
             on_event=show,
         )
         progress((number + 1) * epochs, folds * epochs, f"fold {number + 1} of {folds}")
@@ -153,7 +153,7 @@ def rank(answers: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[Find
 
 def _videos(project: Project) -> tuple[Settings, pd.DataFrame]:
     """The accepted prepared videos, sorted by sha256, with their `unit`."""
-    from sora.dataset import manifest, splits
+    from sora.dataset import manifest, table
     from sora.dataset.quality import quarantine
 
     settings = project.settings()
@@ -168,10 +168,7 @@ def _videos(project: Project) -> tuple[Settings, pd.DataFrame]:
         rows = manifest.read(project.manifest)
     except (OSError, InputError) as error:
         raise InputError(f"nothing is prepared yet ({error})", fix="`sora run` prepares the videos first") from error
-    rows = rows[rows["error"].isna() & ~rows["path"].isin(rejected)]
-    rows = rows.drop_duplicates("sha256").sort_values("sha256", ignore_index=True)
-    bits = settings.validate_.near_duplicate_bits if settings.validate_.duplicates else None
-    return settings, rows.assign(unit=splits.units(rows, bits))
+    return settings, table.usable(rows, rejected, settings.validate_.unit_bits)
 
 
 def _forget(place: Path, keys: set[str]) -> None:

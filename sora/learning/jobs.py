@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sora import __version__
 from sora.core import files
 from sora.core.errors import InputError
 from sora.core.records import ClipSpec, Tried
@@ -66,6 +69,19 @@ class TrainResult:
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> TrainResult:
         return cls(**{**value, "tried": [Tried.from_dict(one) for one in value.get("tried", ())]})
+
+
+def fingerprint(job: TrainJob, table: pd.DataFrame, *more: object) -> str:
+    """A digest of everything that decides what a training computes.
+
+    Args:
+        table: the part of the job's table that is read.
+        more: what else decides it.
+    """
+    what = {**job.to_dict(), "table": table.to_csv(index=False), "version": [__version__, *more]}
+    for place in ("out", "shards", "features"):  # where, not what
+        what.pop(place)
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def open_shards(job: TrainJob) -> ShardSet:

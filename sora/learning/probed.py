@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,9 +15,6 @@ from sora.learning import jobs, search
 from sora.learning.jobs import TrainJob, TrainResult
 from sora.model import probes
 from sora.store.shards import ShardSet
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def fit(job: TrainJob, emit: Emit) -> TrainResult:
@@ -49,8 +43,8 @@ def fit(job: TrainJob, emit: Emit) -> TrainResult:
             "resumed_from": 0,
         }
     )
-    key = hashlib.sha256(json.dumps([job.to_dict() | {"out": ""}, _rows_of(table)]).encode()).hexdigest()[:16]
-    kept = out / f"search-{key}"
+    read = [name for name in ("sha256", "label", "split", "unit") if name in table]
+    kept = out / f"search-{jobs.fingerprint(job, table[read])[:16]}"
     with files.writing(kept):
         kept.mkdir(exist_ok=True)
     choice = search.choose(evidence, model, train, kept, emit, job.classes)
@@ -75,8 +69,3 @@ def fit(job: TrainJob, emit: Emit) -> TrainResult:
         notes=list(choice.notes),
         held_out=held_out,
     )
-
-
-def _rows_of(table: pd.DataFrame) -> str:
-    columns = [name for name in ("sha256", "label", "split", "unit") if name in table]
-    return str(table[columns].to_csv(index=False))

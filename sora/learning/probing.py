@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 MAX_ANCHORS = 1024  # of the kernel: a served model carries them
 MAX_EMBEDDING = 1024
+_FLAT = 1e-2  # a channel's scale is at least this share of the median channel's
 _LEFT_OUT = 1e12  # scale of a column that is not read
+_ABSENT = -30.0  # logit of a class without a training clip
+_STEPS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +40,6 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {  # feature → settings to choose f
     "motion": tuple(Setting(strength, columns) for columns in COLUMNS for strength in (1.0, 3.0, 10.0, 30.0)),
 }
 DEFAULTS = {"appearance": Setting(1e-1), "motion": Setting(10.0)}  # where nothing can be compared
-_FLAT = 1e-2  # a channel's scale is at least this share of the median channel's
-_ABSENT = -30.0  # logit of a class without a training clip
-_STEPS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +74,11 @@ def basis(features: str, x: np.ndarray, columns: str = "all") -> Basis:
         among = kernel(kernel.anchors * kernel.scale + kernel.mean)
         size, directions = np.linalg.eigh(among.astype(np.float64))
         keep = size > 1e-6 * size[-1]
-        turn = (directions[:, keep] / np.sqrt(size[keep])).astype(np.float32)
+        turn = (directions[:, keep] / np.sqrt(size[keep])).astype(np.float32)[:, -MAX_EMBEDDING:]
     else:
         kernel = None
         values = (x - mean) / scale
-        turn = _directions(values)
-    turn = turn[:, -MAX_EMBEDDING:] if features == "motion" else turn[:, :MAX_EMBEDDING]
+        turn = _directions(values)[:, :MAX_EMBEDDING]
     embedding = Linear(turn / scale[:, None], -(mean / scale) @ turn)
     inputs = x if kernel is None else values
     return Basis(features, kernel, embedding, embedding(inputs))

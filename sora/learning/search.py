@@ -215,6 +215,7 @@ class _Answers:
     feature: str
     setting: Setting
     logits: np.ndarray
+    temperature: float  # that calibrates them
     mirrored: np.ndarray | None
     seconds: float
 
@@ -247,10 +248,10 @@ def _answers(
         for one in settings:
             logits[one][:, left_out] = stored[one]
         emit({"event": "search", "candidate": feature, "done": number + 1, "total": count})
-    costs = {one: _cost(values[0], evidence, model)[0] for one, values in logits.items()}
-    best = min(settings, key=lambda one: costs[one])
+    costs = {one: _cost(values[0], evidence, model) for one, values in logits.items()}
+    best = min(settings, key=lambda one: costs[one][0])
     mirrored = logits[best][1] if views > 1 else None
-    return _Answers(feature, best, logits[best][0], mirrored, time.monotonic() - began)
+    return _Answers(feature, best, logits[best][0], costs[best][1], mirrored, time.monotonic() - began)
 
 
 def _stored(file: Path, settings: Sequence[Setting], shape: tuple[int, int, int]) -> dict[Setting, np.ndarray] | None:
@@ -295,12 +296,13 @@ class _Compared:
 
 def _compared(name: str, answers: list[_Answers], evidence: Evidence, model: Model) -> _Compared:
     logits = [one.logits for one in answers]
-    weights = _weights(logits, evidence, model) if len(logits) > 1 else (1 / _cost(logits[0], evidence, model)[1],)
+    alone = [1 / one.temperature for one in answers]
+    weights = _weights(logits, alone, evidence, model) if len(logits) > 1 else tuple(alone)
     weighed = _sum(logits, weights)
     task, videos = model.task, len(evidence.truth)
     shares = task.video_probabilities(weighed, evidence.owner, videos)
     loss = task.log_loss(shares, evidence.truth)
-    right = _right(shares, evidence.truth)
+    right = (task.answered(shares) == (task.dense(evidence.truth, evidence.classes) > 0.5)).all(axis=1)
     low, high = statistics.wilson(float(right.sum()), videos)
     tried = Tried(
         name=name,
@@ -345,24 +347,15 @@ def _mirroring(evidence: Evidence, answers: Mapping[str, _Answers], model: Model
     )
 
 
-def _right(shares: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Which videos are answered right in full."""
-    if truth.ndim == 1:
-        right: np.ndarray = shares.argmax(axis=1) == truth
-        return right
-    every: np.ndarray = ((shares >= 0.5) == (truth > 0.5)).all(axis=1)
-    return every
+def _weights(logits: list[np.ndarray], alone: list[float], evidence: Evidence, model: Model) -> tuple[float, ...]:
+    """The weights, 0 to 10, with which the sum of logits has the least log-loss (stacking: Wolpert 1992).
 
-
-def _weights(logits: list[np.ndarray], evidence: Evidence, model: Model) -> tuple[float, ...]:
-    """The weights, 0 or more, with which the sum of logits has the least log-loss (stacking: Wolpert 1992).
-
-    The prior is that of `Task.fit_temperature`, on each weight by itself.
+    Args:
+        alone: the weight that calibrates each by itself.
     """
     from scipy.optimize import minimize
 
     task, videos = model.task, len(evidence.truth)
-    alone = [1 / _cost(one, evidence, model)[1] for one in logits]
 
     def cost(turned: np.ndarray) -> float:
         shares = task.video_probabilities(_sum(logits, turned), evidence.owner, videos)

@@ -7,8 +7,6 @@ resumes after the last finished epoch, and its result is the same as without the
 
 from __future__ import annotations
 
-import hashlib
-import json
 import statistics
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sora import __version__
 from sora.config import Model, Train
 from sora.core import files
 from sora.core.errors import InputError, ServiceError
 from sora.core.processes import Emit, child_main, run_child
 from sora.core.records import ClipSpec
-from sora.learning.jobs import MODEL_FILE, TrainJob, TrainResult, labelled, open_shards, save
+from sora.learning.jobs import MODEL_FILE, TrainJob, TrainResult, fingerprint, labelled, open_shards, save
 
 if TYPE_CHECKING:
     import keras
@@ -69,7 +66,7 @@ def fit(job: TrainJob, emit: Emit = lambda event: None, *, devices: Sequence[str
     Raises: as `run`.
     """
     train, model = Train(**job.train), Model(**job.model)
-    if model.preset == "auto" or model.probe != "none":
+    if model.solved:
         from sora.learning import probed
 
         return probed.fit(job, emit)
@@ -224,14 +221,8 @@ def _fingerprint(job: TrainJob, table: pd.DataFrame, machine: Machine) -> str:
     """A digest of everything that decides what the training computes."""
     import keras
 
-    what = {
-        **job.to_dict(),
-        "table": table[["sha256", "label", "split"]].to_csv(index=False),
-        "version": [__version__, keras.__version__, keras.backend.backend(), machine.name, machine.precision],
-    }
-    for place in ("out", "shards"):  # where, not what
-        what.pop(place)
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    computed_by = (keras.__version__, keras.backend.backend(), machine.name, machine.precision)
+    return fingerprint(job, table[["sha256", "label", "split"]], *computed_by)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Plan:
     settings: Settings  # the project's
     metric: Metric
     parameters: tuple[Parameter, ...]
-    folds: tuple[pd.DataFrame, ...]  # a table for each: sha256, path, label, split (`test`: left out and judged)
+    folds: tuple[pd.DataFrame, ...]  # a table for each: sha256, path, label, unit, split (`test`: left out and judged)
     units: Mapping[str, int]  # sha256 → the unit that no fold divides
 
 
@@ -80,7 +80,7 @@ def plan(
         train = outer != number
         aside = folding.with_validation(train, labels, units, VALIDATION, seed)
         split = np.where(aside, "val", np.where(train, "train", "test"))
-        tables.append(videos[["sha256", "path", "label"]].assign(split=split))
+        tables.append(videos[["sha256", "path", "label", "unit"]].assign(split=split))
     what = [
         crossval.configuration(settings),
         provenance.LEARNING,
@@ -135,7 +135,7 @@ def judge(
                 table,
                 settings,
                 judged="test",
-                features=project.features if settings.model.bank else None,
+                features=project.features,
                 on_event=_of(number, on_event),
                 env=dict(env),
             )
@@ -237,7 +237,7 @@ def alone(project: Project) -> Iterator[None]:
 
 def _videos(project: Project, settings: Settings) -> pd.DataFrame:
     """The ledger's train and validation videos as a run would use them, sorted by sha256, with their `unit`."""
-    from sora.dataset import manifest, splits
+    from sora.dataset import manifest, splits, table
     from sora.dataset.quality import quarantine
 
     try:
@@ -251,10 +251,7 @@ def _videos(project: Project, settings: Settings) -> pd.DataFrame:
         raise InputError(f"nothing is prepared yet ({missing} is missing or empty)", fix=_PREPARE)
     # What has no split yet is left out, and with it what a run would reject for tying two splits together.
     inner = set(ledger.loc[ledger["split"].isin(["train", "val"]), "sha256"])
-    kept = rows[rows["error"].isna() & ~rows["path"].isin(rejected) & rows["sha256"].isin(inner)]
-    kept = kept.drop_duplicates("sha256").sort_values("sha256", ignore_index=True)
-    bits = settings.validate_.near_duplicate_bits if settings.validate_.duplicates else None
-    return kept.assign(unit=splits.units(kept, bits))
+    return table.usable(rows[rows["sha256"].isin(inner)], rejected, settings.validate_.unit_bits)
 
 
 def _place(project: Project, settings: Settings, table: pd.DataFrame) -> Path:

@@ -44,7 +44,7 @@ def build(config: Model, clip: ClipSpec, classes: int) -> keras.Model:
         raise ValueError(f"a classifier needs at least 2 classes, received {classes}")
     if config.head == "binary" and classes != 2:
         raise ValueError(f"a binary head needs 2 classes, received {classes}")
-    if config.preset == "auto" or config.probe != "none":
+    if config.solved:
         return probes.untrained(config, clip, classes)
     clips = keras.Input((clip.frames, clip.height, clip.width, 3), dtype="uint8", name=VIDEO)
     features = _features(config, clips)

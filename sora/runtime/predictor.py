@@ -84,8 +84,7 @@ class Predictor:
 
     def blank(self, count: int) -> Clips:
         """Clips of zeros."""
-        tensors = MODALITY.tensors(self.recipe.clip).values()
-        return Clips({one.name: np.zeros((count, *one.shape), one.dtype) for one in tensors})
+        return Clips.blank(MODALITY.tensors(self.recipe.clip), count)
 
     def probabilities(self, clips: Clips) -> np.ndarray:
         """Calibrated class probabilities of each clip, averaged over its views if the recipe names some.
@@ -282,8 +281,7 @@ def _attributing(model: keras.Model, recipe: Recipe) -> Callable[[Clips, int], t
         evidence, odds = function(tf.constant(label, tf.int32), *(tf.constant(clip.tensors[name]) for name in names))
         return evidence.numpy(), float(odds)
 
-    blank = Clips({name: np.zeros((1, *taken[name].shape), taken[name].dtype) for name in names})
-    attribute(blank, 0)  # the first call plans kernels and buffers
+    attribute(Clips.blank(taken, 1), 0)  # the first call plans kernels and buffers
     return attribute
 
 

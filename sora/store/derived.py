@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SOURCE = "source"  # the index's column of the digests of the source's clips
+_SUMS = ".sums"  # suffix of what is noted of a finished bucket while a build is unfinished
 Progress = Callable[[int, int], None]  # (done, total) clips
 Compute = Callable[[Clips], Mapping[str, np.ndarray]]
 
@@ -107,9 +108,6 @@ def derive(
         if left.name not in files.values():  # also what was noted for an interrupted build
             left.unlink(missing_ok=True)
     return DerivedStats(computed, len(index) - computed, written, len(files) - written)
-
-
-_SUMS = ".sums"
 
 
 def _frame(columns: Mapping[str, pd.Series], digest: list[str], source: pd.Series) -> pd.DataFrame:
