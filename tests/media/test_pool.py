@@ -37,7 +37,12 @@ def facts(paths: Iterable[Path], bounds: pool.Bounds = BOUNDS, **options: Any) -
 
 
 def decoders() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "sora.media.decoder" in child.cmdline()]
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # it has just ended: no decoder any more
+            if "sora.media.decoder" in child.cmdline():
+                found.append(child)
+    return found
 
 
 @pytest.fixture

@@ -119,6 +119,7 @@ def test_it_follows_the_champion_of_a_real_registry(
         assert "version 1 was refused (worse: 0.5 against 0.6)" in capsys.readouterr().err
         it.until(serves(it, 1))
         promote(project, 2)
+        it.until(serves(it, 2))  # what it serves now is what the next server finds in the cache
         children = psutil.Process(it.process.pid).children(recursive=True)
         it.process.send_signal(signal.SIGTERM)
         assert it.process.wait(30) == 0
